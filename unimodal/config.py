@@ -1,0 +1,257 @@
+"""What a model is, in data: the typed configuration that recipes write, checkpoints carry and `UnimodalModel.build` reads.
+
+Names stand for classes by fixed tables in the code (a timm architecture, a transformers model type, a diffusers transformer), never by an
+import path, so that a configuration fetched from anyone cannot run anything. Unknown keys are refused with the nearest known name.
+"""
+
+import dataclasses
+import difflib
+import types
+import typing
+from dataclasses import dataclass, field
+from typing import Any, Literal, TypeVar
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, kw_only=True)
+class VisionTowerConfig:
+    """The image tower of a two-tower backbone: any timm architecture.
+
+    Args:
+        name: timm architecture, for example `tf_efficientnet_lite0`.
+        kwargs: further arguments of `timm.create_model` (JSON values only).
+        stage: for hierarchical networks, the feature stage to read (0 = finest); None reads the last features.
+        source: where the first weights come from: a Hub id or a local safetensors file; None starts from random numbers.
+        revision: the commit of a Hub source.
+        image_size: side of the square input in pixels.
+        mean: per-channel mean that the preprocessing subtracts (images in 0-1).
+        std: per-channel scale that the preprocessing divides by.
+    """
+
+    name: str = "vit_tiny_patch16_224"
+    kwargs: dict[str, Any] = field(default_factory=dict)
+    stage: int | None = None
+    source: str | None = None
+    revision: str | None = None
+    image_size: int = 224
+    mean: tuple[float, float, float] = (0.5, 0.5, 0.5)
+    std: tuple[float, float, float] = (0.5, 0.5, 0.5)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TextTowerConfig:
+    """The text tower of a two-tower backbone: any transformers text encoder.
+
+    Args:
+        name: transformers model type, for example `bert`.
+        kwargs: fields of its configuration class (vocab_size, hidden_size, ...); ignored where `source` brings its own.
+        source: where weights and tokenizer come from: a Hub id or a local folder; None starts from random numbers.
+        revision: the commit of a Hub source.
+        max_length: longest text in tokens, special tokens included.
+    """
+
+    name: str = "bert"
+    kwargs: dict[str, Any] = field(default_factory=dict)
+    source: str | None = None
+    revision: str | None = None
+    max_length: int = 64
+
+
+@dataclass(frozen=True, kw_only=True)
+class BackboneConfig:
+    """Two towers projected to one token width.
+
+    Args:
+        width: width D of the tokens that both towers hand to the bridge.
+        vision: the image tower.
+        text: the text tower.
+    """
+
+    width: int = 384
+    vision: VisionTowerConfig = field(default_factory=VisionTowerConfig)
+    text: TextTowerConfig = field(default_factory=TextTowerConfig)
+
+
+@dataclass(frozen=True, kw_only=True)
+class BridgeConfig:
+    """The Q-Former (BLIP-2, arXiv 2301.12597).
+
+    Args:
+        width: hidden width W.
+        layers: number of blocks.
+        heads: attention heads.
+        intermediate: width of the feed-forward networks.
+        cross_attention_every: cross-attention in layers 0, k, 2k, ...
+        dropout: dropout of BERT's places.
+        queries: learned queries per named set.
+        text_branch: whether the bridge reads and writes text itself (in-bridge matching and captioning).
+        source: Hub id or local folder of a transformers BERT whose layers the bridge starts from; None starts from random numbers.
+    """
+
+    width: int = 384
+    layers: int = 6
+    heads: int = 12
+    intermediate: int = 1536
+    cross_attention_every: int = 2
+    dropout: float = 0.1
+    queries: dict[str, int] = field(default_factory=lambda: {"image": 32, "text": 8})
+    text_branch: bool = True
+    source: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class EmbeddingConfig:
+    """Retrieval embeddings.
+
+    Args:
+        dim: embedding width E.
+        pool: how image queries become one vector; `query` keeps one vector per query, scored by the best (BLIP-2).
+        gate: whether a learned gate mixes in the pooled backbone tokens (OmniBridge, arXiv 2509.19018).
+        matryoshka: prefix widths that also serve as embeddings (the full width is always one).
+        scale: initial inverse temperature.
+    """
+
+    dim: int = 256
+    pool: Literal["query", "mean", "attention"] = "attention"
+    gate: bool = True
+    matryoshka: tuple[int, ...] = ()
+    scale: float = 20.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class MatchingConfig:
+    """Image-text match scores.
+
+    Args:
+        kind: `cached` scores text tokens against cached bridged image tokens; `bridge` runs text and queries through the bridge (BLIP-2).
+        hidden: width of the cached matcher.
+        layers: blocks of the cached matcher.
+        heads: attention heads of the cached matcher.
+        dropout: dropout of the cached matcher.
+    """
+
+    kind: Literal["cached", "bridge"] = "cached"
+    hidden: int = 256
+    layers: int = 2
+    heads: int = 4
+    dropout: float = 0.1
+
+
+@dataclass(frozen=True, kw_only=True)
+class CaptioningConfig:
+    """Captions.
+
+    Args:
+        kind: `decoder` is a small decoder on bridged tokens; `bridge` the causal text branch of the bridge (BLIP-2).
+        hidden: width of the decoder.
+        layers: blocks of the decoder.
+        heads: attention heads of the decoder.
+        dropout: dropout of the decoder.
+        vocabulary: size of the decoder's vocabulary when it is a subset of the tokenizer's; None takes all of it.
+        max_length: longest caption in tokens.
+    """
+
+    kind: Literal["decoder", "bridge"] = "decoder"
+    hidden: int = 256
+    layers: int = 3
+    heads: int = 4
+    dropout: float = 0.1
+    vocabulary: int | None = None
+    max_length: int = 40
+
+
+@dataclass(frozen=True, kw_only=True)
+class GenerationConfig:
+    """Pictures from bridged generation queries by flow matching.
+
+    Args:
+        transformer: denoiser by name: `sana` or `pixart` (diffusers).
+        transformer_kwargs: its size (num_layers, num_attention_heads, ...).
+        autoencoder: `none` generates pixels; `tiny` and `kl` generate latents of a diffusers autoencoder.
+        autoencoder_kwargs: the autoencoder's configuration.
+        size: side of the generated picture in pixels.
+        prediction: what the network predicts: the velocity, or the clean sample it is computed from.
+        null_probability: share of training conditions replaced by the learned null condition.
+    """
+
+    transformer: Literal["sana", "pixart"] = "sana"
+    transformer_kwargs: dict[str, Any] = field(default_factory=dict)
+    autoencoder: Literal["none", "tiny", "kl"] = "none"
+    autoencoder_kwargs: dict[str, Any] = field(default_factory=dict)
+    size: int = 32
+    prediction: Literal["velocity", "sample"] = "velocity"
+    null_probability: float = 0.1
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """One backbone, one bridge and the heads a model has; a head set to None is absent."""
+
+    backbone: BackboneConfig = field(default_factory=BackboneConfig)
+    bridge: BridgeConfig = field(default_factory=BridgeConfig)
+    embedding: EmbeddingConfig = field(default_factory=EmbeddingConfig)
+    matching: MatchingConfig | None = None
+    captioning: CaptioningConfig | None = None
+    generation: GenerationConfig | None = None
+
+
+def nearest(name: str, known: typing.Iterable[str]) -> str:
+    """The hint of an error about an unknown `name`: the nearest known one, and all of them."""
+    known = sorted(known)
+    close = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+    return (f"did you mean {close[0]!r}? " if close else "") + f"known: {', '.join(known)}"
+
+
+def from_dict(cls: type[T], values: dict[str, Any], where: str = "") -> T:
+    """Build a configuration from plain JSON values.
+
+    Raises:
+        ValueError: for an unknown key (names the nearest known one) or a value outside its choices.
+        TypeError: for a value of the wrong type.
+    """
+    where = where or cls.__name__
+    if not isinstance(values, dict):
+        raise TypeError(f"{where}: expected a mapping of settings, got {type(values).__name__} {values!r}")
+    hints = typing.get_type_hints(cls)
+    for key in values:
+        if key not in hints:
+            raise ValueError(f"{where}: unknown key {key!r}; {nearest(key, hints)}")
+    return cls(**{key: _convert(hints[key], value, f"{where}.{key}") for key, value in values.items()})
+
+
+def _convert(hint: Any, value: Any, where: str) -> Any:
+    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if origin in (types.UnionType, typing.Union):
+        if value is None and type(None) in arguments:
+            return None
+        (hint,) = [a for a in arguments if a is not type(None)]
+        return _convert(hint, value, where)
+    if dataclasses.is_dataclass(hint):
+        return value if isinstance(value, hint) else from_dict(typing.cast(type, hint), value, where)
+    if origin is Literal:
+        if value not in arguments:
+            raise ValueError(f"{where}: expected one of {', '.join(map(repr, arguments))}, got {value!r}")
+        return value
+    if origin is tuple:
+        if not isinstance(value, (list, tuple)):
+            raise TypeError(f"{where}: expected a list, got {type(value).__name__} {value!r}")
+        if arguments[-1] is not Ellipsis and len(value) != len(arguments):
+            raise ValueError(f"{where}: expected {len(arguments)} values, got {len(value)}: {value!r}")
+        return tuple(_convert(arguments[0], item, f"{where}[{i}]") for i, item in enumerate(value))
+    if origin is dict:
+        if not isinstance(value, dict):
+            raise TypeError(f"{where}: expected a mapping, got {type(value).__name__} {value!r}")
+        return {key: _convert(arguments[1], item, f"{where}.{key}") for key, item in value.items()}
+    if hint is Any:
+        return value
+    if hint is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if not isinstance(value, hint) or (hint is int and isinstance(value, bool)):
+        raise TypeError(f"{where}: expected {hint.__name__}, got {type(value).__name__} {value!r}")
+    return value
+
+
+def to_dict(config: Any) -> dict[str, Any]:
+    """Plain JSON values of a configuration; `from_dict` gives it back equal."""
+    return dataclasses.asdict(config)
