@@ -1,0 +1,36 @@
+"""Data: readers of image-text pairs, the embedded scenes, images and the processor.
+
+Names are loaded on first use (PEP 562), so that importing one reader loads neither Lightning nor transformers.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import Any
+
+_HOME = {
+    "Pairs": "pairs",
+    "Problem": "pairs",
+    "check": "pairs",
+    "Scenes": "scenes",
+    "KarpathyJson": "readers",
+    "ImageFolder": "readers",
+    "WebDatasetTars": "readers",
+    "write_karpathy": "readers",
+    "write_webdataset": "readers",
+    "load_image": "images",
+    "Processor": "processor",
+    "scenes_tokenizer": "processor",
+    "word_tokenizer": "processor",
+}
+__all__ = sorted(_HOME)
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"{__name__}.{_HOME[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return __all__
