@@ -1,0 +1,144 @@
+"""The house keeps its order: imports go one way, heavy libraries keep to their rooms, functions import nothing of ours.
+
+Every module of `unimodal/` is parsed, none is imported. A room is a module or package at the top of `unimodal/`.
+"""
+
+import ast
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).parent.parent / "unimodal"
+
+# room: (what it may import of ours, why). A room that is not here fails: give it a row.
+ROOMS: dict[str, tuple[set[str], str]] = {
+    "config": (set(), "configuration is plain data"),
+    "layers": (set(), "layers know torch only"),
+    "metrics": (set(), "metrics take tensors and strings"),
+    "distributed": (set(), "it knows torch.distributed only"),
+    "diffusion": (set(), "the path and the sampler take tensors"),
+    "recipes": (set(), "recipes are found by name, without loading anything"),
+    "report": (set(), "the page is written from plain data"),
+    "losses": ({"distributed"}, "losses take tensors"),
+    "data": ({"config", "distributed"}, "data knows no model"),
+    "bridge": ({"layers", "config"}, "the bridge is built from layers"),
+    "backbones": ({"layers", "config"}, "a backbone knows no bridge and no head"),
+    "heads": ({"layers", "config", "diffusion"}, "a head takes tensors"),
+    "systems": ({"layers", "config"}, "a system is built from layers"),
+    "model": ({"backbones", "bridge", "heads", "config"}, "the model only composes: no losses, no tokenizer, no files"),
+    "stages": (set(), "a stage sees a module's parameters by name"),
+    "hub": ({"model", "config", "data"}, "the hub saves and loads a model"),
+    "tasks": ({"model", "losses", "metrics", "stages", "data", "config", "hub"}, "a task trains a model"),
+    "search": ({"model", "hub", "data"}, "search uses a model, it does not train one"),
+    "explain": ({"model", "hub", "data"}, "explaining uses a model, it does not train one"),
+    "inference": (
+        {"model", "hub", "data", "search", "explain", "config"},
+        "inference uses a model, it does not train one",
+    ),
+    "cli": (
+        {"tasks", "recipes", "data", "inference", "search", "explain", "hub", "metrics", "report", "stages"},
+        "the command line is the only entry point",
+    ),
+}
+
+# library: the only places of ours that may import it
+LIBRARIES: dict[str, tuple[str, ...]] = {
+    "pytorch_lightning": ("tasks/", "data/module.py", "cli.py"),
+    "diffusers": ("diffusion.py", "heads/generation.py"),
+    "timm": ("backbones/",),
+    "peft": ("backbones/",),
+    "torch.distributed": ("distributed.py",),
+}
+FORBIDDEN = {"lightning": "import pytorch_lightning: the two names do not mix", "pickle": "we read and write no pickle"}
+
+MODULES = sorted(path.relative_to(PACKAGE).as_posix() for path in PACKAGE.rglob("*.py"))
+
+
+def imports(path: str, source: str) -> Iterator[tuple[str, bool]]:
+    """(dotted module, inside a function) for every import statement; relative imports are made absolute."""
+    package = ["unimodal", *Path(path).parent.parts]
+
+    def walk(node: ast.AST, local: bool) -> Iterator[tuple[str, bool]]:
+        for child in ast.iter_child_nodes(node):
+            if isinstance(child, ast.Import):
+                yield from ((alias.name, local) for alias in child.names)
+            elif isinstance(child, ast.ImportFrom):
+                base = package[: len(package) - child.level + 1] if child.level else []
+                module = ".".join([*base, *([child.module] if child.module else [])])
+                # `from unimodal import model` names a module, `from torch import distributed` as well
+                yield from ((f"{module}.{alias.name}", local) for alias in child.names)
+            hook = path.endswith("__init__.py") and getattr(child, "name", "") == "__getattr__"  # PEP 562
+            inside = isinstance(child, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda) and not hook
+            yield from walk(child, local or inside)
+
+    yield from walk(ast.parse(source), False)
+
+
+def room_of(path: str) -> str:
+    return Path(path).parts[0].removesuffix(".py")
+
+
+def complaints(path: str, source: str) -> list[str]:
+    """What is wrong with the imports of one module, in words."""
+    found = []
+    room = room_of(path)
+    if room != "__init__" and room not in ROOMS:
+        return [f"unimodal/{path} is a room without a row in ROOMS: say what it may import"]
+    for module, local in imports(path, source):
+        top, _, rest = module.partition(".")
+        if top == "unimodal" and path != "__init__.py":
+            target = rest.partition(".")[0]
+            if local:
+                found.append(f"{path} imports {module} inside a function: move it to the top of the file")
+            elif target != room and target not in ROOMS[room][0] and target not in ("", "__version__"):
+                found.append(f"{path} imports unimodal.{target}: {ROOMS[room][1]}")
+        for library, places in LIBRARIES.items():
+            if f"{module}.".startswith(f"{library}.") and not path.startswith(places):
+                found.append(f"{path} imports {library}: only {', '.join(places)} may")
+        if top in FORBIDDEN:
+            found.append(f"{path} imports {top}: {FORBIDDEN[top]}")
+    return found
+
+
+@pytest.mark.parametrize("path", MODULES)
+def test_imports_go_one_way(path: str) -> None:
+    assert complaints(path, (PACKAGE / path).read_text()) == []
+
+
+def test_table_has_no_circle() -> None:
+    done: set[str] = set()
+    while len(done) < len(ROOMS):
+        free = {room for room, (needs, _) in ROOMS.items() if room not in done and needs <= done}
+        assert free, f"rooms that wait for each other: {sorted(set(ROOMS) - done)}"
+        done |= free
+
+
+@pytest.mark.parametrize(
+    ("path", "source", "message"),
+    [
+        (
+            "losses/contrastive.py",
+            "from unimodal.model import UnimodalModel",
+            "losses/contrastive.py imports unimodal.model: losses take tensors",
+        ),
+        (
+            "losses/matching.py",
+            "from ..model import UnimodalModel",
+            "losses/matching.py imports unimodal.model: losses take tensors",
+        ),
+        ("model.py", "from unimodal import losses", "model.py imports unimodal.losses: the model only composes"),
+        ("model.py", "import pytorch_lightning as pl", "model.py imports pytorch_lightning: only tasks/"),
+        ("model.py", "from torch import distributed", "model.py imports torch.distributed: only distributed.py"),
+        ("hub.py", "def load():\n    from unimodal.model import UnimodalModel", "inside a function"),
+        ("heads/__init__.py", "def helper():\n    from unimodal.heads.generation import X", "inside a function"),
+        ("helpers.py", "", "a room without a row"),
+        ("hub.py", "import pickle", "no pickle"),
+    ],
+)
+def test_wrong_imports_are_named(path: str, source: str, message: str) -> None:
+    assert any(message in line for line in complaints(path, source)), complaints(path, source)
+
+
+def test_lazy_package_hook_is_allowed() -> None:
+    assert complaints("heads/__init__.py", "def __getattr__(name):\n    from unimodal.heads.generation import X") == []
