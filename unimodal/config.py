@@ -86,7 +86,7 @@ class BridgeConfig:
         dropout: dropout of BERT's places.
         queries: learned queries per named set.
         text_branch: whether the bridge reads and writes text itself (in-bridge matching and captioning).
-        source: Hub id or local folder of a transformers BERT whose layers the bridge starts from; None starts from random numbers.
+        from_text_tower: start from the weights of the text tower, a BERT of the same width, as BLIP-2 starts from BERT.
     """
 
     width: int = 384
@@ -97,7 +97,7 @@ class BridgeConfig:
     dropout: float = 0.1
     queries: dict[str, int] = field(default_factory=lambda: {"image": 32, "text": 8})
     text_branch: bool = True
-    source: str | None = None
+    from_text_tower: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -150,6 +150,8 @@ class CaptioningConfig:
         dropout: dropout of the decoder.
         vocabulary: size of the decoder's vocabulary when it is a subset of the tokenizer's; None takes all of it.
         max_length: longest caption in tokens.
+        bos_id: token that starts a caption ([CLS] in BERT's vocabulary; BLIP-2 adds a [DEC] token).
+        eos_id: token that ends a caption ([SEP] in BERT's vocabulary).
     """
 
     kind: Literal["decoder", "bridge"] = "decoder"
@@ -159,6 +161,8 @@ class CaptioningConfig:
     dropout: float = 0.1
     vocabulary: int | None = None
     max_length: int = 40
+    bos_id: int = 101
+    eos_id: int = 102
 
 
 @dataclass(frozen=True, kw_only=True)

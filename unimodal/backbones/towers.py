@@ -1,0 +1,154 @@
+"""Two towers: any timm image encoder beside any transformers text encoder, each projected to the common token width D.
+
+Convolutional feature maps carry no position, so a fixed two-dimensional sine-cosine position (as in MAE, arXiv 2111.06377) is added to them.
+
+Legend: B batch, C tower width, T tokens, D backbone width.
+"""
+
+import hashlib
+import math
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+from huggingface_hub import hf_hub_download
+from safetensors.torch import load_file
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModel
+
+from unimodal.backbones.base import Backbone, Tokens
+from unimodal.config import TextTowerConfig, VisionTowerConfig
+
+CLASSIFIER_PREFIXES = ("classifier.", "head.", "head_drop.", "fc.", "fc_norm.")
+
+
+def sincos_positions(height: int, width: int, dim: int) -> Tensor:
+    """Fixed positions [height * width, dim]: a quarter each of sine and cosine of the row and of the column."""
+    if dim % 4:
+        raise ValueError(f"a 2-D sine-cosine position needs a width divisible by 4, got {dim}")
+    frequency = torch.exp(-math.log(10000.0) * torch.arange(dim // 4) / (dim // 4))
+    rows, columns = torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij")
+    angles = [axis.reshape(-1, 1) * frequency for axis in (rows, columns)]
+    return torch.cat([f(a) for a in angles for f in (torch.sin, torch.cos)], dim=-1)
+
+
+def sha256(path: str | Path) -> str:
+    """Hex digest of a file's content."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+class TwoTowers(Backbone):
+    """A timm image tower and a transformers text tower.
+
+    Args:
+        width: common token width D.
+        vision: the image tower's configuration.
+        text: the text tower's configuration.
+        pretrained: load the towers' first weights from their `source`; otherwise they start from random numbers.
+
+    Raises:
+        ValueError: for an unknown architecture, or weights that do not fit it (the report lists every name).
+    """
+
+    modalities = ("image", "text")
+
+    def __init__(self, *, width: int, vision: VisionTowerConfig, text: TextTowerConfig, pretrained: bool = False) -> None:
+        super().__init__()
+        self.width = width
+        self.stage = vision.stage
+        self.max_length = text.max_length
+        self.sources = {}
+        self.vision = self._build_vision(vision, pretrained)
+        self.text = self._build_text(text, pretrained)
+        with torch.no_grad():
+            self.vision.eval()
+            features, grid = self._vision_map(torch.zeros(1, 3, vision.image_size, vision.image_size))
+            self.vision.train()
+        self.vision_width = features.shape[-1]
+        positions = sincos_positions(*grid, width) if grid else torch.zeros(features.shape[1], width)
+        self.register_buffer("image_positions", positions, persistent=False)
+        self.vision_projection = nn.Sequential(nn.LayerNorm(self.vision_width), nn.Linear(self.vision_width, width))
+        self.text_projection = nn.Sequential(nn.LayerNorm(self.text.config.hidden_size), nn.Linear(self.text.config.hidden_size, width))
+        self.image_norm, self.text_norm = nn.LayerNorm(width), nn.LayerNorm(width)
+
+    def _build_vision(self, config: VisionTowerConfig, pretrained: bool) -> Any:
+        if not timm.is_model(config.name):
+            near = timm.list_models(f"*{config.name.split('_')[0]}*")[:8]
+            raise ValueError(f"vision tower {config.name!r} is not a timm architecture; near it: {', '.join(near) or 'none'}")
+        tower = timm.create_model(config.name, num_classes=0, **config.kwargs)
+        if pretrained and config.source:
+            path = config.source
+            if not Path(path).exists():
+                path = hf_hub_download(config.source, "model.safetensors", revision=config.revision)
+            weights = {name: value.float() if value.is_floating_point() else value for name, value in load_file(path).items()}
+            result = tower.load_state_dict(weights, strict=False)
+            unexpected = [name for name in result.unexpected_keys if not name.startswith(CLASSIFIER_PREFIXES)]
+            if result.missing_keys or unexpected:
+                raise ValueError(
+                    f"{config.source} does not hold the weights of timm {config.name!r}: "
+                    f"missing {result.missing_keys}, unexpected {unexpected}; give the source of the same architecture"
+                )
+            self.sources["vision"] = {"source": config.source, "revision": config.revision, "sha256": sha256(path)}
+        if config.stage is not None:
+            tower.prune_intermediate_layers([config.stage], prune_norm=True, prune_head=True)
+        return tower
+
+    def _build_text(self, config: TextTowerConfig, pretrained: bool) -> Any:
+        if pretrained and config.source:
+            tower = AutoModel.from_pretrained(config.source, revision=config.revision, dtype=torch.float32)
+            folder = Path(config.source)
+            weights = folder / "model.safetensors" if folder.is_dir() else hf_hub_download(config.source, "model.safetensors")
+            self.sources["text"] = {"source": config.source, "revision": config.revision, "sha256": sha256(weights)}
+        else:
+            tower = AutoModel.from_config(AutoConfig.for_model(config.name, **config.kwargs))
+        tower.pooler = None  # the bridge reads tokens; a pooler would be a parameter without gradient
+        return tower
+
+    def _vision_map(self, pixels: Tensor) -> tuple[Tensor, tuple[int, int] | None]:
+        """Raw tokens [B, T, C] of the image tower, and the grid they come from when it is convolutional."""
+        if self.stage is None:
+            features = self.vision.forward_features(pixels)
+        else:
+            (features,) = self.vision.forward_intermediates(pixels, indices=[self.stage], intermediates_only=True)
+        if features.ndim == 3:
+            return features, None
+        if self.stage is None and features.shape[1] != self.vision.num_features:  # channels-last architectures such as Swin
+            features = features.permute(0, 3, 1, 2)
+        height, width = features.shape[-2:]
+        return features.flatten(2).transpose(1, 2), (height, width)  # [B, C, h, w] -> [B, T, C]
+
+    def image_features(self, pixels: Tensor) -> Tensor:
+        """Raw tokens [B, T, C] of the image tower, before projection: what a feature cache stores."""
+        return self._vision_map(pixels)[0]
+
+    def image_tokens(self, features: Tensor) -> Tokens:
+        """Project raw image tokens [B, T, C] to [B, T, D]."""
+        if features.shape[1:] != (len(self.image_positions), self.vision_width):
+            raise ValueError(
+                f"image features have shape {tuple(features.shape)}, expected [B, {len(self.image_positions)}, {self.vision_width}]; "
+                "rebuild the feature cache with this backbone"
+            )
+        hidden = self.image_norm(self.vision_projection(features)) + self.image_positions
+        return Tokens(hidden, hidden.new_ones(hidden.shape[:2], dtype=torch.bool), {"image": slice(0, hidden.shape[1])})
+
+    def text_tokens(self, ids: Tensor, mask: Tensor) -> Tokens:
+        """Token ids [B, L] and their mask [B, L] -> tokens [B, L, D]."""
+        states = self.text(input_ids=ids, attention_mask=mask.long()).last_hidden_state  # [B, L, C]
+        hidden = self.text_norm(self.text_projection(states))
+        return Tokens(hidden, mask, {"text": slice(0, hidden.shape[1])})
+
+    def encode(self, batch: dict[str, Tensor]) -> dict[str, Tokens]:
+        """Tokens of the images (`image` [B, 3, S, S], or cached `image_features` [B, T, C]) and texts (`text` ids, `text_mask`) of a batch."""
+        out = {}
+        if "image_features" in batch:
+            out["image"] = self.image_tokens(batch["image_features"])
+        elif "image" in batch:
+            out["image"] = self.image_tokens(self.image_features(batch["image"]))
+        if "text" in batch:
+            out["text"] = self.text_tokens(batch["text"], batch["text_mask"])
+        return out

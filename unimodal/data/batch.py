@@ -1,0 +1,40 @@
+"""The batch contract: the keys a batch may carry, their shapes, and a check that names what is missing.
+
+Legend: B images, C captions per image (1 unless a reader says otherwise), L text length, S image side.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+Batch = dict[str, Tensor]
+
+KEYS = {
+    "image": "float [B, 3, S, S], normalised pictures",
+    "image_features": "float [B, T, C], cached features of a frozen image tower (instead of image)",
+    "text": "long [B, L], token ids",
+    "text_mask": "bool [B, L], True on real tokens",
+    "image_id": "long [B], equal for rows that show the same image; drives every multi-positive target and every false-negative mask",
+    "text_id": "long [B], the caption",
+    "negative_text": "long [B, L], token ids of a caption that is wrong for the image (a swapped attribute or relation)",
+    "negative_mask": "bool [B, L], True on real tokens; a row without a negative is all False",
+    "target": "float [B, 3, S, S] in [-1, 1], the picture to generate",
+}
+
+
+def check_batch(batch: dict[str, Any], needed: tuple[str, ...], reader: str) -> None:
+    """Refuse a batch that lacks a key `reader` needs, or whose rows do not agree.
+
+    Raises:
+        KeyError: names the missing key, what it should hold, and what the batch has.
+        ValueError: for keys of different batch size.
+    """
+    for key in needed:
+        if key == "image" and "image_features" in batch:
+            continue
+        if key not in batch:
+            raise KeyError(f"{reader} needs batch key {key!r} ({KEYS[key]}); the batch has {sorted(batch)}")
+    rows = {key: len(value) for key, value in batch.items() if torch.is_tensor(value)}
+    if len(set(rows.values())) > 1:
+        raise ValueError(f"{reader} got a batch whose keys have different numbers of rows: {rows}")

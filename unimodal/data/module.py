@@ -1,0 +1,200 @@
+"""The Lightning data module: readers in, batches out, resumable at any step.
+
+Everything random about a training sample (its place in the epoch, its caption, its mirroring) follows from (seed, epoch, index), so a resumed run
+sees exactly the batches that an uninterrupted one would have seen.
+"""
+
+import random
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytorch_lightning as pl
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from unimodal.backbones import TwoTowers
+from unimodal.config import ModelConfig
+from unimodal.data.batch import Batch
+from unimodal.data.features import FeatureCache
+from unimodal.data.pairs import Pairs
+from unimodal.data.processor import Processor
+from unimodal.data.sampler import hard_batches, random_batches
+
+SIDED = ("left", "right")  # a caption with one of these words forbids mirroring its picture
+
+
+class TrainingSamples(Dataset):
+    """Samples by (epoch, index): one picture, one of its captions, one wrong caption where the reader has them."""
+
+    def __init__(self, pairs: Pairs, processor: Processor, *, seed: int, mirror: bool, target_size: int | None, cache: FeatureCache | None):
+        self.pairs, self.processor, self.seed, self.mirror, self.target_size, self.cache = pairs, processor, seed, mirror, target_size, cache
+        self.arrays: dict[int, Tensor] = {}
+
+    def array(self, index: int) -> Tensor:
+        """The picture at the model's size, uint8 [3, S, S], decoded once."""
+        if index not in self.arrays:
+            self.arrays[index] = torch.as_tensor(self.processor.image_array(self.pairs.image(index)))
+        return self.arrays[index]
+
+    def __getitem__(self, key: tuple[int, int]) -> dict[str, Any]:
+        epoch, index = key
+        draw = random.Random(f"{self.seed}-{epoch}-{index}")
+        captions = self.pairs.captions(index)
+        chosen = draw.randrange(len(captions))
+        caption = captions[chosen]
+        wrong = self.pairs.negatives(index, chosen)
+        mirrored = self.mirror and draw.random() < 0.5 and not any(word in SIDED for word in caption.lower().split())
+        sample: dict[str, Any] = {
+            "index": index,
+            "image_id": self.pairs.image_id(index),
+            "text_id": index * 1000 + chosen,
+            "caption": caption,
+            "wrong": draw.choice(wrong) if wrong else None,
+            "mirrored": mirrored,
+        }
+        if self.cache is None or self.target_size is not None:
+            array = self.array(index)
+            sample["array"] = array.flip(-1) if mirrored else array
+        return sample
+
+    def __getitems__(self, keys: list[tuple[int, int]]) -> list[dict[str, Any]]:
+        return [self[key] for key in keys]
+
+    def collate(self, samples: list[dict[str, Any]]) -> Batch:
+        text, text_mask = self.processor.texts([s["caption"] for s in samples])
+        batch: Batch = {
+            "image_id": torch.tensor([s["image_id"] for s in samples]),
+            "text_id": torch.tensor([s["text_id"] for s in samples]),
+            "text": text,
+            "text_mask": text_mask,
+        }
+        if any(s["wrong"] is not None for s in samples):
+            batch["negative_text"], batch["negative_mask"] = self.processor.texts([s["wrong"] or s["caption"] for s in samples])
+            batch["negative_mask"][[s["wrong"] is None for s in samples]] = False
+        if self.cache is not None:
+            batch["image_features"] = self.cache.read([s["index"] for s in samples], [s["mirrored"] for s in samples])
+        else:
+            batch["image"] = self.processor.normalise(torch.stack([s["array"] for s in samples]))
+        if self.target_size is not None:
+            pixels = torch.stack([s["array"] for s in samples]).float() / 127.5 - 1  # uint8 -> [-1, 1]
+            if pixels.shape[-1] != self.target_size:
+                pixels = torch.nn.functional.interpolate(pixels, size=self.target_size, mode="bilinear", antialias=True)
+            batch["target"] = pixels
+        return batch
+
+
+class TrainingLoader:
+    """Batches of an endless run, an epoch at a time. Its state is (epoch, step); Lightning saves and restores it."""
+
+    def __init__(self, samples: TrainingSamples, *, batch_size: int, workers: int, neighbours: Tensor | None, rank: int, world: int):
+        self.samples, self.batch_size, self.workers, self.neighbours = samples, batch_size, workers, neighbours
+        self.rank, self.world = rank, world
+        self.epoch, self.step, self.resumed = 0, 0, False
+
+    def plan(self) -> list[list[tuple[int, int]]]:
+        """The epoch's batches for this rank; the global batch is cut in contiguous parts."""
+        whole = self.batch_size * self.world
+        if self.neighbours is None:
+            batches = random_batches(len(self.samples.pairs), whole, self.samples.seed, self.epoch)
+        else:
+            batches = hard_batches(self.neighbours, whole, self.samples.seed, self.epoch)
+        mine = batches[:, self.rank * self.batch_size : (self.rank + 1) * self.batch_size]
+        return [[(self.epoch, index) for index in row] for row in mine.tolist()]
+
+    def __len__(self) -> int:
+        return len(self.samples.pairs) // (self.batch_size * self.world)
+
+    def __iter__(self) -> Iterator[Batch]:
+        if not self.resumed:
+            self.step = 0
+        self.resumed = False
+        loader = DataLoader(
+            self.samples,
+            batch_sampler=self.plan()[self.step :],
+            collate_fn=self.samples.collate,
+            num_workers=self.workers,
+            generator=torch.Generator().manual_seed(0),  # or each iterator would draw a seed from the training's random state
+        )
+        for batch in loader:
+            self.step += 1
+            yield batch
+        self.epoch += 1
+
+    def state_dict(self) -> dict[str, int]:
+        return {"epoch": self.epoch, "step": self.step}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        self.epoch, self.step, self.resumed = state["epoch"], state["step"], True
+        if self.step == len(self):
+            self.epoch, self.step = self.epoch + 1, 0
+
+
+class PairData(pl.LightningDataModule):
+    """Image-text pairs for training and evaluation.
+
+    Args:
+        train: training split.
+        val: validation split.
+        test: test split.
+        tokenizer: a local folder or Hub id of a tokenizer, or `scenes` for the embedded one.
+        batch_size: images per step and rank, one caption each.
+        seed: what every random choice of the data follows from.
+        mirror: mirror pictures at random, except where the caption says left or right.
+        feature_cache: folder of the frozen image tower's cached tokens; None runs the tower each time.
+        target_size: side of the picture to generate; None leaves the target out.
+        workers: loader processes.
+    """
+
+    def __init__(
+        self,
+        train: Pairs | None = None,
+        val: Pairs | None = None,
+        test: Pairs | None = None,
+        tokenizer: str = "scenes",
+        batch_size: int = 64,
+        seed: int = 0,
+        mirror: bool = False,
+        feature_cache: str | None = None,
+        target_size: int | None = None,
+        workers: int = 0,
+    ) -> None:
+        super().__init__()
+        self.train, self.val, self.test = train, val, test
+        self.tokenizer, self.batch_size, self.seed, self.mirror = tokenizer, batch_size, seed, mirror
+        self.feature_cache, self.target_size, self.workers = feature_cache, target_size, workers
+        self.neighbours: Tensor | None = None
+        self.processor: Processor | None = None
+        self.caches: dict[str, FeatureCache] = {}
+
+    def bind(self, config: ModelConfig, backbone: TwoTowers) -> Processor:
+        """Fit the preprocessing to a model, and open (or build) the feature cache of its image tower."""
+        vision = config.backbone.vision
+        self.processor = Processor.create(
+            self.tokenizer, image_size=vision.image_size, mean=vision.mean, std=vision.std, max_length=config.backbone.text.max_length
+        )
+        if self.feature_cache is not None:
+            for split, pairs in (("train", self.train), ("val", self.val), ("test", self.test)):
+                if pairs is not None and split not in self.caches:
+                    mirror = self.mirror and split == "train"
+                    self.caches[split] = FeatureCache(Path(self.feature_cache), pairs, backbone, self.processor, mirror=mirror)
+        return self.processor
+
+    def train_dataloader(self) -> TrainingLoader:
+        if self.train is None:
+            raise ValueError("training needs data.train; name a reader, for example {class_path: unimodal.data.Scenes, init_args: {split: train}}")
+        if self.processor is None:
+            raise RuntimeError("PairData.bind(config, backbone) must run before its loaders are made")
+        samples = TrainingSamples(
+            self.train,
+            self.processor,
+            seed=self.seed,
+            mirror=self.mirror,
+            target_size=self.target_size,
+            cache=self.caches.get("train"),
+        )
+        rank, world = (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
+        return TrainingLoader(
+            samples, batch_size=self.batch_size, workers=self.workers, neighbours=self.neighbours, rank=rank, world=world
+        )

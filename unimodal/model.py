@@ -1,0 +1,193 @@
+"""The model: one backbone, one bridge, separate heads. Composition only: no losses, no tokenizer, no files.
+
+Legend: B images, M texts, P pairs, T tokens, L text length, N queries, D backbone width, W bridge width, E embedding width.
+"""
+
+import dataclasses
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from unimodal import heads
+from unimodal.backbones import TwoTowers
+from unimodal.bridge import QFormer
+from unimodal.config import ModelConfig
+
+
+class ImageState(NamedTuple):
+    """What the model read from B images: backbone tokens [B, T, D], their mask, and bridged tokens [B, N, W]."""
+
+    tokens: Tensor
+    mask: Tensor
+    bridged: Tensor
+
+    def select(self, index: Tensor) -> "ImageState":
+        return ImageState(*(part[index] for part in self))
+
+
+class TextState(NamedTuple):
+    """What the model read from M texts: ids and mask [M, L], backbone tokens [M, L, D] and bridged tokens [M, N, W]."""
+
+    ids: Tensor
+    mask: Tensor
+    tokens: Tensor
+    bridged: Tensor
+
+    def select(self, index: Tensor) -> "TextState":
+        return TextState(*(part[index] for part in self))
+
+
+class UnimodalModel(nn.Module):
+    """One shared backbone and bridge with separate heads for embedding, matching, captioning and generation.
+
+    Args:
+        config: what to build; see `unimodal.config.ModelConfig`. A head set to None is absent.
+        pretrained: start the towers from their sources' weights, and the bridge from the text tower's where the configuration says so.
+    """
+
+    def __init__(self, config: ModelConfig, *, pretrained: bool = False) -> None:
+        super().__init__()
+        self.config = config
+        backbone, bridge, embedding = config.backbone, config.bridge, config.embedding
+        self.backbone = TwoTowers(width=backbone.width, vision=backbone.vision, text=backbone.text, pretrained=pretrained)
+        text_config = self.backbone.text.config
+        self.pad_id: int = text_config.pad_token_id or 0
+        self.bridge = QFormer(
+            width=bridge.width,
+            layers=bridge.layers,
+            heads=bridge.heads,
+            intermediate=bridge.intermediate,
+            memory_width=backbone.width,
+            cross_attention_every=bridge.cross_attention_every,
+            dropout=bridge.dropout,
+            queries=bridge.queries,
+            vocab_size=text_config.vocab_size if bridge.text_branch else None,
+        )
+        if pretrained and bridge.from_text_tower:
+            self.bridge.load_bert(self.backbone.text.state_dict())
+        shared = {"width": bridge.width, "backbone_width": backbone.width, "dim": embedding.dim, "gate": embedding.gate}
+        self.heads = nn.ModuleDict()
+        self.heads["image_embedding"] = heads.EmbeddingHead(pool=embedding.pool, **shared)
+        self.heads["text_embedding"] = heads.EmbeddingHead(pool="attention" if embedding.pool == "query" else embedding.pool, **shared)
+        self.log_scale = nn.Parameter(torch.tensor(math.log(embedding.scale)))
+        if (matching := config.matching) is not None:
+            if matching.kind == "bridge":
+                self.heads["matching"] = heads.BridgeMatchingHead(width=bridge.width)
+            else:
+                self.heads["matching"] = heads.CachedMatchingHead(
+                    width=bridge.width,
+                    text_width=backbone.width,
+                    hidden=matching.hidden,
+                    layers=matching.layers,
+                    heads=matching.heads,
+                    dropout=matching.dropout,
+                )
+        if (captioning := config.captioning) is not None:
+            ids = {"bos_id": captioning.bos_id, "eos_id": captioning.eos_id, "pad_id": self.pad_id, "max_length": captioning.max_length}
+            vocabulary = {"vocab_size": captioning.vocabulary or text_config.vocab_size}
+            if captioning.kind == "bridge":
+                self.heads["captioning"] = heads.BridgeCaptioner(**ids)
+            else:
+                self.heads["captioning"] = heads.CaptionDecoder(
+                    width=bridge.width,
+                    hidden=captioning.hidden,
+                    layers=captioning.layers,
+                    heads=captioning.heads,
+                    dropout=captioning.dropout,
+                    **ids,
+                    **vocabulary,
+                )
+        if config.generation is not None:
+            self.heads["generation"] = heads.GenerationHead(
+                condition_width=bridge.width, **{f.name: getattr(config.generation, f.name) for f in dataclasses.fields(config.generation)}
+            )
+
+    # Reading: once per image and once per text, whatever the heads do with it.
+
+    def encode_image(self, pixels: Tensor | None = None, *, features: Tensor | None = None) -> ImageState:
+        """Read images from pixels [B, 3, S, S], or from the image tower's cached features [B, T, C]."""
+        if features is None:
+            if pixels is None:
+                raise ValueError("encode_image needs pixels or cached features, got neither")
+            features = self.backbone.image_features(pixels)
+        hidden, mask, _ = self.backbone.image_tokens(features)
+        return ImageState(hidden, mask, self.bridge.read("image", hidden, mask))
+
+    def encode_text(self, ids: Tensor, mask: Tensor) -> TextState:
+        """Read texts: token ids and mask, both [M, L]."""
+        hidden, mask, _ = self.backbone.text_tokens(ids, mask)
+        return TextState(ids, mask, hidden, self.bridge.read("text", hidden, mask))
+
+    def head(self, name: str) -> nn.Module:
+        """A head by name; a model without it says which it has."""
+        if name not in self.heads:
+            raise ValueError(f"this model has no {name} head; it has: {', '.join(self.heads)}. Give its configuration to train one")
+        return self.heads[name]
+
+    # Retrieval embedding.
+
+    def image_embedding(self, state: ImageState) -> Tensor:
+        """Unit vectors [B, E], or [B, N, E] where the head pools per query."""
+        return self.heads["image_embedding"](state.bridged, state.tokens, state.mask)
+
+    def text_embedding(self, state: TextState) -> Tensor:
+        """Unit vectors [M, E]."""
+        return self.heads["text_embedding"](state.bridged, state.tokens, state.mask)
+
+    @property
+    def scale(self) -> Tensor:
+        """The learned inverse temperature, at most 100 (CLIP, arXiv 2103.00020)."""
+        return self.log_scale.clamp(max=math.log(100.0)).exp()
+
+    # Matching.
+
+    def match(self, image: ImageState, text: TextState, image_index: Tensor, text_index: Tensor) -> Tensor:
+        """Match logits [P] of pairs (image_index[p], text_index[p]); what an image needs is projected once and gathered per pair."""
+        head = self.head("matching")
+        if isinstance(head, heads.BridgeMatchingHead):
+            memory = self.bridge.project_memory(image.tokens, image.mask).select(image_index)
+            pair = text.select(text_index)
+            return head(self.bridge.match("image", pair.ids, pair.mask, memory))
+        return head(text.tokens[text_index], text.mask[text_index], head.project_images(image.bridged).select(image_index))
+
+    # Captioning.
+
+    def caption_logits(self, image: ImageState, ids: Tensor) -> Tensor:
+        """Next-token logits [B, L, V] of captions `ids` [B, L] under teacher forcing."""
+        head = self.head("captioning")
+        if isinstance(head, heads.BridgeCaptioner):
+            return head(self.bridge, ids, image.tokens, image.mask)
+        return head(ids, image.bridged)
+
+    @torch.no_grad()
+    def caption(self, image: ImageState, **options) -> list[list[int]]:
+        """Token ids of a caption per image; options as in `unimodal.heads.CaptionDecoder.generate`."""
+        head = self.head("captioning")
+        if isinstance(head, heads.BridgeCaptioner):
+            return head.generate(self.bridge, image.tokens, image.mask, **options)
+        return head.generate(image.bridged, **options)
+
+    # Generation.
+
+    def generation_condition(self, text: TextState, replaced: float = 1.0) -> Tensor:
+        """Conditioning tokens [M, N, W]: generation queries that read the text.
+
+        Args:
+            text: the prompts.
+            replaced: probability p that a position holds its learned query; otherwise it holds the caption's token embedding. Raising p to 1
+                during training hands the conditioning over from the text to the queries (OmniBridge, arXiv 2509.19018). Positions beyond
+                a caption always hold their query; at p = 1 the caption's embeddings take no part.
+        """
+        if "generate" not in self.bridge.query_sets:
+            raise ValueError(f"the bridge has no query set 'generate'; it has: {', '.join(self.bridge.query_sets)}")
+        queries = self.bridge.query_sets["generate"]  # [N, W]
+        if replaced >= 1:
+            return self.bridge.read("generate", text.tokens, text.mask)
+        length = min(len(queries), text.ids.shape[1])
+        embedded = self.bridge.embed_text(text.ids[:, :length])  # [M, length, W]
+        keep_text = text.mask[:, :length] & (torch.rand(embedded.shape[:2], device=embedded.device) >= replaced)
+        inputs = queries.expand(len(embedded), -1, -1).clone()
+        inputs[:, :length] = torch.where(keep_text[..., None], embedded, inputs[:, :length])
+        return self.bridge.read("generate", text.tokens, text.mask, inputs=inputs)
