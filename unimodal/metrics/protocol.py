@@ -1,0 +1,168 @@
+"""What a number means, carried beside the number.
+
+"R@1" is not one metric: gallery size, captions per image, hit rate or recall, and the depth of reranking each move it
+by more than the gap between two papers (COCO 1K against 5K: 15 to 25 points). So every result holds a `Protocol`, and
+one table never mixes two.
+"""
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, fields, replace
+from typing import Any, Literal
+
+Combine = Literal["replace", "sum"]
+
+# How the gallery was searched, as opposed to what was asked of which data: the only fields that a table may let differ.
+SEARCH_FIELDS = ("stage", "k", "combine")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Protocol:
+    """The conditions under which a result was measured.
+
+    Args:
+        dataset, split: their names, as people say them.
+        fingerprint: hash of the split's keys and captions; two splits of one name are not one split.
+        images, captions: sizes, each the gallery of one direction and the queries of the other.
+        captions_per_image: None where images have different numbers of captions.
+        folds: 1, or the number of blocks of that size whose results were averaged.
+        stage: "first" (embeddings or one pass over all pairs), "reranked", or None where nothing is searched.
+        k, combine: depth of reranking, and whether the pair score replaces the first score or is added to it.
+        rule: how one answer is judged. "hit" in retrieval; caption metrics write their tokenizer here.
+
+    Raises:
+        ValueError: for sizes that contradict each other, or a depth without reranking (and the reverse).
+    """
+
+    dataset: str
+    split: str
+    fingerprint: str
+    images: int
+    captions: int
+    captions_per_image: int | None = None
+    folds: int = 1
+    stage: Literal["first", "reranked"] | None = "first"
+    k: int | None = None
+    combine: Combine | None = None
+    rule: str = "hit"
+
+    def __post_init__(self) -> None:
+        if self.images < 1 or self.captions < 1:
+            raise ValueError(
+                f"got {self.images} images and {self.captions} captions; a protocol needs at least one of each"
+            )
+        each = self.captions_per_image
+        if each is not None and self.images * each != self.captions:
+            raise ValueError(
+                f"got {self.images} images x {each} captions per image, which is not {self.captions} captions; "
+                "correct the counts, or pass captions_per_image=None if images have different numbers"
+            )
+        if self.stage not in ("first", "reranked", None):
+            raise ValueError(f"got stage {self.stage!r}; expected 'first', 'reranked' or None")
+        if self.stage == "reranked" and (self.k is None or self.k < 1 or self.combine not in ("replace", "sum")):
+            raise ValueError(
+                f"got k={self.k}, combine={self.combine!r}; "
+                "a reranked result needs k >= 1 and combine 'replace' or 'sum'"
+            )
+        if self.stage != "reranked" and (self.k, self.combine) != (None, None):
+            raise ValueError(
+                f"got k={self.k}, combine={self.combine!r} at stage {self.stage!r}; only stage 'reranked' has them"
+            )
+
+    def reranked(self, k: int, combine: Combine) -> "Protocol":
+        """The same question, asked of the first stage's top k again."""
+        return replace(self, stage="reranked", k=k, combine=combine)
+
+    def label(self) -> str:
+        """One line to print beside a number."""
+        each = "" if self.captions_per_image is None else f" ({self.captions_per_image} per image)"
+        parts = [
+            f"{self.dataset} {self.split} [{self.fingerprint}]",
+            f"{self.images} images, {self.captions} captions{each}",
+            f"rule: {self.rule}",
+        ]
+        if self.folds > 1:
+            parts.append(f"mean of {self.folds} folds")
+        if self.stage == "first":
+            parts.append("first stage")
+        elif self.stage == "reranked":
+            parts.append(f"reranked top {self.k} ({self.combine})")
+        return "; ".join(parts)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Result:
+    """Numbers under a protocol. Subclasses add one float field per number, or override `scores`."""
+
+    protocol: Protocol
+
+    def scores(self) -> dict[str, float]:
+        return {f.name: getattr(self, f.name) for f in fields(self) if f.name != "protocol"}
+
+    def to_dict(self) -> dict[str, Any]:
+        return {"protocol": asdict(self.protocol), **self.scores()}
+
+
+def require_alike(protocols: Sequence[Protocol], vary: Sequence[str] = ()) -> None:
+    """Refuses protocols that differ in any field outside `vary`.
+
+    Raises:
+        ValueError: naming each field that differs, with the values met.
+    """
+    not_search = sorted(set(vary) - set(SEARCH_FIELDS))
+    if not_search:
+        raise ValueError(
+            f"got vary={not_search}; only {list(SEARCH_FIELDS)} may differ between results: "
+            "the other fields say what was measured"
+        )
+    different = []
+    for field in fields(Protocol):
+        values = list(dict.fromkeys(getattr(p, field.name) for p in protocols))
+        if len(values) > 1 and field.name not in vary:
+            different.append(f"{field.name}: " + " / ".join(map(repr, values)))
+    if different:
+        raise ValueError(
+            "results under unlike protocols do not compare: "
+            + "; ".join(different)
+            + f". Print them in separate tables, or name those of {list(SEARCH_FIELDS)} that may differ in `vary`"
+        )
+
+
+def results_table(rows: Sequence[tuple[str, Result]], *, vary: Sequence[str] = (), digits: int = 2) -> str:
+    """A Markdown table of named results, headed by the protocol that they share.
+
+    Args:
+        rows: (name, result) pairs, one row each, in this order.
+        vary: protocol fields among "stage", "k" and "combine" that may differ; each becomes a column.
+        digits: decimals.
+
+    Raises:
+        ValueError: without rows, for unlike protocols, or for results that hold different numbers.
+    """
+    if not rows:
+        raise ValueError("got no results; a table needs at least one (name, result) pair")
+    results = [result for _, result in rows]
+    require_alike([result.protocol for result in results], vary)
+    columns = list(results[0].scores())
+    for name, result in rows:
+        if list(result.scores()) != columns:
+            raise ValueError(
+                f"got {list(result.scores())} for {name!r}; expected the columns of the first row, {columns}"
+            )
+
+    shared = results[0].protocol
+    if vary:  # what varies stands in the rows, not in the heading
+        shared = replace(shared, stage=None, k=None, combine=None)
+    lines = [
+        f"Protocol: {shared.label()}",
+        "",
+        _row(["", *vary, *columns]),
+        _row(["---"] * (1 + len(vary)) + ["---:"] * len(columns)),
+    ]
+    for name, result in rows:
+        searched = ["-" if (value := getattr(result.protocol, f)) is None else str(value) for f in vary]
+        lines.append(_row([name, *searched, *(f"{value:.{digits}f}" for value in result.scores().values())]))
+    return "\n".join(lines)
+
+
+def _row(cells: Sequence[str]) -> str:
+    return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
