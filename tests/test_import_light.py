@@ -1,4 +1,4 @@
-"""`import unimodal` is cheap: in a fresh interpreter it loads no training framework, no diffusion library and no model zoo."""
+"""`import unimodal` is cheap: in a fresh interpreter it loads no training framework, no diffusion library, no zoo."""
 
 import subprocess
 import sys
