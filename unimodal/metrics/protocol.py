@@ -102,37 +102,33 @@ class Result:
         return {"protocol": asdict(self.protocol), **self.scores()}
 
 
-def require_alike(protocols: Sequence[Protocol], vary: Sequence[str] = ()) -> None:
-    """Refuses protocols that differ in any field outside `vary`.
+def require_alike(protocols: Sequence[Protocol], *, any_search: bool = False) -> None:
+    """Refuses results that do not compare.
+
+    Args:
+        any_search: let stage, k and combine differ: the same question to the same data, searched in different ways.
 
     Raises:
         ValueError: naming each field that differs, with the values met.
     """
-    not_search = sorted(set(vary) - set(SEARCH_FIELDS))
-    if not_search:
-        raise ValueError(
-            f"got vary={not_search}; only {list(SEARCH_FIELDS)} may differ between results: "
-            "the other fields say what was measured"
-        )
     different = []
     for field in fields(Protocol):
         values = list(dict.fromkeys(getattr(p, field.name) for p in protocols))
-        if len(values) > 1 and field.name not in vary:
+        if len(values) > 1 and not (any_search and field.name in SEARCH_FIELDS):
             different.append(f"{field.name}: " + " / ".join(map(repr, values)))
     if different:
         raise ValueError(
-            "results under unlike protocols do not compare: "
-            + "; ".join(different)
-            + f". Print them in separate tables, or name those of {list(SEARCH_FIELDS)} that may differ in `vary`"
+            f"results under unlike protocols do not compare: {'; '.join(different)}. Print them in separate tables; "
+            "where stage, k and combine are the question, pass any_search=True"
         )
 
 
-def results_table(rows: Sequence[tuple[str, Result]], *, vary: Sequence[str] = (), digits: int = 2) -> str:
+def results_table(rows: Sequence[tuple[str, Result]], *, any_search: bool = False, digits: int = 2) -> str:
     """A Markdown table of named results, headed by the protocol that they share.
 
     Args:
         rows: (name, result) pairs, one row each, in this order.
-        vary: protocol fields among "stage", "k" and "combine" that may differ; each becomes a column.
+        any_search: let stage, k and combine differ, and print them as columns.
         digits: decimals.
 
     Raises:
@@ -140,27 +136,27 @@ def results_table(rows: Sequence[tuple[str, Result]], *, vary: Sequence[str] = (
     """
     if not rows:
         raise ValueError("got no results; a table needs at least one (name, result) pair")
-    results = [result for _, result in rows]
-    require_alike([result.protocol for result in results], vary)
-    columns = list(results[0].scores())
+    shared = rows[0][1].protocol
+    columns = list(rows[0][1].scores())
+    require_alike([result.protocol for _, result in rows], any_search=any_search)
     for name, result in rows:
         if list(result.scores()) != columns:
             raise ValueError(
                 f"got {list(result.scores())} for {name!r}; expected the columns of the first row, {columns}"
             )
 
-    shared = results[0].protocol
-    if vary:  # what varies stands in the rows, not in the heading
+    search = SEARCH_FIELDS if any_search else ()
+    if any_search:  # how each row was searched stands in the row
         shared = replace(shared, stage=None, k=None, combine=None)
     lines = [
         f"Protocol: {shared.label()}",
         "",
-        _row(["", *vary, *columns]),
-        _row(["---"] * (1 + len(vary)) + ["---:"] * len(columns)),
+        _row(["", *search, *columns]),
+        _row(["---"] * (1 + len(search)) + ["---:"] * len(columns)),
     ]
     for name, result in rows:
-        searched = ["-" if (value := getattr(result.protocol, f)) is None else str(value) for f in vary]
-        lines.append(_row([name, *searched, *(f"{value:.{digits}f}" for value in result.scores().values())]))
+        how = ["-" if (value := getattr(result.protocol, field)) is None else str(value) for field in search]
+        lines.append(_row([name, *how, *(f"{value:.{digits}f}" for value in result.scores().values())]))
     return "\n".join(lines)
 
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import ArrayLike
 
-from .protocol import SEARCH_FIELDS, Protocol, Result, require_alike
+from .protocol import Protocol, Result, require_alike
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -98,7 +98,7 @@ def paired_test(
     Raises:
         ValueError: as `bootstrap_interval`, for runs of different lengths, or for unlike protocols.
     """
-    require_alike(protocols, vary=SEARCH_FIELDS)
+    require_alike(protocols, any_search=True)
     a, b = np.asarray(a, dtype=np.float64), np.asarray(b, dtype=np.float64)
     if a.shape != b.shape:
         raise ValueError(
