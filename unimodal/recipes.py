@@ -1,7 +1,7 @@
 """Find a recipe by name: `quickstart/schedule` -> the YAML file, in a clone and in an installed wheel alike.
 
 A recipe is a YAML file under `tasks/`, named by its path there without the suffix. The wheel carries that folder as
-`unimodal/_recipes`, beside `unimodal/configs`, so that a recipe's relative includes (`../../configs/...`) hold there too.
+`unimodal/_recipes`, beside `unimodal/configs`, so that relative includes (`../../configs/...`) hold there too.
 """
 
 import difflib
