@@ -1,0 +1,448 @@
+"""Proves each loss on one process: against plain loops in float64 (to 1e-10), values worked out by hand, gradcheck, and
+the errors a user meets. What happens across ranks is proved in test_distributed.py."""
+
+import math
+from functools import partial
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd import gradcheck
+
+from unimodal.losses import (
+    caption_loss,
+    conditioning_loss,
+    flow_matching_loss,
+    info_nce,
+    matching_loss,
+    matryoshka,
+    sample_hard_negatives,
+    sigmoid_loss,
+    similarity,
+)
+
+IDS = torch.tensor([7, 3, 7, 5])  # rows 0 and 2 show the same image
+
+
+def unit(*shape: int, dtype: torch.dtype = torch.float64) -> Tensor:
+    return F.normalize(torch.randn(*shape, dtype=dtype), dim=-1)
+
+
+def close(a: Tensor | float, b: Tensor | float, tolerance: float = 1e-10) -> bool:
+    return abs(float(a) - float(b)) <= tolerance
+
+
+# --- InfoNCE ----------------------------------------------------------------------------------------------------------
+
+
+def loop_scores(image: Tensor, text: Tensor) -> list[list[float]]:
+    """Best inner product of any query of image i with text j, one number at a time."""
+    queries = image if image.dim() == 3 else image[:, None]
+    return [
+        [max(sum(float(a) * float(b) for a, b in zip(query, t)) for query in image_queries) for t in text]
+        for image_queries in queries
+    ]
+
+
+def loop_info_nce(image, text, image_id, text_image_id, scale: float, smoothing: float) -> float:
+    scores = loop_scores(image, text)
+    total = 0.0
+    for rows, columns, score in (
+        (image_id, text_image_id, lambda i, j: scale * scores[i][j]),
+        (text_image_id, image_id, lambda i, j: scale * scores[j][i]),
+    ):
+        direction = 0.0
+        for i in range(len(rows)):
+            log_sum = math.log(sum(math.exp(score(i, j)) for j in range(len(columns))))
+            positives = sum(int(rows[i] == columns[j]) for j in range(len(columns)))
+            for j in range(len(columns)):
+                target = (1 - smoothing) * float(rows[i] == columns[j]) / positives + smoothing / len(columns)
+                direction -= target * (score(i, j) - log_sum)
+        total += direction / len(rows)
+    return total / 2
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+@pytest.mark.parametrize("shape", [(4, 6), (4, 3, 6)], ids=["vector", "per-query"])
+def test_info_nce_equals_the_double_loop(shape, smoothing):
+    image, text = unit(*shape), unit(4, 6)
+    value = info_nce(image, text, IDS, scale=9.0, label_smoothing=smoothing)
+    assert value.dtype == torch.float64
+    assert close(value, loop_info_nce(image, text, IDS, IDS, 9.0, smoothing))
+
+
+def test_info_nce_takes_more_texts_than_images():
+    image, text = unit(3, 6), unit(5, 6)
+    image_id, text_image_id = torch.tensor([1, 2, 3]), torch.tensor([1, 1, 2, 3, 3])
+    value = info_nce(image, text, image_id, text_image_id, scale=4.0, label_smoothing=0.2)
+    assert close(value, loop_info_nce(image, text, image_id, text_image_id, 4.0, 0.2))
+
+
+def test_info_nce_golden_two_by_two():
+    """Orthogonal pairs at scale 2: each row is softmax(2, 0), so the loss is log(1 + e^-2)."""
+    eye = torch.eye(2, dtype=torch.float64)
+    assert close(info_nce(eye, eye, torch.tensor([0, 1]), scale=2.0), math.log(1 + math.exp(-2)))
+    # One image twice: both columns are right for every row, the target is (1/2, 1/2), the loss log(1 + e^-2) + 1.
+    assert close(info_nce(eye, eye, torch.tensor([4, 4]), scale=2.0), math.log(1 + math.exp(-2)) + 1)
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+def test_with_unique_ids_info_nce_is_the_loss_of_clip(smoothing):
+    image, text = unit(5, 8), unit(5, 8)
+    logits, diagonal = 14.0 * image @ text.T, torch.arange(5)
+    expected = F.cross_entropy(logits, diagonal, label_smoothing=smoothing)
+    expected = (expected + F.cross_entropy(logits.T, diagonal, label_smoothing=smoothing)) / 2
+    assert close(info_nce(image, text, torch.tensor([9, 4, 6, 1, 0]), scale=14.0, label_smoothing=smoothing), expected)
+
+
+def test_one_query_per_image_is_the_vector_form():
+    image, text = unit(4, 6), unit(4, 6)
+    assert info_nce(image[:, None], text, IDS, scale=5.0) == info_nce(image, text, IDS, scale=5.0)
+
+
+@pytest.mark.parametrize("shape", [(4, 5), (4, 3, 5)], ids=["vector", "per-query"])
+def test_info_nce_gradient(shape):
+    inputs = (unit(*shape), unit(4, 5), torch.tensor(3.0, dtype=torch.float64))
+    assert gradcheck(
+        lambda image, text, scale: info_nce(image, text, IDS, scale=scale, label_smoothing=0.1),
+        [x.requires_grad_() for x in inputs],
+    )
+
+
+def test_similarity_is_float32_under_autocast():
+    image, text = unit(4, 3, 64, dtype=torch.float32), unit(4, 64, dtype=torch.float32)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert (image[:, 0] @ text.T).dtype == torch.bfloat16  # autocast is on, and would have rounded
+        inside = similarity(image, text)
+        losses = info_nce(image, text, IDS, scale=100.0), sigmoid_loss(image, text, IDS, scale=100.0, bias=-10.0)
+    assert inside.dtype == torch.float32 and torch.equal(inside, similarity(image, text))
+    assert torch.equal(losses[0], info_nce(image, text, IDS, scale=100.0))
+    assert torch.equal(losses[1], sigmoid_loss(image, text, IDS, scale=100.0, bias=-10.0))
+    half = image.bfloat16(), text.bfloat16()
+    assert torch.equal(similarity(*half), similarity(half[0].float(), half[1].float()))
+
+
+@pytest.mark.parametrize("loss", [partial(info_nce, scale=1.0), partial(sigmoid_loss, scale=1.0, bias=0.0)])
+def test_contrastive_errors_name_both_shapes(loss):
+    with pytest.raises(ValueError, match=r"image embeddings \(4, 6\) and text embeddings \(4, 5\).*same E"):
+        loss(unit(4, 6), unit(4, 5), IDS)
+    with pytest.raises(ValueError, match=r"image embeddings \(4, 6\) and text embeddings \(4, 2, 6\)"):
+        loss(unit(4, 6), unit(4, 2, 6), IDS)
+    with pytest.raises(ValueError, match=r"image_id of shape \(3,\) for embeddings \(4, 6\).*one id per row"):
+        loss(unit(4, 6), unit(4, 6), IDS[:3])
+    with pytest.raises(
+        ValueError, match=r"text_image_id \(default: image_id\) of shape \(4,\) for embeddings \(5, 6\)"
+    ):
+        loss(unit(4, 6), unit(5, 6), IDS)
+
+
+def test_info_nce_refuses_rows_without_a_partner():
+    with pytest.raises(ValueError, match="The image at row 1 of the batch has no text with its image id"):
+        info_nce(unit(3, 6), unit(2, 6), torch.tensor([1, 2, 3]), torch.tensor([1, 3]), scale=1.0)
+    with pytest.raises(ValueError, match="The text at row 2 of the batch has no image with its image id"):
+        info_nce(unit(2, 6), unit(3, 6), torch.tensor([1, 3]), torch.tensor([1, 3, 2]), scale=1.0)
+
+
+# --- Sigmoid ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("shape", [(4, 6), (4, 3, 6)], ids=["vector", "per-query"])
+def test_sigmoid_equals_the_double_loop(shape):
+    image, text = unit(*shape), unit(5, 6)
+    text_image_id = torch.tensor([7, 3, 5, 5, 8])  # two texts for row 3, one text of no image here
+    scores, expected = loop_scores(image, text), 0.0
+    for i in range(4):
+        for j in range(5):
+            sign = 1.0 if IDS[i] == text_image_id[j] else -1.0
+            expected += math.log(1 + math.exp(-sign * (10 * scores[i][j] - 2.71)))
+    assert close(sigmoid_loss(image, text, IDS, text_image_id, scale=10.0, bias=-2.71), expected / 4)
+
+
+def test_sigmoid_golden_values():
+    one, eye = torch.tensor([[1.0, 0.0]], dtype=torch.float64), torch.eye(2, dtype=torch.float64)
+    # A single pair of cosine 1: -log sigmoid(scale + bias).
+    assert close(sigmoid_loss(one, one, torch.tensor([0]), scale=3.0, bias=-1.0), math.log(1 + math.exp(-2)))
+    # Orthogonal pairs: per row a positive at 3 - 1 and a negative at -1. Divided by 2 rows, not by 4 pairs.
+    expected = math.log(1 + math.exp(-2)) + math.log(1 + math.exp(-1))
+    assert close(sigmoid_loss(eye, eye, torch.tensor([0, 1]), scale=3.0, bias=-1.0), expected)
+
+
+def test_sigmoid_starts_near_ten_whatever_the_batch():
+    """At scale 10 and bias -10 random pairs cost about 10 per positive and next to nothing per negative."""
+    for batch in (16, 128):
+        image, text = unit(batch, 256), unit(batch, 256)
+        assert 9.5 < sigmoid_loss(image, text, torch.arange(batch), scale=10.0, bias=-10.0) < 10.5
+
+
+def test_sigmoid_gradient():
+    inputs = (unit(4, 5), unit(4, 5), torch.tensor(3.0).double(), torch.tensor(-2.0).double())
+    assert gradcheck(
+        lambda image, text, scale, bias: sigmoid_loss(image, text, IDS, scale=scale, bias=bias),
+        [x.requires_grad_() for x in inputs],
+    )
+
+
+# --- Matching ---------------------------------------------------------------------------------------------------------
+
+
+def test_hard_negatives_never_show_the_same_image():
+    """Even where the same image is by far the most similar."""
+    ids = torch.tensor([0, 0, 1, 2, 2, 2])
+    scores = 1000.0 * (ids[:, None] == ids[None, :]).float()
+    for _ in range(200):
+        text_index, image_index = sample_hard_negatives(scores, ids, ids)
+        assert (ids[text_index] != ids).all() and (ids[image_index] != ids).all()
+
+
+def chi_square(drawn: Tensor, probability: Tensor) -> float:
+    expected = probability * len(drawn)
+    observed = torch.bincount(drawn, minlength=len(probability))
+    possible = expected > 0
+    assert (observed[~possible] == 0).all()
+    return float(((observed - expected)[possible] ** 2 / expected[possible]).sum())
+
+
+def test_hard_negatives_follow_the_softmax():
+    """20,000 equal rows are 20,000 draws. Column 0 is their own image, which leaves 5 candidates, 4 degrees of freedom:
+    one honest sampler in a thousand passes 18.47."""
+    draws, limit = 20_000, 18.47
+    generator = torch.Generator().manual_seed(0)
+    row = torch.tensor([9.0, 0.0, 1.0, -1.0, 2.0, 0.5])
+    few, many = torch.arange(6), torch.zeros(draws, dtype=torch.long)
+    other = torch.tensor([99])  # gives text 0 a negative
+    expected = torch.cat([torch.zeros(1), row[1:].softmax(0)])
+
+    scores = torch.cat([row.expand(draws, 6), torch.zeros(1, 6)])
+    text_index, _ = sample_hard_negatives(scores, torch.cat([many, other]), few, generator)
+    assert chi_square(text_index[:draws], expected) < limit
+    _, image_index = sample_hard_negatives(scores.T, few, torch.cat([many, other]), generator)
+    assert chi_square(image_index[:draws], expected) < limit
+    assert chi_square(text_index[:draws], torch.tensor([0, 0.2, 0.2, 0.2, 0.2, 0.2])) > limit  # the test can fail
+
+
+def test_hard_negatives_repeat_with_the_generator():
+    scores, ids = torch.randn(16, 16), torch.arange(16)
+    first, again, other = (
+        sample_hard_negatives(scores, ids, ids, torch.Generator().manual_seed(seed)) for seed in (1, 1, 2)
+    )
+    assert all(torch.equal(a, b) for a, b in zip(first, again))
+    assert not all(torch.equal(a, b) for a, b in zip(first, other))
+
+
+def test_hard_negatives_carry_no_gradient_and_take_bfloat16():
+    scores, ids = torch.randn(4, 4, dtype=torch.bfloat16, requires_grad=True), torch.arange(4)
+    assert all(
+        not index.is_floating_point() and not index.requires_grad for index in sample_hard_negatives(scores, ids, ids)
+    )
+
+
+def test_hard_negatives_need_two_images():
+    with pytest.raises(
+        ValueError, match=r"image at row 0 \(image id 5\) has no negative: all 1 texts.*at least two different"
+    ):
+        sample_hard_negatives(torch.zeros(1, 1), torch.tensor([5]), torch.tensor([5]))
+    with pytest.raises(ValueError, match=r"image at row 0 \(image id 5\) has no negative: all 3 texts"):
+        sample_hard_negatives(torch.zeros(3, 3), torch.full((3,), 5), torch.full((3,), 5))
+    with pytest.raises(ValueError, match=r"text at row 1 \(image id 2\) has no negative: all 1 images"):
+        sample_hard_negatives(torch.zeros(1, 2), torch.tensor([2]), torch.tensor([1, 2]))
+    with pytest.raises(ValueError, match=r"similarity \(3, 2\) with image_id \(3,\) and text_image_id \(3,\)"):
+        sample_hard_negatives(torch.zeros(3, 2), torch.arange(3), torch.arange(3))
+
+
+def test_matching_loss_equals_two_way_cross_entropy():
+    two_way, labels = torch.randn(6, 2, dtype=torch.float64), torch.tensor([1, 0, 0, 1, 0, 0])
+    expected = F.cross_entropy(two_way, labels)
+    assert close(matching_loss(two_way[:, 1] - two_way[:, 0], labels), expected)
+    assert close(matching_loss(two_way[:, 1] - two_way[:, 0], labels.bool()), expected)
+    loop = sum(math.log(1 + math.exp(float((no - yes) * (2 * y - 1)))) for (no, yes), y in zip(two_way, labels)) / 6
+    assert close(expected, loop)
+
+
+def test_matching_loss_golden_gradient_and_dtype():
+    assert close(matching_loss(torch.tensor([0.0, 0.0]).double(), torch.tensor([1, 0])), math.log(2))
+    logits = torch.randn(5, dtype=torch.float64, requires_grad=True)
+    assert gradcheck(lambda x: matching_loss(x, torch.tensor([1, 0, 0, 1, 0])), [logits])
+    assert matching_loss(torch.zeros(2, dtype=torch.bfloat16), torch.tensor([1, 0])).dtype == torch.float32
+
+
+def test_matching_loss_error_names_both_shapes():
+    with pytest.raises(ValueError, match=r"logits \(6, 2\) and labels \(6,\); expected \[P\]"):
+        matching_loss(torch.zeros(6, 2), torch.zeros(6))
+    with pytest.raises(ValueError, match=r"logits \(6,\) and labels \(5,\)"):
+        matching_loss(torch.zeros(6), torch.zeros(5))
+
+
+# --- Captioning -------------------------------------------------------------------------------------------------------
+
+CAPTION_MASK = torch.tensor(
+    [[1, 1, 1, 1, 1], [1, 1, 1, 0, 0], [0, 0, 1, 1, 1]]
+).bool()  # full, right-padded, left-padded
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+def test_caption_loss_equals_the_double_loop(smoothing):
+    logits, ids = torch.randn(3, 5, 7, dtype=torch.float64), torch.randint(7, (3, 5))
+    total, count = 0.0, 0
+    for b in range(3):
+        for i in range(4):
+            if CAPTION_MASK[b, i] and CAPTION_MASK[b, i + 1]:
+                log_sum = math.log(sum(math.exp(x) for x in logits[b, i]))
+                for v in range(7):
+                    target = (1 - smoothing) * float(ids[b, i + 1] == v) + smoothing / 7
+                    total -= target * (float(logits[b, i, v]) - log_sum)
+                count += 1
+    assert count == 4 + 2 + 2
+    assert close(caption_loss(logits, ids, CAPTION_MASK, label_smoothing=smoothing), total / count)
+
+
+def test_caption_loss_golden():
+    """Two words, one to predict, with probability 3/4."""
+    logits = torch.tensor([[[0.0, math.log(3)], [5.0, -5.0]]], dtype=torch.float64)
+    value = caption_loss(logits, torch.tensor([[0, 1]]), torch.ones(1, 2).bool(), label_smoothing=0.0)
+    assert close(value, math.log(4 / 3))
+
+
+def test_caption_loss_shifts():
+    """Logits that know the next token cost nothing; logits that repeat the current one do."""
+    ids, mask = torch.tensor([[1, 2, 3, 4]]), torch.ones(1, 4).bool()
+    knows_next = 50.0 * F.one_hot(torch.tensor([[2, 3, 4, 0]]), 5).double()
+    repeats = 50.0 * F.one_hot(ids, 5).double()
+    assert caption_loss(knows_next, ids, mask, label_smoothing=0.0) < 1e-10
+    assert caption_loss(repeats, ids, mask, label_smoothing=0.0) > 10
+
+
+def test_caption_loss_ignores_pads():
+    logits, ids = torch.randn(3, 5, 7, requires_grad=True), torch.randint(7, (3, 5))
+    loss = caption_loss(logits, ids, CAPTION_MASK)
+    loss.backward()
+    assert logits.grad is not None
+    used = CAPTION_MASK & torch.cat([CAPTION_MASK[:, 1:], torch.zeros(3, 1).bool()], dim=1)
+    assert torch.equal(logits.grad.abs().sum(-1) > 0, used)
+    other_pads = ids.masked_fill(~CAPTION_MASK, 6)
+    assert torch.equal(loss, caption_loss(logits, other_pads, CAPTION_MASK))
+    longer = F.pad(logits.detach(), (0, 0, 0, 2)), F.pad(ids, (0, 2)), F.pad(CAPTION_MASK, (0, 2))
+    assert close(loss.detach(), caption_loss(*longer), 1e-6)
+
+
+def test_caption_loss_gradient_and_dtype():
+    logits, ids = torch.randn(3, 5, 4, dtype=torch.float64, requires_grad=True), torch.randint(4, (3, 5))
+    assert gradcheck(lambda x: caption_loss(x, ids, CAPTION_MASK), [logits])
+    assert caption_loss(logits.bfloat16(), ids, CAPTION_MASK).dtype == torch.float32
+
+
+def test_caption_loss_errors():
+    ids, mask = torch.zeros(3, 5).long(), torch.ones(3, 5).bool()
+    with pytest.raises(ValueError, match=r"logits \(3, 4, 7\), ids \(3, 5\) and mask \(3, 5\)"):
+        caption_loss(torch.zeros(3, 4, 7), ids, mask)
+    with pytest.raises(ValueError, match=r"ids \(3, 5\) and mask \(3, 4\)"):
+        caption_loss(torch.zeros(3, 5, 7), ids, mask[:, :4])
+    with pytest.raises(ValueError, match=r"L of at least 2"):
+        caption_loss(torch.zeros(3, 1, 7), ids[:, :1], mask[:, :1])
+    with pytest.raises(ValueError, match=r"mask of shape \(3, 4\) has no real entry"):
+        caption_loss(torch.zeros(3, 5, 7), ids, ~mask)
+
+
+# --- Matryoshka -------------------------------------------------------------------------------------------------------
+
+
+def test_matryoshka_at_full_dim_is_the_base_loss():
+    image, text = unit(4, 3, 8), unit(4, 8)
+    base = partial(info_nce, image_id=IDS, scale=6.0)
+    assert close(matryoshka(base, image, text, dims=[8]), base(image, text))
+
+
+def test_matryoshka_is_the_weighted_mean_over_renormalised_prefixes():
+    image, text = unit(4, 8), unit(4, 8)
+    base = partial(info_nce, image_id=IDS, scale=6.0)
+    losses = []
+    for dim in (2, 4, 8):
+        cut = [
+            torch.stack([row[:dim] / math.sqrt(sum(float(x) ** 2 for x in row[:dim])) for row in e])
+            for e in (image, text)
+        ]
+        losses.append(base(*cut))
+    assert close(matryoshka(base, image, text, dims=[2, 4, 8]), sum(losses) / 3)
+    weighted = (1 * losses[0] + 2 * losses[1] + 5 * losses[2]) / 8
+    assert close(matryoshka(base, image, text, dims=[2, 4, 8], weights=[1, 2, 5]), weighted)
+
+
+def test_matryoshka_hands_the_loss_unit_vectors():
+    seen: list[Tensor] = []
+
+    def record(image: Tensor, text: Tensor) -> Tensor:
+        seen.extend([image, text])
+        return image.sum() + text.sum()
+
+    matryoshka(record, unit(4, 3, 8), unit(4, 8), dims=[3, 8])
+    assert [x.shape for x in seen] == [(4, 3, 3), (4, 3), (4, 3, 8), (4, 8)]
+    assert all(torch.allclose(x.norm(dim=-1), torch.ones(1, dtype=torch.float64)) for x in seen)
+
+
+def test_matryoshka_gradient():
+    base = partial(info_nce, image_id=IDS, scale=6.0)
+    inputs = [x.requires_grad_() for x in (unit(4, 6), unit(4, 6))]
+    assert gradcheck(lambda image, text: matryoshka(base, image, text, dims=[2, 6]), inputs)
+
+
+def test_matryoshka_errors():
+    base = partial(info_nce, image_id=IDS, scale=1.0)
+    with pytest.raises(ValueError, match=r"shapes \[\(4, 8\), \(4, 6\)\]; expected one common last dimension"):
+        matryoshka(base, unit(4, 8), unit(4, 6), dims=[4])
+    for dims in ([], [0, 8], [4, 16]):
+        with pytest.raises(
+            ValueError, match=r"dims .* for embeddings of width 8; expected at least one, each from 1 to 8"
+        ):
+            matryoshka(base, unit(4, 8), unit(4, 8), dims=dims)
+    for weights in ([1.0], [-1.0, 2.0], [0.0, 0.0]):
+        with pytest.raises(ValueError, match=r"weights .* for dims \[4, 8\]; expected one per dim, none negative"):
+            matryoshka(base, unit(4, 8), unit(4, 8), dims=[4, 8], weights=weights)
+
+
+# --- Flow and conditioning --------------------------------------------------------------------------------------------
+
+
+def test_flow_matching_equals_the_loop():
+    prediction, target = torch.randn(3, 2, 2, 2).double(), torch.randn(3, 2, 2, 2).double()
+    weight = torch.tensor([0.5, 2.0, 0.0]).double()
+    per_sample = [
+        sum(float(a - b) ** 2 for a, b in zip(p.flatten(), t.flatten())) / 8 for p, t in zip(prediction, target)
+    ]
+    assert close(flow_matching_loss(prediction, target), sum(per_sample) / 3)
+    assert close(flow_matching_loss(prediction, target, weight), sum(w * e for w, e in zip(weight, per_sample)) / 3)
+    prediction.requires_grad_()
+    assert gradcheck(lambda x: flow_matching_loss(x, target, weight), [prediction])
+
+
+def test_conditioning_equals_the_loop():
+    output, target = torch.randn(3, 4, 5).double(), torch.randn(3, 4, 5).double()
+    mask = torch.tensor([[1, 1, 1, 1], [1, 0, 0, 0], [1, 1, 0, 0]]).bool()
+    total = 0.0
+    for b in range(3):
+        for n in range(4):
+            if mask[b, n]:
+                total += sum(float(x - y) ** 2 for x, y in zip(output[b, n], target[b, n])) / 5
+    assert close(conditioning_loss(output, target, mask), total / 7)
+    output.requires_grad_()
+    assert gradcheck(lambda x: conditioning_loss(x, target, mask), [output])
+
+
+def test_regressions_golden_and_float32():
+    prediction, target = torch.tensor([[[1.0, 2.0]]]), torch.tensor([[[0.0, 4.0]]])
+    assert flow_matching_loss(prediction, target) == 2.5
+    assert conditioning_loss(prediction, target, torch.ones(1, 1).bool()) == 2.5
+    half = prediction.bfloat16(), target.bfloat16()
+    assert flow_matching_loss(*half).dtype == conditioning_loss(*half, torch.ones(1, 1).bool()).dtype == torch.float32
+
+
+def test_regressions_refuse_what_would_broadcast():
+    with pytest.raises(ValueError, match=r"prediction \(3, 2, 4, 4\) and a target \(3, 1, 4, 4\)"):
+        flow_matching_loss(torch.zeros(3, 2, 4, 4), torch.zeros(3, 1, 4, 4))
+    with pytest.raises(ValueError, match=r"weight \(1,\) for velocities \(3, 2, 4, 4\); expected one per sample"):
+        flow_matching_loss(torch.zeros(3, 2, 4, 4), torch.zeros(3, 2, 4, 4), torch.ones(1))
+    with pytest.raises(ValueError, match=r"prediction \(3, 4, 5\) and a target \(3, 4, 6\)"):
+        conditioning_loss(torch.zeros(3, 4, 5), torch.zeros(3, 4, 6), torch.ones(3, 4).bool())
+    with pytest.raises(ValueError, match=r"mask \(3, 5\) for states \(3, 4, 5\)"):
+        conditioning_loss(torch.zeros(3, 4, 5), torch.zeros(3, 4, 5), torch.ones(3, 5).bool())
+    with pytest.raises(ValueError, match=r"mask of shape \(3, 4\) has no real entry"):
+        conditioning_loss(torch.zeros(3, 4, 5), torch.zeros(3, 4, 5), torch.zeros(3, 4).bool())

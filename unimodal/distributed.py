@@ -1,0 +1,140 @@
+"""What losses need from other ranks: rows of the global batch, with gradient.
+
+The only file that touches torch.distributed. One convention, shared by every loss of `unimodal`: **averaged over ranks,
+a loss has the value and the gradient that one process would compute on the global batch** (the local batches one after
+another, in rank order). Averaging gradients is what DistributedDataParallel does, so nothing is to be rescaled, neither
+here nor in the training loop. It follows that
+
+- every rank brings the same number of rows (a mean of means is the mean only then), which exchanges check;
+- the backward of an exchange *sums* what all ranks want from a row: each of R ranks differentiates its own loss, the
+  sum is R times the gradient of their mean, and DDP divides by R.
+
+Without a process group every function is the identity (or the local value), so a loss is written once.
+
+Gather with gradient: Radford et al. 2021 (CLIP). Ring exchange: Zhai et al. 2023 (SigLIP, arXiv 2303.15343).
+Legend: B local batch, R ranks, L length.
+"""
+
+from collections.abc import Iterator
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def world_size() -> int:
+    """Number of ranks; 1 without a process group."""
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
+def rank() -> int:
+    """Index of this rank; 0 without a process group."""
+    return dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
+
+
+@torch.no_grad()
+def gather(x: Tensor) -> Tensor:
+    """Rows of all ranks in rank order, [B, ...] -> [R * B, ...], without gradient.
+
+    Raises ValueError on every rank, naming the shapes, if ranks bring different ones.
+    """
+    if world_size() == 1:
+        return x.detach()
+    _require_equal_shapes(x)
+    rows = x.new_empty(world_size() * x.shape[0], *x.shape[1:])
+    dist.all_gather_into_tensor(rows, x.contiguous())
+    return rows
+
+
+def gather_with_grad(x: Tensor) -> Tensor:
+    """Like `gather`; the gradient of a row, summed over the ranks that used it, flows back to the rank that owns it."""
+    return x if world_size() == 1 else _Gather.apply(x)
+
+
+def local_rows(x: Tensor) -> Tensor:
+    """The rows of a gathered tensor that this rank brought, [R * B, ...] -> [B, ...]: undoes `gather`."""
+    rows = x.shape[0] // world_size()
+    return x[rank() * rows : (rank() + 1) * rows]
+
+
+def pad_to_longest(x: Tensor, value: float = 0) -> Tensor:
+    """Pad dimension 1 at its end to the longest length of any rank, [B, L, ...] -> [B, max L, ...].
+
+    Texts are padded to the longest of their own batch, so their lengths differ between ranks and must meet before a
+    gather. Differentiable. Use `value` = False for a mask, the pad id for token ids.
+    """
+    if world_size() == 1:
+        return x
+    longest = torch.tensor(x.shape[1], device=x.device)
+    dist.all_reduce(longest, op=dist.ReduceOp.MAX)
+    behind = [0, 0] * (x.dim() - 2)  # F.pad counts dimensions from the last one
+    return F.pad(x, [*behind, 0, int(longest) - x.shape[1]], value=value)
+
+
+@torch.no_grad()
+def sum_over_ranks(x: Tensor) -> Tensor:
+    """Element-wise sum over ranks, without gradient: how many real tokens does the global batch hold?"""
+    total = x.detach().clone()
+    if world_size() > 1:
+        dist.all_reduce(total)
+    return total
+
+
+def ring_exchange(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
+    """Yield the tensors of this rank, then those of every other rank, one rank at a time, passed on around a ring.
+
+    Holds one block at a time where a gather holds all of them. Gradients travel back around the ring to their owner.
+    All ranks must consume the iterator to its end. Raises ValueError, naming the shapes, if ranks bring different ones.
+    """
+    if world_size() > 1:
+        for x in tensors:
+            _require_equal_shapes(x)
+    yield tensors
+    for _ in range(world_size() - 1):
+        tensors = tuple(_RingStep.apply(x) for x in tensors)
+        yield tensors
+
+
+class _Gather(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x: Tensor) -> Tensor:
+        return gather(x)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> Tensor:
+        own = torch.empty_like(local_rows(grad), memory_format=torch.contiguous_format)
+        dist.reduce_scatter_tensor(own, grad.contiguous())
+        return own
+
+
+class _RingStep(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x: Tensor) -> Tensor:
+        return _pass_on(x, step=1)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> Tensor:
+        return _pass_on(grad, step=-1)
+
+
+def _pass_on(x: Tensor, step: int) -> Tensor:
+    """Send x to the rank `step` ahead and return what the rank `step` behind sent."""
+    received = torch.empty_like(x, memory_format=torch.contiguous_format)
+    ahead, behind = (rank() + step) % world_size(), (rank() - step) % world_size()
+    send, receive = dist.P2POp(dist.isend, x.contiguous(), ahead), dist.P2POp(dist.irecv, received, behind)
+    for request in dist.batch_isend_irecv([send, receive]):
+        request.wait()
+    return received
+
+
+def _require_equal_shapes(x: Tensor) -> None:
+    """Unequal shapes would hang some backends and mix up rows on others, so ranks compare them first."""
+    shapes: list = [None] * world_size()
+    dist.all_gather_object(shapes, tuple(x.shape))
+    for other, shape in enumerate(shapes):
+        if shape != shapes[0]:
+            raise ValueError(
+                f"Rank 0 brought shape {shapes[0]}, rank {other} brought {shape}; every rank must bring the same "
+                "shape. Drop the last uneven batch (drop_last=True); if only lengths differ, call pad_to_longest first."
+            )
