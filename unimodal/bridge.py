@@ -1,0 +1,363 @@
+"""The bridge: a Q-Former, whose learned queries read backbone tokens (BLIP-2, Li et al. 2023, arXiv 2301.12597).
+
+A BERT whose self-attention is shared by queries and text. Queries alone cross-attend to the memory (the backbone's
+tokens), in every k-th layer, and have feed-forward networks of their own. One set of weights is used in four passes:
+
+    read     queries alone                                  what an item holds, in N vectors
+    text     text alone                                     a text in its own right
+    match    queries and text, each sees everything         does this text describe this image?
+    caption  text after the queries, each sees its past     what would one say about this image?
+
+In the causal pass queries see only queries, so they need not be run together with the text: `caption` reads first and
+keeps the queries' keys and values in a cache, which the text then looks back at. The same cache, grown token by token,
+decodes.
+
+Shapes: B batch, N queries, T tokens of memory, L text length, D width of memory, W width of the bridge, V vocabulary.
+"""
+
+import re
+from collections.abc import Mapping
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from unimodal.layers import MLP, Attention, KeyValues, causal_bias, init_weights, key_mask_to_bias
+
+EPS = 1e-12  # of every LayerNorm, as in BERT
+
+
+class QFormerLayer(nn.Module):
+    """BERT's post-norm layer, with cross-attention and a feed-forward network for the first rows, which are queries."""
+
+    def __init__(
+        self, width: int, heads: int, intermediate: int, *, memory_width: int | None, text: bool, dropout: float
+    ):
+        super().__init__()
+        self.dropout = nn.Dropout(dropout)
+        self.attention = Attention(width, heads, dropout=dropout)
+        self.attention_norm = nn.LayerNorm(width, EPS)
+        self.reads_memory = memory_width is not None
+        if self.reads_memory:
+            self.cross_attention = Attention(width, heads, memory_width=memory_width, dropout=dropout)
+            self.cross_attention_norm = nn.LayerNorm(width, EPS)
+        self.query_mlp = MLP(width, intermediate)
+        self.query_mlp_norm = nn.LayerNorm(width, EPS)
+        if text:
+            self.text_mlp = MLP(width, intermediate)
+            self.text_mlp_norm = nn.LayerNorm(width, EPS)
+
+    def forward(
+        self,
+        x: Tensor,
+        queries: int,
+        bias: Tensor | None,
+        memory: tuple[Tensor, Tensor, Tensor | None] | None,
+        cache: KeyValues | None,
+        place: int,
+    ) -> Tensor:
+        """x [B, queries + L, W] -> the same. `memory`: keys, values, bias; `place`: the layer's index in the cache."""
+        keys, values = self.attention.project(x)
+        if cache is not None:
+            keys, values = cache.extend(place, keys, values)
+        x = self.attention_norm(x + self.dropout(self.attention(x, keys, values, bias)))
+        read, text = x[:, :queries], x[:, queries:]
+        if queries:
+            if memory is not None:
+                read = self.cross_attention_norm(read + self.dropout(self.cross_attention(read, *memory)))
+            read = self.query_mlp_norm(read + self.dropout(self.query_mlp(read)))
+        if text.shape[1] == 0:
+            return read
+        text = self.text_mlp_norm(text + self.dropout(self.text_mlp(text)))
+        return torch.cat([read, text], 1) if queries else text
+
+
+class QFormer(nn.Module):
+    """Named sets of learned queries that read a memory, and a text branch that shares their self-attention.
+
+    Wherever a memory is asked for, the tokens [B, T, D] will do, or their keys and values from `project_memory`, which
+    can be used in several passes and selected for pairs (`memory.select(index)`); a mask only goes with tokens, as keys
+    and values carry theirs.
+
+    Args:
+        width: W.
+        layers: number of layers.
+        heads: attention heads.
+        intermediate: hidden width of the feed-forward networks.
+        memory_width: D.
+        cross_attention_every: the memory is read in layers 0, k, 2k, ...
+        dropout: dropout of attention weights, of every sublayer's output and of the input.
+        queries: N of each named query set, for example {"image": 32, "text": 8}.
+        vocab_size: V; None leaves out the text branch.
+        max_positions: longest text in tokens.
+    """
+
+    def __init__(
+        self,
+        *,
+        width: int,
+        layers: int,
+        heads: int,
+        intermediate: int,
+        memory_width: int,
+        cross_attention_every: int = 2,
+        dropout: float = 0.1,
+        queries: Mapping[str, int],
+        vocab_size: int | None,
+        max_positions: int = 512,
+    ):
+        super().__init__()
+        self.memory_width, self.max_positions = memory_width, max_positions
+        self.query_sets = nn.ParameterDict(
+            {name: nn.Parameter(0.02 * torch.randn(count, width)) for name, count in queries.items()}
+        )
+        self.norm = nn.LayerNorm(width, EPS)
+        self.dropout = nn.Dropout(dropout)
+        self.layers = nn.ModuleList(
+            QFormerLayer(
+                width,
+                heads,
+                intermediate,
+                memory_width=None if i % cross_attention_every else memory_width,
+                text=vocab_size is not None,
+                dropout=dropout,
+            )
+            for i in range(layers)
+        )
+        self.has_text = vocab_size is not None
+        if vocab_size is not None:
+            self.token_embedding = nn.Embedding(vocab_size, width)
+            self.position_embedding = nn.Embedding(max_positions, width)
+            self.lm_transform = nn.Linear(width, width)
+            self.lm_norm = nn.LayerNorm(width, EPS)
+            self.lm_bias = nn.Parameter(torch.zeros(vocab_size))
+        self.apply(init_weights)
+
+    def project_memory(self, memory: Tensor, memory_mask: Tensor | None = None) -> KeyValues:
+        """Keys and values of memory [B, T, D], mask [B, T], for every layer that reads it."""
+        if memory.shape[-1] != self.memory_width:
+            raise ValueError(
+                f"memory: expected [B, T, {self.memory_width}], got {list(memory.shape)}; "
+                "memory_width is the width of the tokens that the bridge reads"
+            )
+        readers = (layer.cross_attention for layer in self.layers if layer.reads_memory)
+        return KeyValues.of(readers, memory, memory_mask)
+
+    def read(
+        self,
+        name: str,
+        memory: Tensor | KeyValues,
+        memory_mask: Tensor | None = None,
+        *,
+        inputs: Tensor | None = None,
+        cache: KeyValues | None = None,
+    ) -> Tensor:
+        """The queries `name` read the memory: -> [B, N, W].
+
+        Args:
+            name: which query set.
+            memory: [B, T, D], or its keys and values.
+            memory_mask: [B, T], True = real token.
+            inputs: [B, N, W] in place of the learned queries, for example queries mixed with the embeddings of a
+                caption (OmniBridge, arXiv 2509.19018).
+            cache: an empty one is filled with what `caption` looks back at.
+        """
+        memory = self._projected(memory, memory_mask)
+        if inputs is None:
+            inputs = self._queries(name).expand(memory.rows, -1, -1)
+        return self._encode(inputs, inputs.shape[1], None, memory, cache)
+
+    def embed_text(self, ids: Tensor, offset: int = 0) -> Tensor:
+        """Embeddings of ids [B, L], the first at position `offset`: -> [B, L, W]; every pass normalises its input."""
+        if not self.has_text:
+            raise ValueError(
+                "this bridge has no text branch: it reads, but takes no text; build it with vocab_size=... "
+                "or use heads that have text networks of their own (CachedMatchingHead, CaptionDecoder)"
+            )
+        end = offset + ids.shape[1]
+        if end > self.max_positions:
+            raise ValueError(
+                f"text: {end} tokens for {self.max_positions} positions; shorten it or raise max_positions"
+            )
+        return self.token_embedding(ids) + self.position_embedding.weight[offset:end]
+
+    def text(self, ids: Tensor, mask: Tensor | None) -> Tensor:
+        """Text alone, read in both directions: ids [B, L], mask [B, L] -> [B, L, W]."""
+        return self._encode(self.embed_text(ids), 0, key_mask_to_bias(mask), None, None)
+
+    def match(
+        self,
+        name: str,
+        ids: Tensor,
+        text_mask: Tensor | None,
+        memory: Tensor | KeyValues,
+        memory_mask: Tensor | None = None,
+    ) -> Tensor:
+        """Queries and text of P pairs together, each sees everything: -> what the queries found, [P, N, W].
+
+        Args:
+            name: which query set.
+            ids: [P, L], row p belongs to row p of the memory.
+            text_mask: [P, L], True = real token.
+            memory: [P, T, D], or its keys and values.
+            memory_mask: [P, T], True = real token.
+
+        Raises:
+            ValueError: texts and memory are not as many.
+        """
+        memory = self._projected(memory, memory_mask)
+        if memory.rows != len(ids):
+            raise ValueError(
+                f"match: {len(ids)} texts but {memory.rows} memories; pairs are row by row, "
+                "so select the memory of each text first: memory.select(index)"
+            )
+        queries = self._queries(name).expand(len(ids), -1, -1)  # [P, N, W]
+        if text_mask is not None:
+            text_mask = torch.cat([text_mask.new_ones(queries.shape[:2]), text_mask], 1)  # [P, N + L]
+        x = torch.cat([queries, self.embed_text(ids)], 1)  # [P, N + L, W]
+        return self._encode(x, queries.shape[1], key_mask_to_bias(text_mask), memory, None)[:, : queries.shape[1]]
+
+    def caption(
+        self,
+        name: str,
+        ids: Tensor,
+        memory: Tensor | KeyValues | None = None,
+        memory_mask: Tensor | None = None,
+        *,
+        cache: KeyValues | None = None,
+    ) -> Tensor:
+        """Text after the queries, every token sees the queries and its past: -> [B, L, W], for `lm_logits`.
+
+        Texts are padded on the right: no token looks to its right, so padding needs no mask.
+
+        Args:
+            name: which query set.
+            ids: [B, L], the text, or its continuation where the cache already holds a beginning.
+            memory: [B, T, D], or its keys and values; not needed where the cache holds what the queries read.
+            memory_mask: [B, T], True = real token.
+            cache: what queries and text have left so far; grows by L tokens. `read` of the same query set fills an
+                empty one.
+        """
+        cache = KeyValues() if cache is None else cache
+        if cache.length == 0:
+            if memory is None:
+                raise ValueError("caption: nothing to describe: pass the memory, or a cache that `read` has filled")
+            self.read(name, memory, memory_mask, cache=cache)
+        x = self.embed_text(ids, offset=cache.length - len(self._queries(name)))
+        return self._encode(x, 0, causal_bias(ids.shape[1], cache.length, ids.device), None, cache)
+
+    def lm_logits(self, hidden: Tensor) -> Tensor:
+        """Next-token logits as BERT's, decoder tied to the token embedding: [B, L, W] -> [B, L, V]."""
+        return F.linear(self.lm_norm(F.gelu(self.lm_transform(hidden))), self.token_embedding.weight, self.lm_bias)
+
+    def _queries(self, name: str) -> Tensor:
+        if name not in self.query_sets:
+            raise KeyError(f"no query set {name!r}; this bridge has {', '.join(self.query_sets)}")
+        return self.query_sets[name]
+
+    def _projected(self, memory: Tensor | KeyValues, mask: Tensor | None) -> KeyValues:
+        return self.project_memory(memory, mask) if isinstance(memory, Tensor) else memory
+
+    def _encode(
+        self, x: Tensor, queries: int, bias: Tensor | None, memory: KeyValues | None, cache: KeyValues | None
+    ) -> Tensor:
+        x = self.dropout(self.norm(x))
+        readers = iter(memory.layers if memory is not None else ())
+        for i, layer in enumerate(self.layers):
+            read = (*next(readers), memory.bias) if memory is not None and layer.reads_memory else None
+            x = layer(x, queries, bias, read, cache, i)
+        return x
+
+    # Weights of others.
+
+    def to_blip2(self, name: str = "image") -> dict[str, Tensor]:
+        """Weights under the names of transformers' `Blip2ForImageTextRetrieval`, with the queries `name` as its query
+        tokens.
+
+        These are `query_tokens`, `qformer.*` (a `Blip2QFormerModel`) and `embeddings.*` (a `Blip2TextEmbeddings`).
+        Other query sets and the language model head have no place there.
+        """
+        ours = self.state_dict()
+        weights = {theirs: ours[key] for theirs, key in self._blip2_names().items()}
+        return {"query_tokens": self._queries(name).detach()[None], **weights}
+
+    def load_blip2(self, weights: Mapping[str, Tensor], name: str = "image") -> None:
+        """Take over `to_blip2`'s weights; the query tokens become the queries `name`. All else in a BLIP-2 checkpoint
+        is ignored.
+
+        Raises:
+            ValueError: a weight is missing or unknown to this bridge, or its shape differs. Nothing is loaded then.
+        """
+        names = self._blip2_names()
+        theirs = {k: w for k, w in weights.items() if k.startswith(("qformer.", "embeddings.")) or k == "query_tokens"}
+        expected = {"query_tokens", *names}
+        if theirs.keys() != expected:
+            raise ValueError(
+                f"BLIP-2 weights do not fit this bridge: missing {sorted(expected - theirs.keys())}, unknown "
+                f"{sorted(theirs.keys() - expected)}; build it with the checkpoint's layers, cross_attention_every "
+                "and vocab_size"
+            )
+        self._load({f"query_sets.{name}": theirs["query_tokens"][0], **{names[k]: theirs[k] for k in names}})
+
+    def load_bert(self, weights: Mapping[str, Tensor]) -> None:
+        """Start from transformers' `BertModel` of the same width, as BLIP-2 does: query networks begin as copies of the
+        text's.
+
+        Layers beyond the bridge's own are ignored; queries, cross-attention and language model head stay as they are.
+        BERT's embedding of the first segment is added to every position, so that `text` equals `BertModel`.
+
+        Raises:
+            ValueError: a weight is missing, or its shape differs. Nothing is loaded then.
+        """
+        taken = {}
+        for blip2, ours in self._blip2_names().items():
+            if "crossattention" in blip2:
+                continue
+            key = re.sub(r"^qformer\.(layernorm)?", lambda m: "embeddings.LayerNorm" if m[1] else "", blip2)
+            key = key.replace("attention.attention", "attention.self").replace("_query.", ".")
+            if key not in weights:
+                raise ValueError(
+                    f"BERT weights do not fit this bridge: missing {key!r}; expected the state of a BertModel"
+                )
+            taken[ours] = weights[key]
+            if key == "embeddings.position_embeddings.weight":
+                taken[ours] = weights[key] + weights["embeddings.token_type_embeddings.weight"][0]
+        self._load(taken)
+
+    def _load(self, weights: dict[str, Tensor]) -> None:
+        ours = self.state_dict()
+        for key, weight in weights.items():
+            if key not in ours or ours[key].shape != weight.shape:
+                shape = f"the shape {list(ours[key].shape)}" if key in ours else "nothing of that name"
+                raise ValueError(f"{key}: the weights have the shape {list(weight.shape)}, this bridge {shape}")
+        self.load_state_dict({**ours, **weights})
+
+    def _blip2_names(self) -> dict[str, str]:
+        """transformers' name of a weight -> ours, for every weight that both have."""
+        names = {}
+        for ours in self.state_dict():
+            if ours.startswith(("query_sets.", "lm_")):
+                continue
+            theirs = ours
+            for pattern, replacement in _BLIP2_NAMES:
+                theirs = re.sub(pattern, replacement, theirs)
+            names[theirs] = ours
+        return names
+
+
+_BLIP2_NAMES = (
+    (r"^token_embedding", "embeddings.word_embeddings"),
+    (r"^position_embedding", "embeddings.position_embeddings"),
+    (r"^norm", "qformer.layernorm"),
+    (r"^layers\.", "qformer.encoder.layer."),
+    (r"cross_attention", "crossattention"),
+    (r"attention\.(query|key|value)", r"attention.attention.\1"),
+    (r"attention\.output", "attention.output.dense"),
+    (r"attention_norm", "attention.output.LayerNorm"),
+    (r"query_mlp\.up", "intermediate_query.dense"),
+    (r"query_mlp\.down", "output_query.dense"),
+    (r"query_mlp_norm", "output_query.LayerNorm"),
+    (r"text_mlp\.up", "intermediate.dense"),
+    (r"text_mlp\.down", "output.dense"),
+    (r"text_mlp_norm", "output.LayerNorm"),
+)
