@@ -1,4 +1,4 @@
-"""A toy model of the real classes, about 200,000 parameters, for every test that needs one: two towers, bridge, all four heads."""
+"""A toy model of the real classes for every test that needs one: two towers, bridge, four heads, 200,000 parameters."""
 
 import functools
 from typing import Any
@@ -19,7 +19,7 @@ def _tokenizer() -> Any:
 
 
 def toy_config(**overrides: Any) -> ModelConfig:
-    """A small model with all four heads; overrides replace its parts, for example `generation=None, matching={"kind": "bridge"}`."""
+    """A small model with all four heads; overrides replace its parts, for example `generation=None`."""
     tokenizer = _tokenizer()
     text = {"vocab_size": len(tokenizer), "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
     text |= {"intermediate_size": 64, "max_position_embeddings": MAX_LENGTH, "pad_token_id": tokenizer.pad_token_id}
