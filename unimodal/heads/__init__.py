@@ -1,0 +1,29 @@
+"""The heads: what a bridge's output is turned into. One file per job; the generation head is loaded when first asked
+for."""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+from unimodal.heads.captioning import BridgeCaptioner, CaptionDecoder
+from unimodal.heads.decoding import Decoding
+from unimodal.heads.embedding import EmbeddingHead
+from unimodal.heads.matching import BridgeMatchingHead, CachedMatchingHead
+
+if TYPE_CHECKING:
+    from unimodal.heads.generation import GenerationHead
+
+__all__ = [
+    "BridgeCaptioner",
+    "BridgeMatchingHead",
+    "CachedMatchingHead",
+    "CaptionDecoder",
+    "Decoding",
+    "EmbeddingHead",
+    "GenerationHead",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name == "GenerationHead":  # it needs diffusers, which takes seconds to import
+        return import_module("unimodal.heads.generation").GenerationHead
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

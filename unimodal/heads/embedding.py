@@ -1,0 +1,70 @@
+"""The embedding head: bridged tokens -> unit vectors that retrieve by cosine.
+
+One vector per query, scored by the best one (BLIP-2, arXiv 2301.12597), or one vector per item by mean or attention
+pooling. A learned gate can mix in a pooled view of the backbone's own tokens (OmniBridge, arXiv 2509.19018), which the
+bridge need not relearn.
+"""
+
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from unimodal.layers import AttentionPool, init_weights, masked_mean
+
+
+class EmbeddingHead(nn.Module):
+    """Unit vectors from what the bridge read, and with `gate` also from the backbone tokens.
+
+    With g = sigmoid(gate), e = normalise(g e_bridge + (1 - g) e_backbone), both normalised before; g is 1/2 at the
+    start.
+
+    Args:
+        width: W, width of the bridged tokens.
+        backbone_width: D, width of the backbone tokens.
+        dim: E, width of the embedding.
+        pool: how N bridged tokens become vectors: `mean` or `attention` give one, `query` keeps N. The backbone tokens
+            are pooled by attention under `attention`, else by their mean.
+        gate: whether the backbone takes part.
+        heads: attention heads of the pooling.
+    """
+
+    def __init__(
+        self,
+        *,
+        width: int,
+        backbone_width: int,
+        dim: int,
+        pool: Literal["query", "mean", "attention"],
+        gate: bool,
+        heads: int = 4,
+    ):
+        super().__init__()
+        if pool not in ("query", "mean", "attention"):
+            raise ValueError(f"pool: expected 'query', 'mean' or 'attention', got {pool!r}")
+        self.pool = pool
+        if pool == "attention":
+            self.bridge_pool = AttentionPool(width, heads)
+        self.bridge_projection = nn.Linear(width, dim)
+        self.gate = nn.Parameter(torch.zeros(())) if gate else None
+        if gate:
+            if pool == "attention":
+                self.backbone_pool = AttentionPool(backbone_width, heads)
+            self.backbone_projection = nn.Linear(backbone_width, dim)
+        self.apply(init_weights)
+
+    def forward(self, bridged: Tensor, tokens: Tensor, mask: Tensor | None) -> Tensor:
+        """bridged [B, N, W], tokens [B, T, D], mask [B, T] -> [B, E], or [B, N, E] under `query`; norm 1."""
+        if self.pool == "attention":
+            bridged = self.bridge_pool(bridged, None)  # [B, W]
+        elif self.pool == "mean":
+            bridged = bridged.mean(1)
+        embedding = F.normalize(self.bridge_projection(bridged), dim=-1)  # [B, E] or [B, N, E]
+        if self.gate is None:
+            return embedding
+        pooled = self.backbone_pool(tokens, mask) if self.pool == "attention" else masked_mean(tokens, mask)  # [B, D]
+        backbone = F.normalize(self.backbone_projection(pooled), dim=-1)  # [B, E]
+        if self.pool == "query":
+            backbone = backbone[:, None]  # the same for every query
+        return F.normalize(torch.lerp(backbone, embedding, self.gate.sigmoid().to(embedding.dtype)), dim=-1)

@@ -1,0 +1,65 @@
+"""The matching heads: does this text describe this image? One logit per pair.
+
+`CachedMatchingHead` reads bridged image tokens that were computed once, so that a search scores a new text against
+stored images without touching a picture. `BridgeMatchingHead` reads what the bridge's queries found with the text
+beside them (BLIP-2, arXiv 2301.12597).
+"""
+
+from torch import Tensor, nn
+
+from unimodal.layers import Block, KeyValues, init_weights, key_mask_to_bias, masked_mean
+
+
+class CachedMatchingHead(nn.Module):
+    """A small transformer: text tokens attend to each other and to the image tokens; their mean is scored.
+
+    Args:
+        width: W, width of the image tokens.
+        text_width: D, width of the text tokens.
+        hidden: width inside.
+        layers: number of blocks.
+        heads: attention heads.
+        dropout: dropout of attention weights and of every sublayer's output.
+    """
+
+    def __init__(self, *, width: int, text_width: int, hidden: int, layers: int, heads: int, dropout: float):
+        super().__init__()
+        self.text_norm = nn.LayerNorm(text_width)
+        self.text_projection = nn.Linear(text_width, hidden)
+        self.image_norm = nn.LayerNorm(width)
+        self.blocks = nn.ModuleList(Block(hidden, heads, memory_width=width, dropout=dropout) for _ in range(layers))
+        self.norm = nn.LayerNorm(hidden)
+        self.score = nn.Linear(hidden, 1)
+        self.apply(init_weights)
+
+    def project_images(self, image_tokens: Tensor) -> KeyValues:
+        """Keys and values of image tokens [B, N, W] for every block; `.select(index)` gives those of P pairs."""
+        return KeyValues.of((block.cross_attention for block in self.blocks), self.image_norm(image_tokens))
+
+    def forward(self, text_hidden: Tensor, text_mask: Tensor | None, images: Tensor | KeyValues) -> Tensor:
+        """Text tokens [P, L, D], mask [P, L]; image tokens [P, N, W] or their keys and values -> logits [P]."""
+        if isinstance(images, Tensor):
+            images = self.project_images(images)
+        bias = key_mask_to_bias(text_mask)
+        x = self.text_projection(self.text_norm(text_hidden))  # [P, L, hidden]
+        for i, block in enumerate(self.blocks):
+            x = block(x, bias, images, i)
+        return self.score(masked_mean(self.norm(x), text_mask))[:, 0]
+
+
+class BridgeMatchingHead(nn.Module):
+    """BLIP-2's: a two-way linear on every query, averaged; the logit is the difference, "match" minus "no match".
+
+    Args:
+        width: W, width of the query outputs.
+    """
+
+    def __init__(self, *, width: int):
+        super().__init__()
+        self.score = nn.Linear(width, 2)
+        self.apply(init_weights)
+
+    def forward(self, query_outputs: Tensor) -> Tensor:
+        """What the queries found in P pairs (`QFormer.match`), [P, N, W] -> logits [P]."""
+        no_match, match = self.score(query_outputs).mean(1).unbind(-1)
+        return match - no_match
