@@ -152,6 +152,7 @@ class CaptioningConfig:
         max_length: longest caption in tokens.
         bos_id: token that starts a caption ([CLS] in BERT's vocabulary; BLIP-2 adds a [DEC] token).
         eos_id: token that ends a caption ([SEP] in BERT's vocabulary).
+        unk_id: token that stands for what a subset vocabulary lacks ([UNK] in BERT's vocabulary).
     """
 
     kind: Literal["decoder", "bridge"] = "decoder"
@@ -163,6 +164,7 @@ class CaptioningConfig:
     max_length: int = 40
     bos_id: int = 101
     eos_id: int = 102
+    unk_id: int = 100
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -14,17 +14,17 @@ from unimodal import heads
 from unimodal.backbones import TwoTowers
 from unimodal.bridge import QFormer
 from unimodal.config import ModelConfig
+from unimodal.layers import KeyValues
 
 
 class ImageState(NamedTuple):
-    """What the model read from B images: backbone tokens [B, T, D], their mask, and bridged tokens [B, N, W]."""
+    """What the model read from B images: backbone tokens [B, T, D], their mask, bridged tokens [B, N, W], and, where the bridge writes the
+    captions, the keys and values that its text looks back at."""
 
     tokens: Tensor
     mask: Tensor
     bridged: Tensor
-
-    def select(self, index: Tensor) -> "ImageState":
-        return ImageState(*(part[index] for part in self))
+    cache: KeyValues | None = None
 
 
 class TextState(NamedTuple):
@@ -36,7 +36,12 @@ class TextState(NamedTuple):
     bridged: Tensor
 
     def select(self, index: Tensor) -> "TextState":
+        """Rows `index` [P]."""
         return TextState(*(part[index] for part in self))
+
+    def append(self, other: "TextState") -> "TextState":
+        """These texts, then `other`'s; both padded to the same length."""
+        return TextState(*(torch.cat(parts) for parts in zip(self, other, strict=True)))
 
 
 class UnimodalModel(nn.Module):
@@ -53,7 +58,6 @@ class UnimodalModel(nn.Module):
         backbone, bridge, embedding = config.backbone, config.bridge, config.embedding
         self.backbone = TwoTowers(width=backbone.width, vision=backbone.vision, text=backbone.text, pretrained=pretrained)
         text_config = self.backbone.text.config
-        self.pad_id: int = text_config.pad_token_id or 0
         self.bridge = QFormer(
             width=bridge.width,
             layers=bridge.layers,
@@ -85,19 +89,20 @@ class UnimodalModel(nn.Module):
                     dropout=matching.dropout,
                 )
         if (captioning := config.captioning) is not None:
-            ids = {"bos_id": captioning.bos_id, "eos_id": captioning.eos_id, "pad_id": self.pad_id, "max_length": captioning.max_length}
-            vocabulary = {"vocab_size": captioning.vocabulary or text_config.vocab_size}
             if captioning.kind == "bridge":
-                self.heads["captioning"] = heads.BridgeCaptioner(**ids)
+                self.heads["captioning"] = heads.BridgeCaptioner(bos_id=captioning.bos_id, eos_id=captioning.eos_id)
             else:
                 self.heads["captioning"] = heads.CaptionDecoder(
+                    vocab_size=captioning.vocabulary or text_config.vocab_size,
                     width=bridge.width,
                     hidden=captioning.hidden,
                     layers=captioning.layers,
                     heads=captioning.heads,
+                    max_length=captioning.max_length,
+                    bos_id=captioning.bos_id,
+                    eos_id=captioning.eos_id,
+                    unk_id=captioning.unk_id,
                     dropout=captioning.dropout,
-                    **ids,
-                    **vocabulary,
                 )
         if config.generation is not None:
             self.heads["generation"] = heads.GenerationHead(
@@ -113,7 +118,9 @@ class UnimodalModel(nn.Module):
                 raise ValueError("encode_image needs pixels or cached features, got neither")
             features = self.backbone.image_features(pixels)
         hidden, mask, _ = self.backbone.image_tokens(features)
-        return ImageState(hidden, mask, self.bridge.read("image", hidden, mask))
+        writes = "captioning" in self.heads and isinstance(self.heads["captioning"], heads.BridgeCaptioner)
+        cache = KeyValues() if writes else None
+        return ImageState(hidden, mask, self.bridge.read("image", hidden, mask, cache=cache), cache)
 
     def encode_text(self, ids: Tensor, mask: Tensor) -> TextState:
         """Read texts: token ids and mask, both [M, L]."""
@@ -154,11 +161,21 @@ class UnimodalModel(nn.Module):
 
     # Captioning.
 
+    def start_caption(self, ids: Tensor) -> Tensor:
+        """Token ids [B, L] of texts as a captioner is fed them: their first token becomes the caption's start token."""
+        return torch.cat([torch.full_like(ids[:, :1], self.head("captioning").bos_id), ids[:, 1:]], dim=1)
+
+    def caption_targets(self, ids: Tensor) -> Tensor:
+        """The classes [B, L] that `caption_logits` scores for token ids [B, L]: the ids, or their rows in a subset vocabulary."""
+        head = self.head("captioning")
+        return ids if isinstance(head, heads.BridgeCaptioner) else head.rows_of(ids)
+
     def caption_logits(self, image: ImageState, ids: Tensor) -> Tensor:
         """Next-token logits [B, L, V] of captions `ids` [B, L] under teacher forcing."""
         head = self.head("captioning")
         if isinstance(head, heads.BridgeCaptioner):
-            return head(self.bridge, ids, image.tokens, image.mask)
+            assert image.cache is not None
+            return head(self.bridge, ids, cache=KeyValues(list(image.cache.layers)))  # a copy, for the text's keys to be added to
         return head(ids, image.bridged)
 
     @torch.no_grad()

@@ -63,16 +63,20 @@ class TrainingSamples(Dataset):
         return [self[key] for key in keys]
 
     def collate(self, samples: list[dict[str, Any]]) -> Batch:
-        text, text_mask = self.processor.texts([s["caption"] for s in samples])
+        wrong = [s["wrong"] for s in samples]
+        has_wrong = any(caption is not None for caption in wrong)
+        captions = [s["caption"] for s in samples]
+        # Together, so that true and false captions are padded to one length.
+        ids, mask = self.processor.texts(captions + [w or c for w, c in zip(wrong, captions, strict=True)] * has_wrong)
         batch: Batch = {
             "image_id": torch.tensor([s["image_id"] for s in samples]),
             "text_id": torch.tensor([s["text_id"] for s in samples]),
-            "text": text,
-            "text_mask": text_mask,
+            "text": ids[: len(samples)],
+            "text_mask": mask[: len(samples)],
         }
-        if any(s["wrong"] is not None for s in samples):
-            batch["negative_text"], batch["negative_mask"] = self.processor.texts([s["wrong"] or s["caption"] for s in samples])
-            batch["negative_mask"][[s["wrong"] is None for s in samples]] = False
+        if has_wrong:
+            batch["negative_text"], batch["negative_mask"] = ids[len(samples) :], mask[len(samples) :]
+            batch["negative_mask"][torch.tensor([w is None for w in wrong])] = False
         if self.cache is not None:
             batch["image_features"] = self.cache.read([s["index"] for s in samples], [s["mirrored"] for s in samples])
         else:
@@ -144,6 +148,7 @@ class PairData(pl.LightningDataModule):
         mirror: mirror pictures at random, except where the caption says left or right.
         feature_cache: folder of the frozen image tower's cached tokens; None runs the tower each time.
         target_size: side of the picture to generate; None leaves the target out.
+        hard_neighbours: mined neighbours that stand beside each image in its batch; 0 draws batches at random.
         workers: loader processes.
     """
 
@@ -158,12 +163,14 @@ class PairData(pl.LightningDataModule):
         mirror: bool = False,
         feature_cache: str | None = None,
         target_size: int | None = None,
+        hard_neighbours: int = 0,
         workers: int = 0,
     ) -> None:
         super().__init__()
         self.train, self.val, self.test = train, val, test
         self.tokenizer, self.batch_size, self.seed, self.mirror = tokenizer, batch_size, seed, mirror
         self.feature_cache, self.target_size, self.workers = feature_cache, target_size, workers
+        self.hard_neighbours = hard_neighbours
         self.neighbours: Tensor | None = None
         self.processor: Processor | None = None
         self.caches: dict[str, FeatureCache] = {}
@@ -194,7 +201,56 @@ class PairData(pl.LightningDataModule):
             target_size=self.target_size,
             cache=self.caches.get("train"),
         )
+        if self.hard_neighbours and self.neighbours is None:
+            raise RuntimeError("hard_neighbours asks for mined neighbours, which the task mines in its setup")
         rank, world = (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
         return TrainingLoader(
             samples, batch_size=self.batch_size, workers=self.workers, neighbours=self.neighbours, rank=rank, world=world
         )
+
+    def val_dataloader(self) -> DataLoader:
+        return self._evaluation_loader("val", self.val)
+
+    def test_dataloader(self) -> DataLoader:
+        return self._evaluation_loader("test", self.test)
+
+    def predict_dataloader(self) -> DataLoader:
+        return self._evaluation_loader("test", self.test)
+
+    def mining_dataloader(self) -> DataLoader:
+        """The training split in order, for mining."""
+        return self._evaluation_loader("train", self.train)
+
+    def _evaluation_loader(self, split: str, pairs: Pairs | None) -> DataLoader:
+        if pairs is None:
+            raise ValueError(f"this run reads data.{split}, which is not configured; name a reader for it")
+        if self.processor is None:
+            raise RuntimeError("PairData.bind(config, backbone) must run before its loaders are made")
+        rows = [list(range(i, min(i + self.batch_size, len(pairs)))) for i in range(0, len(pairs), self.batch_size)]
+        return DataLoader(EvaluationBatches(pairs, self.processor, rows, self.caches.get(split)), batch_size=None)
+
+
+class EvaluationBatches(Dataset):
+    """Whole rows of a split in order: every picture with all of its captions. `text_image` says which row of the split a caption is of."""
+
+    def __init__(self, pairs: Pairs, processor: Processor, rows: list[list[int]], cache: FeatureCache | None) -> None:
+        self.pairs, self.processor, self.rows, self.cache = pairs, processor, rows, cache
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, step: int) -> Batch:
+        rows = self.rows[step]
+        captions = [(i, caption) for i in rows for caption in self.pairs.captions(i)]
+        text, text_mask = self.processor.texts([caption for _, caption in captions])
+        batch: Batch = {
+            "image_id": torch.tensor([self.pairs.image_id(i) for i in rows]),
+            "text": text,
+            "text_mask": text_mask,
+            "text_image_id": torch.tensor([self.pairs.image_id(i) for i, _ in captions]),
+        }
+        if self.cache is not None:
+            batch["image_features"] = self.cache.read(rows)
+        else:
+            batch["image"] = self.processor.images([self.pairs.image(i) for i in rows])
+        return batch

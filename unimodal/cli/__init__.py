@@ -1,0 +1,41 @@
+"""The only entry point: `unimodal VERB ...`. A verb's module is imported when it is asked for, so that a search does not wait for the trainer."""
+
+import importlib
+import sys
+from collections.abc import Sequence
+
+# verb -> (module, function, one line of help)
+VERBS = {
+    "fit": ("train", "run", "train a recipe or a schedule of stages: --config FILE [--config FILE ...]"),
+    "validate": ("train", "run", "score a model on the validation split"),
+    "test": ("train", "run", "score a model on the test split"),
+    "predict": ("train", "run", "embed a split with a recipe's model"),
+    "demo": ("train", "demo", "train the embedded quickstart and write its page (--short for a quick pass)"),
+    "embed": ("verbs", "embed", "embed images or texts into a .npy file"),
+    "search": ("verbs", "search", "search a folder of images by text, or by an image"),
+    "rank": ("verbs", "rank", "rank images against a text, or texts against an image"),
+    "caption": ("verbs", "caption", "caption images"),
+    "generate": ("verbs", "generate", "draw a picture from a text"),
+    "push": ("verbs", "push", "push a checkpoint folder to the Hub"),
+    "doctor": ("verbs", "doctor", "report versions, devices and, for a checkpoint, whether it replays"),
+}
+
+
+def usage() -> str:
+    width = max(map(len, VERBS))
+    lines = [f"  {verb:<{width}}  {text}" for verb, (_, _, text) in VERBS.items()]
+    return "usage: unimodal VERB ...\n\n" + "\n".join(lines) + "\n\nunimodal VERB --help tells more.\n"
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one verb; returns the exit status."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    if not arguments or arguments[0] in ("-h", "--help", "help"):
+        print(usage())
+        return 0 if arguments else 2
+    verb = arguments[0]
+    if verb not in VERBS:
+        print(f"unimodal: unknown verb {verb!r}\n\n{usage()}", file=sys.stderr)
+        return 2
+    module, function, _ = VERBS[verb]
+    return getattr(importlib.import_module(f"unimodal.cli.{module}"), function)(arguments) or 0

@@ -1,0 +1,232 @@
+"""A schedule: an ordered mapping of stages in one file. Each stage is an overlay on the schedule's own `model`, `data` and `trainer`, starts from
+the weights of the stage before it, and leaves a folder of its own:
+
+    <output>/<stage>/resume.ckpt    where an interrupted stage goes on (weights, optimizer, loader position)
+    <output>/<stage>/losses.jsonl   every step's losses
+    <output>/<stage>/model/         the weights it ends with, as a shareable checkpoint
+    <output>/<stage>/done.json      what it trained, how long it took, and every task's score after it
+
+The same command again skips finished stages and goes on inside the interrupted one.
+"""
+
+import copy
+import hashlib
+import json
+import resource
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytorch_lightning as pl
+from pytorch_lightning.callbacks import ModelCheckpoint
+from rich.console import Console
+from rich.progress import track
+from rich.table import Table
+
+from unimodal import stages
+from unimodal.cli.finish import share_checkpoint, write_results
+from unimodal.config import nearest
+from unimodal.hub import load_checkpoint, save_checkpoint
+from unimodal.tasks import Evaluation, Task
+
+KEYS = ("name", "title", "about", "output", "seed_everything", "model", "data", "trainer", "stages", "checkpoint_every", "final")
+STAGE_KEYS = ("about", "model", "data", "trainer")
+console = Console()
+
+
+def merge(base: Any, overlay: Any) -> Any:
+    """`overlay` over `base`, mappings key by key; a mapping that names another class (`class_path`) replaces the whole."""
+    if not isinstance(base, dict) or not isinstance(overlay, dict):
+        return copy.deepcopy(overlay)
+    if "class_path" in overlay and overlay["class_path"] != base.get("class_path"):
+        return copy.deepcopy(overlay)
+    return {key: merge(base[key], overlay[key]) if key in overlay and key in base else copy.deepcopy(overlay.get(key, base.get(key)))
+            for key in [*base, *(key for key in overlay if key not in base)]}  # fmt: skip
+
+
+def check_schedule(schedule: dict[str, Any]) -> None:
+    """Refuse unknown keys and empty schedules.
+
+    Raises:
+        ValueError: names the key and the nearest known one.
+    """
+    for key in schedule:
+        if key not in KEYS:
+            raise ValueError(f"schedule: unknown key {key!r}; {nearest(key, KEYS)}")
+    if not schedule["stages"] or not isinstance(schedule["stages"], dict):
+        raise ValueError(f"schedule: stages is {schedule['stages']!r}; expected a mapping from stage name to its settings")
+    for name, stage in schedule["stages"].items():
+        for key in stage:
+            if key not in STAGE_KEYS:
+                raise ValueError(f"schedule stage {name!r}: unknown key {key!r}; {nearest(key, STAGE_KEYS)}")
+
+
+def peak_memory_mb() -> float:
+    """Largest resident size of this process so far, in MiB."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+
+
+def print_stage(name: str, about: str, rows: list[dict[str, Any]]) -> None:
+    """What trains in a stage and what does not."""
+    table = Table(title=f"stage {name}: {about}", title_justify="left")
+    for column, justify in (("part", "left"), ("parameters", "right"), ("trained", "right"), ("rate factors", "left")):
+        table.add_column(column, justify=justify)  # type: ignore[arg-type]
+    for row in rows:
+        trained = row["trained"]
+        factors = ", ".join(f"{factor:g}" for factor in row["factors"])
+        style = "" if trained else "dim"
+        table.add_row(row["part"], f"{row['parameters']:,}", f"{trained:,}" if trained else "frozen", factors, style=style)
+    console.print(table)
+
+
+def print_history(history: dict[str, dict[str, float]], title: str) -> None:
+    """Every task's score after every stage: what was learned, what was forgotten."""
+    table = Table(title=title, title_justify="left")
+    table.add_column("measure")
+    for stage in history:
+        table.add_column(f"after {stage}", justify="right")
+    for measure in dict.fromkeys(key for scores in history.values() for key in scores):
+        cells = [f"{scores[measure]:.3f}" if measure in scores else "-" for scores in history.values()]
+        table.add_row(measure, *cells)
+    console.print(table)
+
+
+def save_stage(task: Task, folder: Path) -> None:
+    """Write the weights a run ends with as a shareable checkpoint."""
+    assert task.processor is not None
+    task.model.eval()
+    save_checkpoint(task.model, task.processor, folder / "model")
+
+
+def run_schedule(schedule: dict[str, Any], build: Callable[[dict[str, Any]], Any]) -> Path:
+    """Run the stages in order; returns the output folder.
+
+    Args:
+        schedule: the merged schedule.
+        build: makes the CLI (model, data module and trainer, nothing run yet) of one stage's configuration.
+
+    Raises:
+        ValueError: for unknown keys, or when a stage's folder holds a run with other settings.
+    """
+    check_schedule(schedule)
+    output = Path(schedule.get("output", f"checkpoints/{schedule.get('name', 'schedule')}"))
+    history: dict[str, dict[str, Any]] = {}
+    previous: Path | None = None
+    cli = None
+    for name, overlay in schedule["stages"].items():
+        folder = output / name
+        config = _stage_config(schedule, overlay, folder, previous)
+        _refuse_other_settings(folder, config)
+        done = folder / "done.json"
+        if done.exists():
+            console.print(f"stage {name}: finished before, in {folder}")
+        else:
+            cli = build(config)
+            _run_stage(cli, name, overlay.get("about", ""), folder)
+        history[name] = json.loads(done.read_text())
+        print_history({stage: row["scores"] for stage, row in history.items()}, "validation after each stage")
+        previous = folder / "model"
+    assert previous is not None
+    share_checkpoint(previous.parent, output)
+    _final_scores(schedule, output, cli or build(config), history)
+    return output
+
+
+def _final_scores(schedule: dict[str, Any], output: Path, cli: Any, history: dict[str, dict[str, Any]]) -> None:
+    """Score the last weights on the test split (the validation split where there is no other), and write the results."""
+    started = time.monotonic()
+    task, data = cli.model, cli.datamodule
+    task.processor = data.bind(task.config, task.model.backbone)
+    weights, _ = load_checkpoint(output / "model")
+    task.model.load_state_dict(weights.state_dict())
+    task.model.eval()
+    pairs, loader = (data.val, data.val_dataloader()) if data.test is None else (data.test, data.test_dataloader())
+    evaluation = Evaluation(task.model, task.processor, pairs, replace(task.settings, **schedule.get("final", {})))
+    for batch in track(loader, description=f"reading the {pairs.split} split"):
+        evaluation.add(batch)
+    results = evaluation.results()
+    results |= {"seconds": time.monotonic() - started, "peak_memory_mb": peak_memory_mb()}
+    about = {"title": schedule.get("title", schedule.get("name", "A schedule of stages")), "summary": schedule.get("about", "")}
+    content = write_results(output, task, pairs, evaluation, results, history, about)
+    table = Table(title=f"held-out results: {pairs.name} {pairs.split}", title_justify="left")
+    for column in ("measure", "value", "protocol"):
+        table.add_column(column)
+    for name, line in content["protocol"].items():
+        table.add_row(name, f"{evaluation.numbers(results)[name]:.3f}", line)
+    console.print(table)
+    console.print(f"wall time {content['wall_seconds']:.0f} s, peak memory {content['peak_memory_mb']:.0f} MB")
+    console.print(f"page: {output / 'index.html'}\nnumbers: {output / 'report.json'}\ncheckpoint: {output / 'model'}")
+
+
+def _stage_config(schedule: dict[str, Any], overlay: dict[str, Any], folder: Path, previous: Path | None) -> dict[str, Any]:
+    config = {key: schedule[key] for key in ("seed_everything", "model", "data", "trainer") if key in schedule}
+    config = merge(config, {key: overlay[key] for key in ("model", "data", "trainer") if key in overlay})
+    config.setdefault("trainer", {})["default_root_dir"] = str(folder)
+    resume = {
+        "class_path": "pytorch_lightning.callbacks.ModelCheckpoint",
+        "init_args": {
+            "dirpath": str(folder),
+            "filename": "resume",
+            "every_n_train_steps": schedule.get("checkpoint_every", 200),
+            "enable_version_counter": False,
+        },
+    }
+    config["trainer"]["callbacks"] = [*config["trainer"].get("callbacks", []), resume]
+    if previous is not None:
+        config["model"].setdefault("init_args", {})["init_from"] = str(previous)
+    return config
+
+
+def _refuse_other_settings(folder: Path, config: dict[str, Any]) -> None:
+    digest = hashlib.sha256(json.dumps(config, sort_keys=True, default=str).encode()).hexdigest()[:16]
+    settings = folder / "settings.json"
+    if not settings.exists():
+        folder.mkdir(parents=True, exist_ok=True)
+        settings.write_text(json.dumps({"digest": digest}))
+    elif json.loads(settings.read_text())["digest"] != digest:
+        raise ValueError(
+            f"{folder} holds a run of this stage with other settings; choose another --output, or remove {folder.parent} to start over"
+        )
+
+
+def _run_stage(cli: Any, name: str, about: str, folder: Path) -> None:
+    task, data, trainer = cli.model, cli.datamodule, cli.trainer
+    rows = stages.table(task.model, task.factors)
+    print_stage(name, about, rows)
+    clock = folder / "seconds.json"  # of earlier, interrupted attempts
+    spent = json.loads(clock.read_text()) if clock.exists() else 0.0
+    started = time.monotonic()
+    resume = folder / "resume.ckpt"
+    trainer.callbacks.append(_Clock(clock, spent, started))
+    trainer.fit(task, datamodule=data, ckpt_path=str(resume) if resume.exists() else None)
+    task.model.eval()
+    scorer = pl.Trainer(
+        logger=False, enable_checkpointing=False, enable_model_summary=False, enable_progress_bar=False, devices=1, accelerator="auto"
+    )
+    scorer.validate(task, datamodule=data, verbose=False)
+    scores = {key.removeprefix("val/"): float(value) for key, value in scorer.callback_metrics.items()}
+    save_stage(task, folder)
+    done = {
+        "about": about,
+        "steps": trainer.global_step,
+        "seconds": spent + time.monotonic() - started,
+        "peak_memory_mb": peak_memory_mb(),
+        "scores": scores,
+        "parts": rows,
+        "untouched_heads": stages.untouched_heads(task.model),
+    }
+    (folder / "done.json").write_text(json.dumps(done, indent=1))
+    resume.unlink(missing_ok=True)
+
+
+class _Clock(pl.Callback):
+    """Notes the time spent beside each resume checkpoint, so that a killed run's time counts."""
+
+    def __init__(self, path: Path, spent: float, started: float) -> None:
+        self.path, self.spent, self.started = path, spent, started
+
+    def on_train_batch_end(self, trainer: pl.Trainer, *_: Any) -> None:
+        if trainer.global_step % 50 == 0:
+            self.path.write_text(json.dumps(self.spent + time.monotonic() - self.started))

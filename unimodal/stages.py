@@ -1,0 +1,148 @@
+"""A stage trains some parameters and leaves the rest exactly as they were: the choice by name patterns, and the proof.
+
+The proof has two halves: every frozen tensor has the same bytes at the end as at the start, and every head that nothing on its path trains
+gives the same bits for the same input.
+"""
+
+import fnmatch
+import hashlib
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor, nn
+
+from unimodal.config import nearest
+from unimodal.model import UnimodalModel
+
+# What each head's output depends on. Query sets are named one by one, since a head reads only its own.
+PATHS = {
+    "embedding": (
+        "backbone.*",
+        "bridge.layers.*",
+        "bridge.norm.*",
+        "bridge.query_sets.image",
+        "bridge.query_sets.text",
+        "heads.image_embedding.*",
+        "heads.text_embedding.*",
+    ),
+    "matching": ("backbone.*", "bridge.layers.*", "bridge.norm.*", "bridge.*embedding.*", "bridge.query_sets.image", "heads.matching.*"),
+    "captioning": (
+        "backbone.vision*",
+        "backbone.image*",
+        "bridge.layers.*",
+        "bridge.norm.*",
+        "bridge.*embedding.*",
+        "bridge.lm_*",
+        "bridge.query_sets.image",
+        "heads.captioning.*",
+    ),
+    "generation": ("backbone.text*", "bridge.layers.*", "bridge.norm.*", "bridge.query_sets.generate", "heads.generation.*"),
+}
+
+
+def _matches(name: str, patterns: Iterable[str]) -> bool:
+    return any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)
+
+
+def rates(model: nn.Module, trainable: dict[str, float]) -> dict[str, float]:
+    """Learning-rate factor of every parameter; 0 is frozen. The last pattern that matches a name decides.
+
+    Raises:
+        ValueError: for a pattern that matches no parameter (names the nearest), or when nothing trains.
+    """
+    names = [name for name, _ in model.named_parameters()]
+    for pattern in trainable:
+        if not fnmatch.filter(names, pattern):
+            tops = {".".join(name.split(".")[:2]) for name in names}
+            raise ValueError(f"trainable pattern {pattern!r} matches no parameter; {nearest(pattern, tops)}")
+    out = {}
+    for name in names:
+        factors = [factor for pattern, factor in trainable.items() if fnmatch.fnmatchcase(name, pattern)]
+        out[name] = factors[-1] if factors else 0.0
+    if not any(out.values()):
+        raise ValueError(f"this stage trains nothing: trainable is {trainable}; give at least one pattern a factor above 0")
+    return out
+
+
+def freeze(model: nn.Module, factors: dict[str, float]) -> None:
+    """Let the parameters with a factor above 0 require gradients, and no other."""
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(factors[name] > 0)
+
+
+def quiet_frozen(model: nn.Module) -> None:
+    """Put every module whose parameters are all frozen into evaluation mode: no dropout, no running statistics that move."""
+    for module in model.modules():
+        parameters = list(module.parameters())
+        if parameters and not any(p.requires_grad for p in parameters):
+            module.eval()
+
+
+def fingerprints(model: nn.Module) -> dict[str, str]:
+    """Hash of every frozen tensor: parameters that do not train, and buffers of modules in which nothing trains."""
+    frozen = {name: p for name, p in model.named_parameters() if not p.requires_grad}
+    for prefix, module in model.named_modules():
+        parameters = list(module.parameters())
+        if parameters and not any(p.requires_grad for p in parameters):
+            frozen |= {f"{prefix}.{name}": buffer for name, buffer in module.named_buffers(recurse=False)}
+    return {name: hashlib.sha256(_bytes(tensor)).hexdigest()[:16] for name, tensor in frozen.items()}
+
+
+def _bytes(tensor: Tensor) -> bytes:
+    return tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes() if tensor.numel() else b""
+
+
+def moved(before: dict[str, str], after: dict[str, str]) -> list[str]:
+    """Names whose frozen tensors differ between two `fingerprints`."""
+    return sorted(name for name in before.keys() | after.keys() if before.get(name) != after.get(name))
+
+
+def untouched_heads(model: UnimodalModel) -> list[str]:
+    """Heads with no trained parameter on their path."""
+    trained = [name for name, p in model.named_parameters() if p.requires_grad]
+    present = [head for head in PATHS if head == "embedding" or head in model.heads]
+    return [head for head in present if not any(_matches(name, PATHS[head]) for name in trained)]
+
+
+@torch.no_grad()
+def probe(model: UnimodalModel, heads: Iterable[str]) -> dict[str, Tensor]:
+    """Outputs of `heads` for a fixed random picture and text, in evaluation mode."""
+    was_training = {module: module.training for module in model.modules()}
+    model.eval()
+    device = model.log_scale.device
+    vision, text_config = model.config.backbone.vision, model.backbone.text.config
+    generator = torch.Generator().manual_seed(0)
+    pixels = torch.randn(2, 3, vision.image_size, vision.image_size, generator=generator).to(device)
+    ids = torch.randint(0, text_config.vocab_size, (2, 8), generator=generator).to(device)
+    image, text = model.encode_image(pixels), model.encode_text(ids, torch.ones_like(ids, dtype=torch.bool))
+    rows = torch.arange(2, device=device)
+    out: dict[str, Tensor] = {}
+    for head in heads:
+        if head == "embedding":
+            out["embedding.image"], out["embedding.text"] = model.image_embedding(image), model.text_embedding(text)
+        elif head == "matching":
+            out["matching"] = model.match(image, text, rows, rows)
+        elif head == "captioning":
+            out["captioning"] = model.caption_logits(image, ids)
+        else:
+            network = model.head("generation")
+            noise = torch.randn(2, *network.latent_shape, generator=generator).to(device)
+            out["generation"] = network(noise, torch.full((2,), 0.5, device=device), model.generation_condition(text))
+    for module, mode in was_training.items():
+        module.training = mode
+    return {name: tensor.cpu() for name, tensor in out.items()}
+
+
+def table(model: nn.Module, factors: dict[str, float], depth: int = 2) -> list[dict[str, object]]:
+    """One row per part of the model: its parameters, how many of them train, and the learning-rate factors."""
+    rows: dict[str, dict] = {}
+    for name, parameter in model.named_parameters():
+        part = ".".join(name.split(".")[: depth + (name.startswith("bridge.query_sets."))])
+        if "." not in name:
+            part = name
+        row = rows.setdefault(part, {"part": part, "parameters": 0, "trained": 0, "factors": set()})
+        row["parameters"] += parameter.numel()
+        if factors[name] > 0:
+            row["trained"] += parameter.numel()
+            row["factors"].add(factors[name])
+    return [{**row, "factors": sorted(row["factors"])} for row in rows.values()]

@@ -1,0 +1,31 @@
+"""Tasks: LightningModules that train the heads, one each or jointly. Recipes name them by these short paths."""
+
+from unimodal.tasks.base import Objective, OptimizerSettings, Step, Task
+from unimodal.tasks.callbacks import EMA, LossLog, StageProof
+from unimodal.tasks.captioning import ITG, Captioning
+from unimodal.tasks.evaluation import Evaluation, EvaluationSettings
+from unimodal.tasks.generation import Flow, Generation
+from unimodal.tasks.joint import Joint
+from unimodal.tasks.matching import ITM, Matching
+from unimodal.tasks.retrieval import ITC, Retrieval
+
+__all__ = [
+    "EMA",
+    "ITC",
+    "ITG",
+    "ITM",
+    "Captioning",
+    "Evaluation",
+    "EvaluationSettings",
+    "Flow",
+    "Generation",
+    "Joint",
+    "LossLog",
+    "Matching",
+    "Objective",
+    "OptimizerSettings",
+    "Retrieval",
+    "StageProof",
+    "Step",
+    "Task",
+]

@@ -1,0 +1,265 @@
+"""What every task shares: one model, named objectives on shared reads of a batch, a stage, an optimizer, an evaluation.
+
+A training step returns `(losses, report)`: what is optimised and what is only logged never share a dict.
+"""
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Literal
+
+import pytorch_lightning as pl
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from unimodal import stages
+from unimodal.config import ModelConfig
+from unimodal.data.batch import Batch, check_batch
+from unimodal.data.pairs import Pairs
+from unimodal.data.processor import Processor
+from unimodal.hub import load_checkpoint
+from unimodal.model import ImageState, TextState, UnimodalModel
+from unimodal.tasks.evaluation import Evaluation, EvaluationSettings
+from unimodal.tasks.mining import mine_neighbours
+
+Losses = dict[str, Tensor]
+Report = dict[str, Tensor]
+
+
+class Step:
+    """One training step's reads of a batch, each made once, when an objective first asks for it.
+
+    `progress` runs from 0 to 1 over the stage.
+    """
+
+    def __init__(self, model: UnimodalModel, batch: Batch, progress: float) -> None:
+        self.model, self.batch, self.progress = model, batch, progress
+
+    @cached_property
+    def image(self) -> ImageState:
+        return self.model.encode_image(self.batch.get("image"), features=self.batch.get("image_features"))
+
+    @cached_property
+    def text(self) -> TextState:
+        return self.model.encode_text(self.batch["text"], self.batch["text_mask"])
+
+    @cached_property
+    def image_embedding(self) -> Tensor:
+        return self.model.image_embedding(self.image)
+
+    @cached_property
+    def text_embedding(self) -> Tensor:
+        return self.model.text_embedding(self.text)
+
+
+class Objective:
+    """A loss with its weight and the batch keys it reads. Subclasses compute it from a `Step`."""
+
+    keys: tuple[str, ...] = ()
+
+    def __init__(self, weight: float = 1.0) -> None:
+        self.weight = weight
+
+    def __call__(self, step: Step) -> tuple[Tensor, Report]:
+        raise NotImplementedError(f"{type(self).__name__} is an objective without a loss; implement __call__(step)")
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimizerSettings:
+    """AdamW with warm-up.
+
+    Args:
+        lr: peak learning rate; a stage's factors multiply it per parameter.
+        weight_decay: decay of matrices; vectors (biases, norms, scales) and query sets have none.
+        betas: of Adam.
+        warmup: share of the stage's steps in which the rate rises from 0.
+        decay: shape of the fall after it.
+    """
+
+    lr: float = 1e-3
+    weight_decay: float = 0.05
+    betas: tuple[float, float] = (0.9, 0.98)
+    warmup: float = 0.05
+    decay: Literal["cosine", "linear", "constant"] = "cosine"
+
+    def rate(self, progress: float) -> float:
+        """Factor of the peak rate at `progress` (0 to 1) through the stage."""
+        if progress < self.warmup:
+            return progress / self.warmup
+        rest = (progress - self.warmup) / (1 - self.warmup)
+        return {"cosine": 0.5 * (1 + math.cos(math.pi * rest)), "linear": 1 - rest, "constant": 1.0}[self.decay]
+
+
+class Task(pl.LightningModule):
+    """A model in training.
+
+    Args:
+        config: the model to build.
+        objectives: losses by name; their weighted sum is minimised.
+        trainable: learning-rate factor by parameter name pattern (last match decides); everything unmatched is frozen.
+        optimizer: optimizer settings.
+        evaluation: what validation measures.
+        init_from: a checkpoint folder or Hub id whose weights the stage starts from. Not for resuming: that is `--ckpt_path`.
+        pretrained: without `init_from`, start the towers from the sources that `config` names.
+        seed: what the randomness of every step follows from.
+    """
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        objectives: dict[str, Objective],
+        trainable: dict[str, float] | None = None,
+        optimizer: OptimizerSettings = OptimizerSettings(),
+        evaluation: EvaluationSettings = EvaluationSettings(),
+        init_from: str | None = None,
+        pretrained: bool = True,
+        seed: int = 0,
+    ) -> None:
+        super().__init__()
+        torch.manual_seed(seed)  # the first weights, too, follow from the seed
+        self.config, self.objectives, self.trainable = config, objectives, trainable or {"*": 1.0}
+        self.optimizer, self.settings, self.init_from, self.seed = optimizer, evaluation, init_from, seed
+        self.model = UnimodalModel(config, pretrained=pretrained and init_from is None)
+        self.factors = stages.rates(self.model, self.trainable)
+        if init_from is not None:
+            self._start_from(init_from)
+        stages.freeze(self.model, self.factors)
+        self.processor: Processor | None = None
+        self.evaluation: Evaluation | None = None
+        self.results: dict[str, Any] = {}
+
+    def _start_from(self, checkpoint: str) -> None:
+        source, _ = load_checkpoint(checkpoint)
+        result = self.model.load_state_dict(source.state_dict(), strict=False)
+        untrained = [name for name in result.missing_keys if not self.factors.get(name)]
+        if untrained or result.unexpected_keys:
+            raise ValueError(
+                f"init_from {checkpoint}: tensors missing there that this stage does not train: {untrained}; "
+                f"tensors there that this model lacks: {list(result.unexpected_keys)}; give the same model configuration"
+            )
+
+    # Training.
+
+    def training_forward(self, batch: Batch) -> tuple[Losses, Report]:
+        """Losses by objective name (unweighted), and what else is worth logging."""
+        total = self.trainer.estimated_stepping_batches if self._trainer is not None else 1
+        step = Step(self.model, batch, self.global_step / total)
+        losses: Losses = {}
+        report: Report = {}
+        for name, objective in self.objectives.items():
+            check_batch(batch, objective.keys, f"objective {name!r}")
+            losses[name], extra = objective(step)
+            report |= {f"{name}/{key}": value for key, value in extra.items()}
+        return losses, report
+
+    def on_train_batch_start(self, batch: Batch, batch_index: int) -> None:
+        # Dropout, sampled negatives and noise follow from the step alone, so a resumed run repeats them.
+        torch.manual_seed((self.seed * 1_000_003 + self.global_step) * 64 + self.global_rank)
+
+    def training_step(self, batch: Batch, batch_index: int) -> Tensor:
+        losses, report = self.training_forward(batch)
+        total = torch.stack([self.objectives[name].weight * loss for name, loss in losses.items()]).sum()
+        if not torch.isfinite(total):
+            raise FloatingPointError(
+                f"step {self.global_step}: losses are not finite: { {k: float(v) for k, v in losses.items()} }; "
+                "lower the learning rate or train in float32"
+            )
+        self.step_losses = {name: float(loss.detach()) for name, loss in losses.items()}
+        self.step_report = {name: float(value.detach()) for name, value in report.items()}
+        self.log_dict(self.step_losses, prog_bar=True, logger=False)
+        self.log_dict({f"train/{k}": v for k, v in {**self.step_losses, **self.step_report}.items()}, logger=True)
+        return total
+
+    def train(self, mode: bool = True) -> "Task":
+        super().train(mode)
+        if mode:
+            stages.quiet_frozen(self.model)
+        return self
+
+    def on_train_epoch_start(self) -> None:
+        self.train()
+
+    def configure_optimizers(self) -> dict[str, Any]:
+        groups: dict[tuple[float, bool], list[Tensor]] = {}
+        for name, parameter in self.model.named_parameters():
+            if parameter.requires_grad:
+                decays = parameter.ndim > 1 and "query_sets" not in name
+                groups.setdefault((self.factors[name], decays), []).append(parameter)
+        settings = self.optimizer
+        optimizer = torch.optim.AdamW(
+            [
+                {"params": parameters, "lr": settings.lr * factor, "weight_decay": settings.weight_decay * decays}
+                for (factor, decays), parameters in groups.items()
+            ],
+            betas=settings.betas,
+        )
+        total = max(1, int(self.trainer.estimated_stepping_batches))
+        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: settings.rate(min(1.0, (step + 1) / total)))
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+    # Evaluation: the whole split is read, then every present head is scored.
+
+    def setup(self, stage: str) -> None:
+        data = self.trainer.datamodule
+        self.processor = data.bind(self.config, self.model.backbone)
+        if stage == "fit" and data.hard_neighbours and data.neighbours is None:
+            data.neighbours = self._mined(Path(self.trainer.default_root_dir) / "neighbours.safetensors")
+
+    @torch.no_grad()
+    def _mined(self, path: Path) -> Tensor:
+        """Hard neighbours of the training split under the weights that the stage starts from; kept in a file of the run."""
+        data = self.trainer.datamodule
+        if not path.exists():
+            self.model.eval()
+            images = [
+                self.model.image_embedding(self.model.encode_image(batch.get("image"), features=batch.get("image_features")))
+                for batch in data.mining_dataloader()
+            ]
+            assert self.processor is not None
+            neighbours = mine_neighbours(
+                self.model, torch.cat(images).float(), data.train, self.processor, neighbours=data.hard_neighbours
+            )
+            self.model.train()
+            path.parent.mkdir(parents=True, exist_ok=True)
+            save_file({"neighbours": neighbours}, path)
+        return load_file(path)["neighbours"]
+
+    def _begin(self, pairs: Pairs) -> None:
+        assert self.processor is not None
+        self.evaluation = Evaluation(self.model, self.processor, pairs, self.settings)
+
+    def _end(self, prefix: str) -> None:
+        assert self.evaluation is not None
+        self.results = self.evaluation.results()
+        self.log_dict({f"{prefix}/{k}": v for k, v in self.evaluation.numbers(self.results).items()}, rank_zero_only=True)
+        self.evaluation = None
+
+    def on_validation_epoch_start(self) -> None:
+        self._begin(self.trainer.datamodule.val)
+
+    def on_test_epoch_start(self) -> None:
+        self._begin(self.trainer.datamodule.test)
+
+    def validation_step(self, batch: Batch, batch_index: int) -> None:
+        assert self.evaluation is not None
+        self.evaluation.add(batch)
+
+    def test_step(self, batch: Batch, batch_index: int) -> None:
+        self.validation_step(batch, batch_index)
+
+    def on_validation_epoch_end(self) -> None:
+        self._end("val")
+
+    def on_test_epoch_end(self) -> None:
+        self._end("test")
+
+    def predict_step(self, batch: Batch, batch_index: int) -> dict[str, Tensor]:
+        """Embeddings of the batch's images and captions."""
+        image = self.model.encode_image(batch.get("image"), features=batch.get("image_features"))
+        text = self.model.encode_text(batch["text"], batch["text_mask"])
+        return {"image": self.model.image_embedding(image), "text": self.model.text_embedding(text)}
+
+

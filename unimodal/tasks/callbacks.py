@@ -1,0 +1,100 @@
+"""What accompanies a training run: a loss log that survives a kill, an average of the weights, the proof that frozen weights did not move."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytorch_lightning as pl
+import torch
+from torch import Tensor
+
+from unimodal import stages
+
+
+class LossLog(pl.Callback):
+    """One JSON line per step in `losses.jsonl` of the run's folder. A resumed run first drops the lines after its checkpoint."""
+
+    def on_train_start(self, trainer: pl.Trainer, task: pl.LightningModule) -> None:
+        self.path = Path(trainer.default_root_dir) / "losses.jsonl"
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        lines = self.path.read_text().splitlines(keepends=True) if self.path.exists() else []
+        kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] < trainer.global_step]
+        self.path.write_text("".join(kept))
+
+    def on_train_batch_end(self, trainer: pl.Trainer, task: Any, outputs: Any, batch: Any, batch_index: int) -> None:
+        if trainer.is_global_zero:
+            row = {"step": trainer.global_step - 1, **task.step_losses, **task.step_report}
+            with open(self.path, "a") as file:
+                file.write(json.dumps(row) + "\n")
+
+
+class EMA(pl.Callback):
+    """Exponential moving average of the trained parameters, which takes their place when training ends.
+
+    The decay warms up as (1 + n) / (10 + n), so that the random start is soon forgotten.
+
+    Args:
+        decay: weight of the past per step.
+    """
+
+    def __init__(self, decay: float = 0.99) -> None:
+        self.decay = decay
+        self.average: dict[str, Tensor] = {}
+        self.updates = 0
+
+    def _trained(self, task: pl.LightningModule) -> dict[str, Tensor]:
+        return {name: p for name, p in task.named_parameters() if p.requires_grad}
+
+    def on_train_start(self, trainer: pl.Trainer, task: pl.LightningModule) -> None:
+        if not self.average:
+            self.average = {name: p.detach().clone() for name, p in self._trained(task).items()}
+
+    @torch.no_grad()
+    def on_train_batch_end(self, trainer: pl.Trainer, task: pl.LightningModule, *_: Any) -> None:
+        self.updates += 1
+        decay = min(self.decay, (1 + self.updates) / (10 + self.updates))
+        for name, parameter in self._trained(task).items():
+            self.average[name] = self.average[name].to(parameter.device)
+            self.average[name].lerp_(parameter.detach(), 1 - decay)
+
+    @torch.no_grad()
+    def on_train_end(self, trainer: pl.Trainer, task: pl.LightningModule) -> None:
+        for name, parameter in self._trained(task).items():
+            parameter.copy_(self.average[name])
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"average": self.average, "updates": self.updates}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.average, self.updates = state["average"], state["updates"]
+
+
+class StageProof(pl.Callback):
+    """Fails the run unless frozen tensors are bit-identical at its end and untouched heads give bit-identical outputs.
+
+    What the start looked like travels with the resume checkpoint, so a resumed run is held to the same start.
+    """
+
+    def __init__(self) -> None:
+        self.frozen: dict[str, str] = {}
+        self.outputs: dict[str, Tensor] = {}
+
+    def on_train_start(self, trainer: pl.Trainer, task: Any) -> None:
+        if not self.frozen:
+            self.frozen = stages.fingerprints(task.model)
+            self.outputs = stages.probe(task.model, stages.untouched_heads(task.model))
+
+    def on_train_end(self, trainer: pl.Trainer, task: Any) -> None:
+        moved = stages.moved(self.frozen, stages.fingerprints(task.model))
+        if moved:
+            raise RuntimeError(f"frozen tensors moved during this stage: {', '.join(moved)}")
+        after = stages.probe(task.model, stages.untouched_heads(task.model))
+        changed = [name for name, output in self.outputs.items() if not torch.equal(output, after[name])]
+        if changed:
+            raise RuntimeError(f"outputs of heads that this stage does not train changed: {', '.join(changed)}")
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"frozen": self.frozen, "outputs": self.outputs}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.frozen, self.outputs = state["frozen"], state["outputs"]

@@ -1,0 +1,37 @@
+"""Captioning: the image-grounded text generation objective (ITG) and the task that trains it alone."""
+
+from typing import Any
+
+from torch import Tensor
+
+from unimodal.config import ModelConfig
+from unimodal.losses import caption_loss
+from unimodal.tasks.base import Objective, Report, Step, Task
+
+
+class ITG(Objective):
+    """Next-token cross-entropy of the caption given the image (BLIP-2, arXiv 2301.12597).
+
+    Args:
+        weight: weight in the sum of losses.
+        label_smoothing: share of each target spread over the vocabulary.
+    """
+
+    keys = ("image", "text", "text_mask")
+
+    def __init__(self, weight: float = 1.0, label_smoothing: float = 0.1) -> None:
+        super().__init__(weight)
+        self.label_smoothing = label_smoothing
+
+    def __call__(self, step: Step) -> tuple[Tensor, Report]:
+        ids = step.model.start_caption(step.batch["text"])
+        logits = step.model.caption_logits(step.image, ids)
+        targets = step.model.caption_targets(ids)
+        return caption_loss(logits, targets, step.batch["text_mask"], label_smoothing=self.label_smoothing), {}
+
+
+class Captioning(Task):
+    """Trains captions alone."""
+
+    def __init__(self, config: ModelConfig, itg: ITG | None = None, **settings: Any) -> None:
+        super().__init__(config, {"itg": itg or ITG()}, **settings)

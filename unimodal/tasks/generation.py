@@ -1,0 +1,46 @@
+"""Generation: the flow-matching objective on bridged queries and the task that trains it alone."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from unimodal.config import ModelConfig
+from unimodal.diffusion import flow_path, sample_t
+from unimodal.losses import flow_matching_loss
+from unimodal.tasks.base import Objective, Report, Step, Task
+
+
+class Flow(Objective):
+    """Flow matching of the pictures, conditioned on generation queries that take over from the caption's tokens step by step.
+
+    The share p of positions that hold a query instead of a caption token rises linearly to 1 over the first `handover` of the stage (the
+    curriculum of OmniBridge, arXiv 2509.19018, section on semantic-guided replacement, on a linear schedule).
+
+    Args:
+        weight: weight in the sum of losses.
+        handover: share of the stage after which the queries stand alone.
+    """
+
+    keys = ("text", "text_mask", "target")
+
+    def __init__(self, weight: float = 1.0, handover: float = 0.4) -> None:
+        super().__init__(weight)
+        self.handover = handover
+
+    def __call__(self, step: Step) -> tuple[Tensor, Report]:
+        head = step.model.head("generation")
+        replaced = min(1.0, step.progress / self.handover) if self.handover else 1.0
+        condition = step.model.generation_condition(step.text, replaced)
+        clean = head.encode(step.batch["target"])
+        noise = torch.randn_like(clean)
+        t = sample_t(len(clean), device=clean.device)
+        x_t, velocity = flow_path(clean, noise, t)
+        return flow_matching_loss(head(x_t, t, condition), velocity), {"replaced": torch.tensor(replaced)}
+
+
+class Generation(Task):
+    """Trains picture generation alone."""
+
+    def __init__(self, config: ModelConfig, flow: Flow | None = None, **settings: Any) -> None:
+        super().__init__(config, {"flow": flow or Flow()}, **settings)

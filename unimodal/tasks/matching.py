@@ -1,0 +1,61 @@
+"""Matching: the image-text match objective (ITM) and the task that trains it alone."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from unimodal.config import ModelConfig
+from unimodal.losses import matching_loss, sample_hard_negatives, similarity
+from unimodal.tasks.base import Objective, Report, Step, Task
+
+
+class ITM(Objective):
+    """Does this text describe this image? One true pair and hard negatives per image (ALBEF, arXiv 2107.07651; BLIP-2, arXiv 2301.12597).
+
+    Negatives are drawn from the rank's own batch by softmax(hardness * scale * cosine), never of the same image: one text for each image and
+    one image for each text; and the reader's own false captions (`negative_text`), where it has them. The hardness rises linearly over
+    the first part of the stage, since negatives mined by an embedding that already fits the training set teach nothing at first.
+
+    Args:
+        weight: weight in the sum of losses.
+        hardness: exponent of the draw at the end of the ramp; 0 draws uniformly.
+        ramp: share of the stage over which the hardness rises from 0.
+        false_captions: also use the reader's false captions.
+    """
+
+    keys = ("image", "text", "text_mask", "image_id")
+
+    def __init__(self, weight: float = 1.0, hardness: float = 1.0, ramp: float = 0.3, false_captions: bool = True) -> None:
+        super().__init__(weight)
+        self.hardness, self.ramp, self.false_captions = hardness, ramp, false_captions
+
+    def __call__(self, step: Step) -> tuple[Tensor, Report]:
+        model, batch, ids = step.model, step.batch, step.batch["image_id"]
+        hardness = self.hardness * (min(1.0, step.progress / self.ramp) if self.ramp else 1.0)
+        with torch.no_grad():
+            scores = hardness * model.scale * similarity(step.image_embedding, step.text_embedding)
+            wrong_text, wrong_image = sample_hard_negatives(scores, ids, ids)
+        rows = torch.arange(len(ids), device=ids.device)
+        text = step.text
+        image_index = [rows, rows, wrong_image]
+        text_index = [rows, wrong_text, rows]
+        if self.false_captions and "negative_text" in batch:
+            given = batch["negative_mask"].any(dim=1)
+            text = text.append(model.encode_text(batch["negative_text"][given], batch["negative_mask"][given]))
+            image_index.append(rows[given])
+            text_index.append(len(ids) + torch.arange(int(given.sum()), device=ids.device))
+        pairs = torch.cat(image_index)
+        logits = model.match(step.image, text, pairs, torch.cat(text_index))
+        labels = (torch.arange(len(pairs), device=ids.device) < len(ids)).long()
+        correct = (logits.detach() > 0).long() == labels
+        # Balanced: two negatives per positive make 2/3 of "always no" right.
+        balanced = (correct[labels == 1].float().mean() + correct[labels == 0].float().mean()) / 2
+        return matching_loss(logits, labels), {"balanced_accuracy": balanced}
+
+
+class Matching(Task):
+    """Trains the match score alone."""
+
+    def __init__(self, config: ModelConfig, itm: ITM | None = None, **settings: Any) -> None:
+        super().__init__(config, {"itm": itm or ITM()}, **settings)
