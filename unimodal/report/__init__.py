@@ -1,0 +1,21 @@
+"""One self-contained HTML page about a finished run: what it learned, how well, what it makes of pictures and texts.
+
+`contents.py` says what a report holds, `page.py` writes it from `sections.py`, `chart.py` and `pieces.py`.
+"""
+
+from unimodal.report.contents import Caption, Drawing, Hit, Metric, Picture, Report, Score, Search, Stage, Swap
+from unimodal.report.page import write_report
+
+__all__ = [
+    "Caption",
+    "Drawing",
+    "Hit",
+    "Metric",
+    "Picture",
+    "Report",
+    "Score",
+    "Search",
+    "Stage",
+    "Swap",
+    "write_report",
+]

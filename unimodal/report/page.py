@@ -1,0 +1,114 @@
+"""The page: which sections there are, in which order, and the one file that holds them all."""
+
+from collections.abc import Callable
+from html import escape
+from importlib import resources
+from pathlib import Path
+
+from unimodal.report import sections
+from unimodal.report.contents import Report
+from unimodal.report.pieces import duration, grid
+
+# title: (what a reader should know before it, how it is written); an empty text leaves the section out
+SECTIONS: dict[str, tuple[str, Callable[[Report], str]]] = {
+    "Results": (
+        "The embedding finds, the matching head reranks what it found. A number means what its protocol says.",
+        lambda report: sections.results(report["metrics"]) if report["metrics"] else "",
+    ),
+    "Stages": (
+        "What each stage trained, what it left as it was, and how its losses fell.",
+        lambda report: "".join(sections.stage(place, data) for place, data in enumerate(report["stages"], 1)),
+    ),
+    "Learned and forgotten": (
+        "Every job, scored again after each stage. The small number is the change since the stage before.",
+        lambda report: sections.forgetting(report["stages"], report["scores"]) if report["scores"] else "",
+    ),
+    "Search": (
+        "The same query by the embedding alone and after the matching head looked at what it found.",
+        lambda report: "".join(map(sections.search, report["searches"])),
+    ),
+    "Swapped attributes": (
+        "One picture, two captions that differ in a word or in their order. Which one does each head prefer?",
+        lambda report: grid("wide", map(sections.swap, report["swaps"])),
+    ),
+    "Captions": (
+        "What the captioning head wrote under pictures that it never saw.",
+        lambda report: grid("narrow", map(sections.caption, report["captions"])),
+    ),
+    "Drawings": (
+        "What the generation head drew for a text. The verdict comes from a program that reads the pixels.",
+        lambda report: grid("narrow", map(sections.drawing, report["drawings"])),
+    ),
+}
+
+# The browser itself holds the page to its word: no request leaves it.
+POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
+
+
+def write_report(path: str | Path, report: Report) -> Path:
+    """Write the page.
+
+    Args:
+        path: the HTML file; folders that lead to it are made.
+        report: see `unimodal.report.Report`.
+
+    Returns:
+        The path, as a `Path`.
+
+    Raises:
+        ValueError: keys of the report are missing or unknown.
+        TypeError: a picture is neither a PIL image nor a uint8 array [H, W, 3].
+    """
+    expected, given = Report.__required_keys__, frozenset(report)
+    if given != expected:
+        raise ValueError(
+            f"a report lacks {sorted(expected - given)} and has the unknown {sorted(given - expected)}; "
+            f"it has exactly the keys {sorted(expected)} (an empty list leaves a section out)"
+        )
+    present = {title: (lead, content) for title, (lead, write) in SECTIONS.items() if (content := write(report))}
+    links = "".join(f'<a href="#{anchor(title)}">{title}</a>' for title in present)
+    body = "".join(
+        f'<section id="{anchor(title)}"><h2>{title}</h2><p class="lead">{lead}</p>{content}</section>'
+        for title, (lead, content) in present.items()
+    )
+    facts = {
+        **report["facts"],
+        "Wall time": duration(report["wall_seconds"]),
+        "Peak memory": f"{report['peak_memory_mb']:,.0f} MB",
+    }
+    entries = "".join(f"<div><dt>{escape(label)}</dt><dd>{escape(text)}</dd></div>" for label, text in facts.items())
+    style = resources.files("unimodal.report").joinpath("style.css").read_text(encoding="utf-8")
+    title = escape(report["title"])
+    page = f"""<!doctype html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta http-equiv="Content-Security-Policy" content="{POLICY}">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<meta name="color-scheme" content="light dark">
+<title>{title}</title>
+<style>
+{style}</style>
+</head>
+<body>
+<a class="skip" href="#content">Skip to the content</a>
+<header>
+<h1>{title}</h1>
+<p class="summary">{escape(report["summary"])}</p>
+<dl class="facts">{entries}</dl>
+</header>
+<nav aria-label="Sections">{links}</nav>
+<main id="content">
+{body}
+</main>
+</body>
+</html>
+"""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(page, encoding="utf-8")
+    return path
+
+
+def anchor(title: str) -> str:
+    return title.lower().replace(" ", "-")

@@ -1,0 +1,127 @@
+"""The sections of a page, one function each: contents in, HTML out, every text escaped."""
+
+from collections.abc import Sequence
+from html import escape
+
+from unimodal.report.chart import loss_chart
+from unimodal.report.contents import Caption, Drawing, Hit, Metric, Picture, Score, Search, Stage, Swap
+from unimodal.report.pieces import count, differing, duration, image, mark, measure, number, scrolling, signed
+
+
+def results(metrics: Sequence[Metric]) -> str:
+    letters = {protocol: chr(ord("A") + i) for i, protocol in enumerate(dict.fromkeys(m["protocol"] for m in metrics))}
+    rows = []
+    for metric in metrics:
+        unit, first, reranked = metric.get("unit", "share"), metric.get("first"), metric.get("reranked")
+        if "value" in metric:
+            cells = f'<td colspan="2">{measure(metric["value"], unit)}</td>'
+        else:
+            cells = f"<td>{measure(first, unit)}</td><td>{measure(reranked, unit)}</td>"
+        last = metric.get("value", first if reranked is None else reranked)
+        aim = metric.get("aim")
+        reached = "" if aim is None or last is None else f"{mark(last >= aim)} {number(aim, unit)}"
+        name = f'<th scope="row">{escape(metric["name"])}</th>'
+        rows.append(f'<tr>{name}{cells}<td class="aim">{reached}</td><td>{letters[metric["protocol"]]}</td></tr>')
+    titles = "<th></th><th>First stage<small>embedding</small></th><th>Reranked<small>matching head</small></th>"
+    notes = "".join(f"<li><b>{letter}</b> {escape(protocol)}</li>" for protocol, letter in letters.items())
+    head = f"<thead><tr>{titles}<th>Aim</th><th>Protocol</th></tr></thead>"
+    table = scrolling("Results", f"{head}<tbody>{''.join(rows)}</tbody>", columns=4)
+    return f'{table}<ul class="notes">{notes}</ul>'
+
+
+def stage(place: int, data: Stage) -> str:
+    moved, kept = sum(data["trained"].values()), sum(data["frozen"].values())
+    share = moved / max(moved + kept, 1)
+    proof = f'<p class="proof">{mark(True)} {escape(data["proof"])}</p>' if "proof" in data else ""
+    chart = loss_chart(f"Losses of the stage {data['name']}", data["losses"]) if any(data["losses"].values()) else ""
+    return (
+        f'<article class="stage"><div><h3><span class="place">{place}</span>{escape(data["name"])}</h3>'
+        f'<p>{escape(data["goal"])}</p><p class="soft">{data["steps"]:,} steps in {duration(data["seconds"])}</p>'
+        f'<div class="share" role="img" aria-label="{share:.0%} of the parameters trained">'
+        f'<span style="width:{share:.1%}"></span></div><div class="parts">{parts("Trained", data["trained"])}'
+        f"{parts('Frozen', data['frozen'])}</div>{proof}</div>{chart}</article>"
+    )
+
+
+def parts(title: str, groups: dict[str, int]) -> str:
+    rows = "".join(f"<li>{escape(name)} <b>{count(size)}</b></li>" for name, size in groups.items())
+    return f"<div><h4>{title} <b>{count(sum(groups.values()))}</b></h4><ul>{rows or '<li>nothing</li>'}</ul></div>"
+
+
+def forgetting(stages: Sequence[Stage], scores: Sequence[Score]) -> str:
+    head = "".join(f"<th>after {escape(data['name'])}</th>" for data in stages)
+    rows = []
+    for score in scores:
+        unit, cells, before = score.get("unit", "share"), [], None
+        for value in score["after"]:
+            change = 0.0 if value is None or before is None else value - before
+            better = (change < 0) == score.get("lower_is_better", False)
+            size = number(abs(change), unit).removesuffix("%")  # of a share: percentage points
+            kind, sign = "up" if better else "down", "+" if change > 0 else "−"
+            delta = f'<small class="{kind}">{sign}{size}</small>' if float(size) else ""
+            cells.append(f"<td>{'–' if value is None else number(value, unit)}{delta}</td>")
+            before = before if value is None else value
+        rows.append(f'<tr><th scope="row">{escape(score["name"])}</th>{"".join(cells)}</tr>')
+    content = f"<thead><tr><th></th>{head}</tr></thead><tbody>{''.join(rows)}</tbody>"
+    return scrolling("Learned and forgotten", content, columns=len(stages), kind="even")
+
+
+def search(data: Search) -> str:
+    before, after = (place_of_right(found) for found in (data["first"], data["reranked"]))
+    shown = image(data["picture"], data.get("text", "the query")) if "picture" in data else ""
+    title = f"<q>{escape(data['text'])}</q>" if "text" in data else "This picture"
+    return (
+        f'<article class="search"><header>{shown}<h3>{title}</h3>'
+        f'<p class="soft">the right one: {before} → {after}</p></header>'
+        f"<h4>First stage</h4>{hits(data['first'])}<h4>Reranked</h4>{hits(data['reranked'])}</article>"
+    )
+
+
+def place_of_right(found: Sequence[Hit]) -> str:
+    return next((f"#{place}" for place, hit in enumerate(found, 1) if hit["right"]), f"not in the first {len(found)}")
+
+
+def hits(found: Sequence[Hit]) -> str:
+    rows = []
+    for place, hit in enumerate(found, 1):
+        text = hit.get("text", "")
+        shown = image(hit["picture"], text) if "picture" in hit else f"<span>{escape(text)}</span>"
+        kind, tick = ("right", f" {mark(True)}") if hit["right"] else ("other", "")
+        rows.append(f'<li class="{kind}">{shown}<small>{place}. {signed(hit["score"])}{tick}</small></li>')
+    kind = "pictures" if found and "picture" in found[0] else "texts"
+    return f'<ol class="hits {kind}">{"".join(rows)}</ol>'
+
+
+def swap(data: Swap) -> str:
+    def cells(scores: tuple[float, float]) -> list[str]:
+        kinds = ["chosen" if score == max(scores) else "other" for score in scores]
+        return [f'<td class="{kind}">{signed(score)}</td>' for kind, score in zip(kinds, scores)]
+
+    texts = differing(data["true"], data["false"])
+    columns = [data["embedding"], data["matching"]]
+    rows = "".join(
+        f'<tr><th scope="row"><small>{kind}</small>{text}</th>{"".join(row)}</tr>'
+        for kind, text, row in zip(("true", "false"), texts, zip(*map(cells, columns)))
+    )
+    verdicts = "".join(f"<td>{mark(true > false)}</td>" for true, false in columns)
+    return (
+        f'<article class="swap">{image(data["picture"], data["true"])}<table>'
+        f"<thead><tr><th></th><th>Embedding</th><th>Matching</th></tr></thead><tbody>{rows}"
+        f'<tr><th scope="row"><small>prefers the true one</small></th>{verdicts}</tr></tbody></table></article>'
+    )
+
+
+def caption(data: Caption) -> str:
+    verdict = f"{mark(data['right'])} " if "right" in data else ""
+    reference = f"reference: {data['reference']}" if "reference" in data else ""
+    return figure(data["picture"], data["text"], f"{verdict}{escape(data['text'])}<small>{escape(reference)}</small>")
+
+
+def drawing(data: Drawing) -> str:
+    judged = f"{mark(data['right'])} " if "right" in data else ""
+    verdict = f"<small>{judged}{escape(data.get('verdict', ''))}</small>"
+    return figure(data["picture"], data["text"], f"{escape(data['text'])}{verdict}")
+
+
+def figure(picture: Picture, description: str, words: str) -> str:
+    return f"<figure>{image(picture, description)}<figcaption>{words}</figcaption></figure>"
