@@ -8,7 +8,7 @@ BIN := .venv/bin
 help:  ## show this list
 	@awk -F ':.*## ' '/^[a-z.]+:.*## / { printf "  make %-6s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
-demo: .venv  ## train one model on drawn scenes, then open checkpoints/demo/report.html
+demo: .venv  ## train one model on drawn scenes, then open checkpoints/demo/index.html
 	$(BIN)/unimodal demo
 
 test: lint  ## linter, type checker and the whole test suite

@@ -64,7 +64,7 @@ def test_a_recipe_of_the_wheel_parses_there(unpacked: Path) -> None:
     """`--print_config` resolves every class, key and relative include of a recipe from the wheel's own files."""
     program = (
         "import unimodal.cli, unimodal.recipes as r;"
-        "unimodal.cli.main(['fit', '--config', str(r.recipe('quickstart/align')), '--print_config'])"
+        "unimodal.cli.main(['fit', '--config', str(r.recipe('quickstart/schedule')), '--print_config'])"
     )
     assert "class_path: unimodal.tasks." in run(unpacked, program)
 
