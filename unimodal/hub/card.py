@@ -1,0 +1,150 @@
+"""The model card: what a checkpoint is, how to use it, and what each number means.
+
+Metadata as the Hub reads them (https://huggingface.co/docs/hub/model-cards); every result carries its protocol.
+"""
+
+import re
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any, Protocol
+
+from huggingface_hub import EvalResult, ModelCardData
+
+from unimodal.hub.contents import Source
+from unimodal.model import UnimodalModel
+
+TASKS = {  # the Hub's name of the task, and which heads it takes
+    "any-to-any": {"captioning", "generation"},
+    "text-to-image": {"generation"},
+    "image-to-text": {"captioning"},
+    "feature-extraction": set[str](),
+}
+USAGE = {  # one line per head
+    "embedding": 'scores = model.similarity(model.encode_query("a red circle"), model.encode_document(["one.jpg"]))',
+    "matching": 'ranking = model.rank("a red circle", ["one.jpg", "two.jpg"])',
+    "captioning": 'captions = model.caption(["one.jpg", "two.jpg"])',
+    "generation": 'pictures = model.generate_image(["a red circle"]).images',
+}
+LIMITS = (
+    "Trained on little data compared with published models. Its results are those of the protocols above and nothing "
+    "more; it has not been examined for bias, and pictures or captions may be wrong."
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Card:
+    """What a card says beyond what the model says of itself.
+
+    Args:
+        name: the model's name.
+        summary: what it is, in a sentence or two.
+        training: data and procedure, in Markdown.
+        limits: what it should not be used for, in Markdown.
+        datasets: Hub ids of training data.
+        license: of the weights, as an SPDX name in lower case.
+        language: of the texts.
+        tags: further tags.
+    """
+
+    name: str = "unimodal"
+    summary: str = "One vision-language model with a shared backbone and bridge and separate heads."
+    training: str = "Not described."
+    limits: str = LIMITS
+    datasets: tuple[str, ...] = ()
+    license: str = "apache-2.0"
+    language: str = "en"
+    tags: tuple[str, ...] = ()
+
+
+class Measured(Protocol):
+    """Numbers under a protocol: `unimodal.metrics.Result`."""
+
+    @property
+    def protocol(self) -> Any: ...
+
+    def scores(self) -> dict[str, float]: ...
+
+
+def render_card(
+    model: UnimodalModel, sources: dict[str, Source], card: Card, metrics: Sequence[tuple[str, Measured]]
+) -> str:
+    """The README of a checkpoint: YAML metadata and a Markdown body."""
+    heads = [head for head in USAGE if getattr(model.config, head) is not None]
+    data = ModelCardData(
+        library_name="unimodal",
+        license=card.license,
+        language=card.language,
+        pipeline_tag=next(task for task, needs in TASKS.items() if needs <= set(heads)),
+        tags=["unimodal", "image-text-retrieval", *heads, *card.tags],
+        datasets=list(card.datasets) or None,
+        model_name=card.name,
+        eval_results=[result for name, measured in metrics for result in _eval_results(name, measured)] or None,
+    )
+    sections = [
+        f"# {card.name}",
+        card.summary,
+        "## Use",
+        "\n".join(
+            ["```python", "import unimodal", "", 'model = unimodal.from_pretrained("this folder or its Hub id")']
+            + [USAGE[head] for head in heads]
+            + ["```"]
+        ),
+        "## Parts",
+        _parts(model, sources),
+        "## Results",
+        "\n\n".join(_table(name, measured) for name, measured in metrics) or "Not measured.",
+        "## Training data",
+        card.training,
+        "## Limits",
+        card.limits,
+    ]
+    return f"---\n{data.to_yaml()}\n---\n\n" + "\n\n".join(sections) + "\n"
+
+
+def _eval_results(name: str, measured: Measured) -> list[EvalResult]:
+    protocol = measured.protocol
+    return [
+        EvalResult(
+            task_type="image-text-retrieval",
+            dataset_name=protocol.dataset,
+            dataset_type=re.sub(r"\W+", "-", protocol.dataset.lower()),
+            dataset_split=protocol.split,
+            dataset_revision=protocol.fingerprint,
+            metric_type=metric,
+            metric_name=f"{name}: {metric} ({protocol.label()})",
+            metric_value=value,
+            metric_args=asdict(protocol),
+        )
+        for metric, value in measured.scores().items()
+    ]
+
+
+def _table(name: str, measured: Measured) -> str:
+    scores = measured.scores()
+    return "\n".join(
+        [
+            f"**{name}**. Protocol: {measured.protocol.label()}",
+            "",
+            f"| {' | '.join(scores)} |",
+            "|" + " ---: |" * len(scores),
+            f"| {' | '.join(f'{value:.4g}' for value in scores.values())} |",
+        ]
+    )
+
+
+def _parts(model: UnimodalModel, sources: dict[str, Source]) -> str:
+    config = model.config.backbone
+    parts = {
+        f"backbone: {config.vision.name} and {config.text.name}": model.backbone,
+        "bridge": model.bridge,
+        **{f"head: {name}": head for name, head in model.heads.items()},
+    }
+    counts = {name: sum(p.numel() for p in part.parameters()) for name, part in parts.items()}
+    rows = [f"| {name} | {count:,} |" for name, count in counts.items()]
+    origins = [
+        f"- {tower} tower, first weights: {source.source}"
+        + (f" at {source.revision}" if source.revision else "")
+        + f", sha256 {source.sha256}"
+        for tower, source in sources.items()
+    ]
+    return "\n".join(["| Part | Parameters |", "| --- | ---: |", *rows, *([""] + origins if origins else [])])

@@ -1,0 +1,253 @@
+"""Save, load, verify and push a checkpoint folder.
+
+    config.json               what the model is: typed, names only, no import path
+    model.safetensors         its weights, in shards with an index where they are large
+    tokenizer*, preprocessor_config.json
+    README.md                 the model card
+    example.safetensors       an input and the outputs of every head, to replay
+
+A configuration that comes from elsewhere chooses among known parts and can neither name code nor a file to load.
+"""
+
+import json
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from huggingface_hub import CommitInfo, HfApi, save_torch_state_dict, snapshot_download
+from huggingface_hub.errors import HFValidationError
+from safetensors.torch import load_file, save_file
+
+from unimodal import __version__
+from unimodal.config import ModelConfig, to_dict
+from unimodal.data.processor import Processor
+from unimodal.hub import towers
+from unimodal.hub.card import Card, Measured, render_card
+from unimodal.hub.contents import choose_heads, describe, is_ours, read_contents
+from unimodal.hub.example import differences, example_inputs, example_outputs
+from unimodal.hub.folder import FILES, replacing, restore
+from unimodal.hub.weights import CheckpointError, load_weights, open_weights, weight_files
+from unimodal.model import UnimodalModel
+
+logger = logging.getLogger(__name__)
+TOWERS = tuple(towers.PREFIXES.values())
+
+
+def save_checkpoint(
+    model: UnimodalModel,
+    processor: Processor,
+    folder: str | Path,
+    *,
+    metrics: Sequence[tuple[str, Measured]] = (),
+    card: Card | None = None,
+    max_shard_size: str = "2GB",
+    include_backbone: bool = True,
+    example: bool = True,
+) -> Path:
+    """Write a checkpoint, whole or not at all.
+
+    Args:
+        model: what to save.
+        processor: its tokenizer and preprocessing.
+        folder: the place; an older checkpoint there is replaced, other files there stay.
+        metrics: named results for the card, each with its protocol.
+        card: what the card says about training, limits and licence.
+        max_shard_size: weights beyond this are split into several files.
+        include_backbone: store the towers too; otherwise they are named by source and hash, which needs them unchanged.
+        example: store an input and its outputs for `verify_checkpoint`.
+
+    Raises:
+        FileExistsError: if `folder` holds something of a checkpoint's file names that is not one of ours.
+        OSError: if writing fails, for example on a full disk; the older checkpoint is intact.
+        ValueError: without the backbone, if a tower has no source or was trained since.
+    """
+    if not include_backbone:
+        towers.require_unchanged(model)
+    weights = {
+        name: tensor for name, tensor in model.state_dict().items() if include_backbone or not name.startswith(TOWERS)
+    }
+    with replacing(folder, is_ours) as fresh:
+        contents = describe(model, include_backbone)
+        (fresh / "config.json").write_text(json.dumps(to_dict(contents), indent=2) + "\n", encoding="utf-8")
+        save_torch_state_dict(weights, fresh, max_shard_size=max_shard_size)
+        processor.save_pretrained(fresh)
+        readme = render_card(model, contents.backbone.sources, card or Card(), metrics)
+        (fresh / "README.md").write_text(readme, encoding="utf-8")
+        if example:
+            inputs = example_inputs(model, processor)
+            stored = {f"input.{name}": tensor for name, tensor in inputs.items()}
+            stored |= {f"output.{name}": tensor for name, tensor in example_outputs(model, inputs).items()}
+            save_file(stored, fresh / "example.safetensors")
+    return Path(folder)
+
+
+def load_checkpoint(
+    path_or_id: str | Path,
+    *,
+    revision: str | None = None,
+    cache_dir: str | Path | None = None,
+    local_files_only: bool = False,
+    token: str | bool | None = None,
+    heads: Sequence[str] | None = None,
+    backbone_sources: dict[str, str] | None = None,
+    device: torch.device | str | None = None,
+    dtype: torch.dtype | None = None,
+) -> tuple[UnimodalModel, Processor]:
+    """Load a model, in evaluation mode, and its processor.
+
+    Args:
+        path_or_id: a local folder, which is read without any network, or a Hub id.
+        revision: branch, tag or commit of a Hub id; a commit that was loaded before is read without network.
+        cache_dir: where downloads are kept.
+        local_files_only: read a Hub id from the cache alone.
+        token: access token of the Hub; None takes the stored one.
+        heads: load only these (`embedding` is always there); None loads all.
+        backbone_sources: for checkpoints without their towers, where they are: {"vision": file, "text": folder}.
+        device: where to put the model.
+        dtype: precision of its floating point weights; None leaves float32.
+
+    Raises:
+        FileNotFoundError: if there is no such folder and no such checkpoint on the Hub or in its cache.
+        CheckpointError: if it is not a checkpoint that can be read safely and completely.
+        CheckpointMismatch: if the weights are not those of its configuration; every name is listed.
+    """
+    folder = _find(path_or_id, revision, cache_dir, local_files_only, token)
+    contents = read_contents(folder)
+    config, dropped = choose_heads(contents.model, heads)
+    sources = contents.backbone.sources
+    if contents.backbone.included:
+        model = _build(config, folder, pretrained=False)
+        model.backbone.sources = {tower: vars(source) for tower, source in sources.items()}
+    else:
+        model = _build(towers.locate(config, sources, backbone_sources or {}, folder), folder, pretrained=True)
+        towers.require_same(model, sources, folder)
+    ignored = load_weights(
+        model,
+        folder,
+        ignored=[f"heads.{name}." for name in dropped],
+        provided=() if contents.backbone.included else TOWERS,
+    )
+    if ignored:
+        logger.info("%s: left out as asked: %s (%d tensors)", folder, ", ".join(dropped), len(ignored))
+    return model.to(device=device, dtype=dtype).eval(), Processor.from_pretrained(folder)
+
+
+def verify_checkpoint(
+    folder: str | Path, *, tolerance: float = 1e-5, backbone_sources: dict[str, str] | None = None
+) -> dict[str, float]:
+    """Replay the stored example.
+
+    Args:
+        folder: a local checkpoint.
+        tolerance: largest difference allowed, on the scale of `unimodal.hub.example.differences`.
+        backbone_sources: as in `load_checkpoint`.
+
+    Returns:
+        The largest difference per output; 0 is bit for bit.
+
+    Raises:
+        CheckpointError: if there is no example, or the model computes something else than when it was saved.
+    """
+    folder = Path(folder)
+    model, _ = load_checkpoint(folder, backbone_sources=backbone_sources)
+    path = folder / "example.safetensors"
+    if not path.exists():
+        raise CheckpointError(f"{folder} has no example.safetensors to replay; save it with example=True")
+    open_weights(path)
+    stored = load_file(path)
+    parts: dict[str, dict[str, torch.Tensor]] = {"input": {}, "output": {}}
+    for name, tensor in stored.items():
+        part, _, rest = name.partition(".")
+        parts[part][rest] = tensor
+    found = differences(parts["output"], example_outputs(model, parts["input"]))
+    beyond = [f"{name} by {value:.2g}" for name, value in found.items() if not value <= tolerance]
+    if beyond:
+        raise CheckpointError(
+            f"{folder} does not compute what it did when it was saved: {', '.join(beyond)} (allowed {tolerance:g}); "
+            "compare the versions of torch, timm, transformers and diffusers, or get the checkpoint again"
+        )
+    return found
+
+
+def push_to_hub(
+    folder: str | Path,
+    repo_id: str,
+    *,
+    private: bool | None = None,
+    token: str | bool | None = None,
+    revision: str | None = None,
+    create_pr: bool = False,
+    commit_message: str = "Upload a unimodal checkpoint",
+) -> CommitInfo:
+    """Upload a checkpoint folder; nothing but a checkpoint's own files leaves the machine.
+
+    Args:
+        folder: as written by `save_checkpoint`.
+        repo_id: `owner/name`; made if it does not exist.
+        private: whether a new repository is private; None takes the account's default.
+        token: access token; None takes the stored one.
+        revision: branch to commit to, made if it does not exist.
+        create_pr: open a pull request instead of committing.
+        commit_message: the commit's title.
+
+    Raises:
+        CheckpointError: if the folder is not a complete checkpoint.
+    """
+    folder = Path(folder)
+    read_contents(folder)
+    for path in weight_files(folder):
+        open_weights(path)
+    api = HfApi(token=token, library_name="unimodal", library_version=__version__)
+    api.create_repo(repo_id, private=private, exist_ok=True)
+    if revision and not create_pr:
+        api.create_branch(repo_id, branch=revision, exist_ok=True)
+    return api.upload_folder(
+        repo_id=repo_id,
+        folder_path=folder,
+        revision=revision,
+        create_pr=create_pr,
+        commit_message=commit_message,
+        allow_patterns=list(FILES),
+        delete_patterns=["model.safetensors*", "model-*.safetensors"],  # shards of an older, larger or smaller model
+    )
+
+
+def _find(
+    path_or_id: str | Path,
+    revision: str | None,
+    cache_dir: str | Path | None,
+    local_only: bool,
+    token: str | bool | None,
+) -> Path:
+    folder = Path(path_or_id)
+    restore(folder)
+    if folder.is_dir():
+        return folder
+    if folder.is_file():
+        raise CheckpointError(f"{folder} is a file, expected a checkpoint folder or a Hub id; give the folder it is in")
+    try:
+        return Path(
+            snapshot_download(
+                str(path_or_id),
+                revision=revision,
+                cache_dir=cache_dir,
+                local_files_only=local_only,
+                token=token,
+                allow_patterns=list(FILES),
+                library_name="unimodal",
+                library_version=__version__,
+            )
+        )
+    except (OSError, HFValidationError) as error:
+        raise FileNotFoundError(
+            f"{path_or_id}: no such folder here, and not from the Hub or its cache ({type(error).__name__}: {error}). "
+            "Give the path of a checkpoint folder or a Hub id like owner/name"
+        ) from error
+
+
+def _build(config: ModelConfig, folder: Path, *, pretrained: bool) -> UnimodalModel:
+    try:
+        return UnimodalModel(config, pretrained=pretrained)
+    except (TypeError, ValueError) as error:
+        raise CheckpointError(f"{folder / 'config.json'} describes a model that cannot be built: {error}") from error

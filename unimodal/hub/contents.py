@@ -1,0 +1,160 @@
+"""config.json: what a checkpoint's model is, in words that only choose among known parts.
+
+It comes from anyone, so it can neither name code nor a file to read: unknown keys are refused, and so is whatever timm
+or transformers would take as an order to fetch weights or kernels by themselves.
+"""
+
+import inspect
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from transformers import CONFIG_MAPPING
+
+from unimodal import __version__
+from unimodal.config import ModelConfig, from_dict, nearest
+from unimodal.hub.weights import CheckpointError, read_json
+from unimodal.model import UnimodalModel
+
+LIBRARY = "unimodal"
+FORMAT = 1  # raised when an older version could not read a newer folder
+OPTIONAL_HEADS = ("matching", "captioning", "generation")
+TIMM_LOADING = {"pretrained", "pretrained_cfg", "pretrained_cfg_overlay", "checkpoint_path", "cache_dir"}
+NO_ARCHITECTURE = {"transformers_version", "architectures", "dtype"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Source:
+    """Where a tower's first weights came from.
+
+    Args:
+        source: Hub id; of a local file or folder only the name, since its path means nothing elsewhere.
+        revision: the commit of a Hub id.
+        sha256: of the weights file.
+        local: whether it was local.
+    """
+
+    source: str
+    revision: str | None
+    sha256: str
+    local: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class BackboneContents:
+    """Whether the towers' weights are in the folder, and where they first came from."""
+
+    included: bool
+    sources: dict[str, Source]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Contents:
+    """The content of config.json."""
+
+    library: str
+    format: int
+    version: str
+    model: ModelConfig
+    backbone: BackboneContents
+
+
+def describe(model: UnimodalModel, include_backbone: bool) -> Contents:
+    """The content of config.json for a model, complete even where a source brought the text tower's configuration."""
+    backbone = model.config.backbone
+    sources = {tower: _as_source(source) for tower, source in model.backbone.sources.items()}
+    vision, text = backbone.vision, backbone.text
+    if "vision" in sources:
+        vision = replace(vision, source=sources["vision"].source)
+    if "text" in sources:
+        settings = model.backbone.text.config.to_diff_dict()
+        known = _text_settings(text.name) - NO_ARCHITECTURE
+        kwargs = {name: value for name, value in settings.items() if name in known}
+        text = replace(text, source=sources["text"].source, kwargs=kwargs)
+    return Contents(
+        library=LIBRARY,
+        format=FORMAT,
+        version=__version__,
+        model=replace(model.config, backbone=replace(backbone, vision=vision, text=text)),
+        backbone=BackboneContents(included=include_backbone, sources=sources),
+    )
+
+
+def read_contents(folder: Path) -> Contents:
+    """Read and check config.json.
+
+    Raises:
+        CheckpointError: if there is none, or it is another library's, a newer format's, or says what it may not say.
+    """
+    path = folder / "config.json"
+    if not path.is_file():
+        found = ", ".join(sorted(entry.name for entry in folder.iterdir())[:8]) or "nothing"
+        raise CheckpointError(
+            f"{folder} has no config.json (it holds: {found}); expected a folder that save_pretrained wrote"
+        )
+    values = read_json(path)
+    if values.get("library") != LIBRARY:
+        other = values.get("library") or values.get("model_type") or values.get("_class_name") or "an unknown library"
+        raise CheckpointError(
+            f"{path} describes a checkpoint of {other}, expected one of {LIBRARY}; load it with the library it is of"
+        )
+    if isinstance(number := values.get("format"), int) and number > FORMAT:
+        raise CheckpointError(
+            f"{path} has format {number}, written by unimodal {values.get('version')}; this is unimodal {__version__}, "
+            f"which reads formats up to {FORMAT}: upgrade unimodal"
+        )
+    try:
+        contents = from_dict(Contents, values, "config.json")
+        _refuse_orders(contents.model)
+    except (TypeError, ValueError) as error:
+        raise CheckpointError(f"{folder}: {error}") from error
+    return contents
+
+
+def is_ours(folder: Path) -> bool:
+    """Whether a folder holds a checkpoint of this library."""
+    path = folder / "config.json"
+    return path.is_file() and read_json(path).get("library") == LIBRARY
+
+
+def choose_heads(config: ModelConfig, heads: Sequence[str] | None) -> tuple[ModelConfig, list[str]]:
+    """The configuration with only these heads, and the names of those left out.
+
+    Raises:
+        ValueError: for a head that does not exist or that the checkpoint lacks.
+    """
+    present = [name for name in OPTIONAL_HEADS if getattr(config, name) is not None]
+    asked = present if heads is None else heads
+    for name in asked:
+        if name not in ("embedding", *present):
+            raise ValueError(f"heads: the checkpoint has no {name!r}; {nearest(name, ['embedding', *present])}")
+    dropped = [name for name in present if name not in asked]
+    nothing: dict[str, Any] = dict.fromkeys(dropped)
+    return replace(config, **nothing), dropped
+
+
+def _as_source(source: dict[str, Any]) -> Source:
+    local = source.get("local", Path(source["source"]).exists())
+    name = Path(source["source"]).name if local else source["source"]
+    return Source(source=name, revision=source["revision"], sha256=source["sha256"], local=local)
+
+
+def _text_settings(name: str) -> set[str]:
+    """The settings of a transformers model type; any other could make it fetch kernels, which is code, from the Hub."""
+    if name not in CONFIG_MAPPING:
+        raise ValueError(f"text tower {name!r} is no transformers model type; {nearest(name, CONFIG_MAPPING.keys())}")
+    return set(inspect.signature(CONFIG_MAPPING[name].__init__).parameters) - {"self", "kwargs"}
+
+
+def _refuse_orders(config: ModelConfig) -> None:
+    vision, text = config.backbone.vision, config.backbone.text
+    for tower, orders in (
+        ("vision", vision.kwargs.keys() & TIMM_LOADING),
+        ("text", text.kwargs.keys() - _text_settings(text.name)),
+    ):
+        if orders:
+            raise ValueError(
+                f"model.backbone.{tower}.kwargs: {', '.join(sorted(orders))} is no setting of the architecture, and a "
+                "checkpoint may not say how to load anything; do not use it unless you know who wrote it"
+            )

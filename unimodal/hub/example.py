@@ -1,0 +1,67 @@
+"""A stored input and what the model made of it, so that anyone can see that a checkpoint still computes the same.
+
+Legend: 2 images, 2 texts of different length.
+"""
+
+from typing import Any, Protocol, cast
+
+import torch
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+
+from unimodal.model import UnimodalModel
+
+TEXTS = ["a small red circle is left of a large blue square.", "a dog runs."]
+CAPTION_TOKENS = 12
+
+
+class Reader(Protocol):
+    """Texts -> ids and mask: `unimodal.data.Processor`."""
+
+    def texts(self, texts: list[str]) -> tuple[Tensor, Tensor]: ...
+
+
+def example_inputs(model: UnimodalModel, processor: Reader) -> dict[str, Tensor]:
+    """Fixed inputs: pixels [2, 3, S, S], ids and mask [2, L], and noise [2, C, H, W] where the model draws."""
+    generator = torch.Generator().manual_seed(0)
+    size = model.config.backbone.vision.image_size
+    ids, mask = processor.texts(TEXTS)
+    inputs = {"pixels": torch.randn(2, 3, size, size, generator=generator), "ids": ids, "mask": mask}
+    if "generation" in model.heads:
+        inputs["noise"] = torch.randn(2, *cast(Any, model.head("generation")).latent_shape, generator=generator)
+    return inputs
+
+
+@torch.no_grad()
+def example_outputs(model: UnimodalModel, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
+    """What each head of the model makes of the inputs, in evaluation mode, on the CPU."""
+    modes = {module: module.training for module in model.modules()}
+    model.eval()
+    inputs = {name: tensor.to(next(model.parameters()).device) for name, tensor in inputs.items()}
+    image, text = model.encode_image(inputs["pixels"]), model.encode_text(inputs["ids"], inputs["mask"])
+    outputs = {"image_embedding": model.image_embedding(image), "text_embedding": model.text_embedding(text)}
+    pairs = torch.arange(2, device=inputs["ids"].device)
+    if "matching" in model.heads:
+        outputs["match"] = model.match(image, text, pairs, pairs)
+    if "captioning" in model.heads:
+        captions = [torch.tensor(ids, dtype=torch.long) for ids in model.caption(image, max_new_tokens=CAPTION_TOKENS)]
+        outputs["caption"] = pad_sequence(captions, batch_first=True, padding_value=-1)
+    if "generation" in model.heads:
+        half = torch.full((2,), 0.5, device=pairs.device)
+        outputs["velocity"] = model.head("generation")(inputs["noise"], half, model.generation_condition(text))
+    for module, mode in modes.items():
+        module.training = mode
+    return {name: tensor.cpu().contiguous() for name, tensor in outputs.items()}
+
+
+def differences(stored: dict[str, Tensor], replayed: dict[str, Tensor]) -> dict[str, float]:
+    """The largest difference per output, on the scale of its largest stored value where that is above 1; infinite
+    where captions differ."""
+    found = {}
+    for name, before in stored.items():
+        now = replayed[name]
+        if not before.is_floating_point():
+            found[name] = 0.0 if torch.equal(before, now) else float("inf")
+        else:
+            found[name] = ((before - now).abs().max() / before.abs().max().clamp(min=1)).item()
+    return found

@@ -1,0 +1,75 @@
+"""Checkpoints without their towers: these are named by source and hash, and taken from there unchanged."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+from unimodal.config import ModelConfig
+from unimodal.hub.contents import Source
+from unimodal.hub.weights import CheckpointError
+from unimodal.model import UnimodalModel
+
+PREFIXES = {"vision": "backbone.vision.", "text": "backbone.text."}
+
+
+def require_unchanged(model: UnimodalModel) -> None:
+    """Refuse to leave out towers that could not be got back.
+
+    Raises:
+        ValueError: if a tower has no source, or its weights are no longer the source's.
+    """
+    for tower in PREFIXES:
+        if tower not in model.backbone.sources:
+            raise ValueError(
+                f"include_backbone=False: the {tower} tower was not loaded from a source, so nobody could get it back; "
+                "save with include_backbone=True"
+            )
+    origin = UnimodalModel(model.config, pretrained=True).state_dict()
+    for tower, prefix in PREFIXES.items():
+        weights = {name: tensor for name, tensor in model.state_dict().items() if name.startswith(prefix)}
+        changed = [name for name, tensor in weights.items() if not torch.equal(tensor.cpu(), origin[name])]
+        if changed:
+            raise ValueError(
+                f"include_backbone=False: the {tower} tower was trained, {len(changed)} of its {len(weights)} tensors "
+                f"are no longer those of {model.backbone.sources[tower]['source']}, for example {changed[0]}; "
+                "save with include_backbone=True"
+            )
+
+
+def locate(config: ModelConfig, sources: dict[str, Source], given: dict[str, str], folder: Path) -> ModelConfig:
+    """The configuration with the sources to load the towers from: the Hub ids it names, or the local places given.
+
+    Raises:
+        CheckpointError: if a tower came from a local file, and none is given or it does not exist.
+    """
+    places = {}
+    for tower in PREFIXES:
+        source = sources[tower]
+        if tower in given and not Path(given[tower]).exists():
+            raise CheckpointError(f"backbone_sources: {tower} tower at {given[tower]}: no such file or folder")
+        if tower not in given and source.local:
+            raise CheckpointError(
+                f"{folder} holds no {tower} tower; it was the local {source.source!r} (sha256 {source.sha256}). "
+                f'Give its place: backbone_sources={{"{tower}": path}}'
+            )
+        place = given.get(tower, source.source)
+        places[tower] = {"source": place, "revision": None if tower in given else source.revision}
+    backbone = config.backbone
+    towers = {tower: replace(getattr(backbone, tower), **place) for tower, place in places.items()}
+    return replace(config, backbone=replace(backbone, **towers))
+
+
+def require_same(model: UnimodalModel, sources: dict[str, Source], folder: Path) -> None:
+    """Compare the towers that were loaded with those that the checkpoint was trained on.
+
+    Raises:
+        CheckpointError: if a hash differs.
+    """
+    for tower, source in sources.items():
+        found = model.backbone.sources[tower]
+        if found["sha256"] != source.sha256:
+            raise CheckpointError(
+                f"{folder} was trained on the {tower} tower of {source.source} with sha256 {source.sha256}, but "
+                f"{found['source']} has {found['sha256']}; give those weights in backbone_sources"
+            )
