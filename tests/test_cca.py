@@ -84,7 +84,7 @@ def test_embeddings_retrieve_unseen_pairs() -> None:
 @pytest.mark.parametrize(
     ("image", "text", "dim", "message"),
     [
-        (torch.randn(5, 4), torch.randn(6, 4), 2, r"got image features \[5, 4\] and text features \[6, 4\]"),
+        (torch.randn(5, 4), torch.randn(6, 4), 2, r"got image features \[5, 4\], text features \[6, 4\]"),
         (torch.randn(5), torch.randn(5, 4), 2, r"expected \[n, p\]"),
         (torch.randn(9, 4), torch.randn(9, 3), 4, "between 1 and the narrower feature width 3, got 4"),
         (torch.full((9, 4), torch.nan), torch.randn(9, 4), 2, "NaN or infinite"),

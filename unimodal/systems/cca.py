@@ -53,7 +53,7 @@ class CCA:
         """
         if image.ndim != 2 or text.ndim != 2 or len(image) != len(text) or len(image) < 2:
             raise ValueError(
-                f"CCA: got image features {list(image.shape)} and text features {list(text.shape)}; expected [n, p] and "
+                f"CCA: got image features {list(image.shape)}, text features {list(text.shape)}; expected [n, p] and "
                 "[n, q] with at least two pairs. Repeat an image's row for each of its captions"
             )
         if not 1 <= dim <= (widest := min(image.shape[1], text.shape[1])):

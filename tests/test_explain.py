@@ -1,0 +1,117 @@
+"""Attributions sum to the difference that they explain, follow their token, and find the token that decides; word
+weights are what the logit loses without the word."""
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from toy import IMAGE_SIZE, toy_config, toy_model, toy_processor
+
+from unimodal.config import to_dict
+from unimodal.explain import explain, integrated_gradients, on_grid
+from unimodal.model import ImageState, UnimodalModel
+
+TEXT = "a small red circle"
+
+
+def lively(kind: str = "cached") -> UnimodalModel:
+    """A toy model whose logit depends on its tokens more than a fresh one's does."""
+    model = toy_model(matching={"kind": kind, "hidden": 32, "layers": 1, "heads": 2})
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.startswith(("heads.matching", "bridge.layers")) and parameter.ndim == 2:
+                parameter.mul_(8)
+    return model
+
+
+def picture() -> Image.Image:
+    return Image.fromarray(np.random.default_rng(0).integers(0, 256, (IMAGE_SIZE, IMAGE_SIZE, 3), dtype=np.uint8))
+
+
+@pytest.mark.parametrize("kind", ["cached", "bridge"])
+def test_attributions_sum_to_the_difference_of_the_logits(kind: str) -> None:
+    model = lively(kind)
+    result = explain(model, toy_processor(), picture(), TEXT, steps=200)
+    difference = result.logit - result.blank_logit
+    assert abs(difference) > 0.01
+    assert result.tokens.sum() == pytest.approx(difference, rel=0.01)
+    assert result.gap == pytest.approx(float(result.tokens.sum()) - difference, abs=1e-5)
+    assert abs(explain(model, toy_processor(), picture(), TEXT, steps=2).gap) > abs(result.gap)
+
+
+def states(model: UnimodalModel):
+    processor = toy_processor()
+    with torch.no_grad():
+        image = model.encode_image(processor.images([Image.new("RGB", (32, 32)), picture()]))
+        return image, model.encode_text(*processor.texts([TEXT]))
+
+
+def test_attributions_follow_their_tokens() -> None:
+    model = lively()
+    image, text = states(model)
+    order = torch.randperm(image.tokens.shape[1])
+    moved = ImageState(image.tokens[:, order], image.mask[:, order], image.bridged)
+    plain, _ = integrated_gradients(model, image, text, steps=8, batch_size=3)
+    permuted, _ = integrated_gradients(model, moved, text, steps=8, batch_size=8)
+    assert torch.allclose(permuted, plain[order], atol=1e-5)
+
+
+def test_an_unchanged_token_explains_nothing() -> None:
+    model = lively()
+    image, text = states(model)
+    image.tokens[1, 5] = image.tokens[0, 5]
+    tokens, _ = integrated_gradients(model, image, text, steps=8, batch_size=8)
+    assert tokens[5] == 0
+    assert tokens.abs().sum() > 0
+
+
+def test_word_weights_are_what_the_logit_loses() -> None:
+    model, processor = lively(), toy_processor()
+    result = explain(model, processor, picture(), TEXT, steps=1)
+    assert [word for word, _ in result.words] == TEXT.split()
+    with torch.no_grad():
+        image = model.encode_image(processor.images([picture()]))
+        texts = [TEXT, f"a small {processor.tokenizer.unk_token} circle"]
+        logits = [
+            float(model.match(image, model.encode_text(*processor.texts([t])), torch.tensor([0]), torch.tensor([0])))
+            for t in texts
+        ]
+    assert result.logit == pytest.approx(logits[0], abs=1e-5)
+    assert dict(result.words)["red"] == pytest.approx(logits[0] - logits[1], abs=1e-5)
+
+
+def test_heatmap_lies_on_the_image_grid() -> None:
+    result = explain(lively(), toy_processor(), picture(), TEXT, steps=4)
+    side = result.heatmap.shape[0]
+    assert result.heatmap.shape == (side, side)
+    assert np.array_equal(result.heatmap.ravel(), result.tokens)
+    overlay = result.overlay()
+    assert overlay.size == result.image.size and overlay.mode == "RGB"
+
+
+def test_class_tokens_have_no_place_on_the_grid() -> None:
+    backbone = to_dict(toy_config().backbone)
+    vision = {"name": "test_vit", "kwargs": {"img_size": 32}, "image_size": 32}
+    model = toy_model(backbone={**backbone, "vision": vision})
+    tokens = torch.arange(float(model.encode_image(torch.zeros(1, 3, 32, 32)).tokens.shape[1]))
+    assert on_grid(tokens, model).flatten()[0] == model.backbone.vision.num_prefix_tokens == 1
+
+
+def test_nothing_is_left_behind() -> None:
+    model = lively()
+    explain(model, toy_processor(), picture(), TEXT, steps=2)
+    assert all(parameter.grad is None for parameter in model.parameters())
+
+
+@pytest.mark.parametrize(
+    ("text", "steps", "message"),
+    [("", 4, "empty"), (TEXT, 0, "steps: expected at least 1, got 0")],
+)
+def test_bad_input_is_named(text: str, steps: int, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        explain(lively(), toy_processor(), picture(), text, steps=steps)
+
+
+def test_a_model_without_matching_head_cannot_explain() -> None:
+    with pytest.raises(ValueError, match="this model has no matching head"):
+        explain(toy_model(matching=None), toy_processor(), picture(), TEXT)

@@ -1,0 +1,487 @@
+"""Using a model: embed, match, search, caption and draw, on paths, URLs, PIL images, arrays and strings.
+
+Method names, argument order and return types follow what users know: sentence-transformers for `encode`, `similarity`,
+`predict` and `rank`, diffusers for `generate_image`. Items and how a string is told from a path: `unimodal.data.items`.
+One item gives one result, a list gives a list in the same order; how items fall into batches changes nothing.
+"""
+
+import tempfile
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import Tensor
+
+from unimodal import hub
+from unimodal.config import nearest
+from unimodal.data.items import Item, as_item, as_items, is_single
+from unimodal.data.processor import Processor
+from unimodal.explain import Explanation, explain
+from unimodal.model import UnimodalModel
+from unimodal.search import Encoder, Index, Precision, build_index, quantise, similarity
+from unimodal.search.encoder import batches, progress
+
+
+@dataclass
+class GeneratedImages:
+    """What `generate_image` returns, as diffusers' pipelines do."""
+
+    images: list[Image.Image]
+
+
+class Unimodal:
+    """A model and its processor, ready for use: evaluation mode, no gradients.
+
+    Args:
+        model: the network.
+        processor: its preprocessing.
+        prompts: what to put before every text, by name; `encode_query` uses `query`, `encode_document` `document`.
+    """
+
+    def __init__(self, model: UnimodalModel, processor: Processor, *, prompts: dict[str, str] | None = None) -> None:
+        self.model, self.processor, self.prompts = model, processor, prompts or {}
+        self.encoder = Encoder(model, processor)
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        name_or_path: str | Path,
+        *,
+        device: str | torch.device | None = None,
+        dtype: torch.dtype | None = None,
+        revision: str | None = None,
+        cache_folder: str | Path | None = None,
+        local_files_only: bool = False,
+        token: str | bool | None = None,
+        heads: Sequence[str] | None = None,
+    ) -> "Unimodal":
+        """Load a checkpoint.
+
+        Args:
+            name_or_path: a checkpoint folder, read without any network, or a Hub id.
+            device: where to put the model.
+            dtype: precision of its weights; None leaves float32. Embeddings and scores are float32 in any case.
+            revision: branch, tag or commit of a Hub id.
+            cache_folder: where downloads are kept.
+            local_files_only: read a Hub id from the cache alone.
+            token: access token of the Hub.
+            heads: load only these: `embedding` (always there), `matching`, `captioning`, `generation`; None loads all.
+
+        Raises:
+            FileNotFoundError: no such checkpoint.
+            unimodal.hub.CheckpointError: it cannot be read safely and completely.
+        """
+        model, processor = hub.load_checkpoint(
+            name_or_path,
+            revision=revision,
+            cache_dir=cache_folder,
+            local_files_only=local_files_only,
+            token=token,
+            heads=heads,
+            device=device,
+            dtype=dtype,
+        )
+        return cls(model, processor)
+
+    # Embeddings.
+
+    def encode(
+        self,
+        inputs: Any,
+        prompt_name: str | None = None,
+        prompt: str | None = None,
+        batch_size: int = 32,
+        show_progress_bar: bool | None = None,
+        precision: Precision = "float32",
+        convert_to_numpy: bool = True,
+        convert_to_tensor: bool = False,
+        device: str | torch.device | None = None,
+        normalize_embeddings: bool = True,
+        truncate_dim: int | None = None,
+    ) -> Any:
+        """Embeddings: unit vectors, so that their product is their cosine.
+
+        Args:
+            inputs: one item or several. An item with image and text has the normalised mean of its two embeddings.
+            prompt_name: name of a prompt in `prompts`.
+            prompt: text to put before every text; overrides `prompt_name`.
+            batch_size: items at a time.
+            show_progress_bar: None shows one for several batches on a terminal.
+            precision: `float32`, or codes: see `unimodal.search.quantise`.
+            convert_to_numpy: an array; otherwise a list of tensors.
+            convert_to_tensor: a tensor; overrides `convert_to_numpy`.
+            device: move the model there first, and leave it there.
+            normalize_embeddings: the heads produce unit vectors, there is nothing else to return: False is refused.
+            truncate_dim: keep the first dimensions and normalise again; meant for widths the model was trained for.
+
+        Returns:
+            [E] for one item, [n, E] for n, float32 or codes. A model that keeps one vector per query gives [N, E] and
+            [n, N, E] for images.
+
+        Raises:
+            ValueError: an unknown prompt or precision, a width the model does not have, normalize_embeddings=False;
+                also what `as_items` and `load_image` raise.
+        """
+        if not normalize_embeddings:
+            raise ValueError(
+                "normalize_embeddings=False: the embeddings of this model are unit vectors by construction, there is "
+                "no other form of them; leave the argument out"
+            )
+        if device is not None:
+            self.to(device)
+        dim = self._width(truncate_dim)
+        prefix = self._prompt(prompt_name) if prompt is None else prompt
+        items = [item if item.text is None else Item(item.image, prefix + item.text) for item in as_items(inputs)]
+        self.encoder.check_one_shape(items)
+        steps = progress(batches(len(items), batch_size), "Encoding", show_progress_bar)
+        read = [self.encoder.read(items[rows]).embedding[..., :dim] for rows in steps]
+        embedding = torch.cat(read) if read else torch.empty(0, dim)
+        if truncate_dim is not None:
+            embedding = F.normalize(embedding, dim=-1)
+        if precision != "float32":
+            embedding = torch.from_numpy(quantise(embedding.cpu().numpy(), precision))
+        result = embedding[0] if is_single(inputs) else embedding
+        if convert_to_tensor:
+            return result
+        if convert_to_numpy:
+            return result.cpu().numpy()
+        return result if is_single(inputs) else list(result)
+
+    def encode_query(
+        self, inputs: Any, prompt_name: str | None = None, prompt: str | None = None, **options: Any
+    ) -> Any:
+        """`encode` with the prompt `query`, where there is one."""
+        return self.encode(inputs, prompt_name or ("query" if "query" in self.prompts else None), prompt, **options)
+
+    def encode_document(
+        self, inputs: Any, prompt_name: str | None = None, prompt: str | None = None, **options: Any
+    ) -> Any:
+        """`encode` with the prompt `document`, where there is one."""
+        return self.encode(
+            inputs, prompt_name or ("document" if "document" in self.prompts else None), prompt, **options
+        )
+
+    def similarity(self, a: Tensor | np.ndarray, b: Tensor | np.ndarray) -> Tensor:
+        """Cosines [A, B], float32, of embeddings [A, E] and [B, E]; one vector [E] counts as a list of one.
+
+        Where images have N vectors ([A, N, E]), the best of them counts.
+
+        Raises:
+            TypeError: for codes; `unimodal.search.dequantise` makes vectors of them.
+            ValueError: for embeddings of different widths.
+        """
+        x, y = (torch.as_tensor(values) for values in (a, b))
+        for values in (x, y):
+            if not values.is_floating_point():
+                raise TypeError(
+                    f"similarity takes float embeddings, got {values.dtype}; turn codes back into vectors with "
+                    "unimodal.search.dequantise(codes, precision)"
+                )
+        if x.shape[-1] != y.shape[-1]:
+            raise ValueError(
+                f"similarity: embeddings of one width are needed, got {list(x.shape)} and {list(y.shape)}; encode both "
+                "with the same model and truncate_dim"
+            )
+        return similarity(torch.atleast_2d(x), torch.atleast_2d(y).to(x.device))
+
+    # Matching.
+
+    def predict(
+        self,
+        inputs: Sequence[tuple[Any, Any]],
+        batch_size: int = 32,
+        activation_fn: Callable[[Tensor], Tensor] | None = None,
+        show_progress_bar: bool | None = None,
+    ) -> np.ndarray:
+        """Match probabilities of pairs, by the matching head.
+
+        Args:
+            inputs: pairs of an image and a text, in either order. Each item is read once, however many pairs it is in.
+            batch_size: items, and pairs, at a time.
+            activation_fn: what turns logits into scores; the sigmoid where not given.
+            show_progress_bar: None shows one for several batches on a terminal.
+
+        Returns:
+            [P] float32.
+
+        Raises:
+            TypeError, ValueError: for anything but pairs of an image and a text, or a model without a matching head;
+                also what `as_items` and `load_image` raise.
+        """
+        pairs = [_as_pair(pair, f"pair {i}: ") for i, pair in enumerate(inputs)]
+        logits = self._logits(pairs, batch_size, show_progress_bar)
+        return (activation_fn or torch.sigmoid)(logits).numpy()
+
+    def rank(
+        self,
+        query: Any,
+        documents: Sequence[Any],
+        top_k: int | None = None,
+        return_documents: bool = False,
+        batch_size: int = 32,
+        show_progress_bar: bool | None = None,
+    ) -> list[dict[str, Any]]:
+        """Documents by their match with one query, best first.
+
+        Args:
+            query: a text, to rank images; or an image, to rank texts.
+            documents: the other kind.
+            top_k: keep the best.
+            return_documents: put each document into its result, as `document`.
+            batch_size: documents at a time.
+            show_progress_bar: None shows one for several batches on a terminal.
+
+        Returns:
+            Dicts with `corpus_id`, the place in `documents`, and `score`, the match probability.
+
+        Raises:
+            As `predict`; ValueError for top_k below 1.
+        """
+        if top_k is not None and top_k < 1:
+            raise ValueError(f"top_k: expected at least 1, got {top_k}")
+        if is_single(documents):
+            raise TypeError(f"rank: documents must be a list, got {type(documents).__name__}; put it into a list")
+        asked = as_item(query, "query: ")
+        pairs = [_as_pair((asked, document), f"document {i}: ") for i, document in enumerate(documents)]
+        logits = self._logits(pairs, batch_size, show_progress_bar)
+        # Sorted by logits, which still differ where probabilities have both become 1.
+        order, scores = logits.argsort(descending=True, stable=True).tolist()[:top_k], logits.sigmoid().tolist()
+        extra = [{"document": documents[i]} if return_documents else {} for i in order]
+        return [{"corpus_id": i, "score": scores[i], **more} for i, more in zip(order, extra)]
+
+    def _logits(self, pairs: list[tuple[Item, Item]], batch_size: int, show: bool | None) -> Tensor:
+        """Match logits [P] of (image, text)."""
+        self.model.head("matching")
+        images, texts = ({_identity(pair[side]): pair[side] for pair in pairs} for side in (0, 1))
+        steps = [list(d.items())[rows] for d in (images, texts) for rows in batches(len(d), batch_size)]
+        tokens: dict[Any, Tensor] = {}
+        for step in progress(steps, "Reading", show):
+            names, items = zip(*step)
+            tokens |= zip(names, self.encoder.read(items).tokens)
+        return self.encoder.match([(tokens[_identity(a)], tokens[_identity(b)]) for a, b in pairs], batch_size, show)
+
+    def explain(self, image: Any, text: str, *, steps: int = 32, batch_size: int = 16) -> Explanation:
+        """Why the matching head scores this pair as it does; see `unimodal.explain.explain`."""
+        return explain(self.model, self.processor, image, text, steps=steps, batch_size=batch_size)
+
+    # Captioning and generation.
+
+    @torch.inference_mode()
+    def caption(
+        self,
+        images: Any,
+        max_new_tokens: int = 30,
+        num_beams: int = 3,
+        batch_size: int = 32,
+        show_progress_bar: bool | None = None,
+        **options: Any,
+    ) -> Any:
+        """A sentence about each image.
+
+        Args:
+            images: one image or several.
+            max_new_tokens: longest caption in tokens.
+            num_beams: hypotheses kept; 1 is greedy.
+            batch_size: images at a time.
+            show_progress_bar: None shows one for several batches on a terminal.
+            options: `do_sample`, `temperature`, `top_p`, `length_penalty`, `generator`: see `unimodal.heads.Decoding`.
+
+        Returns:
+            A string for one image, a list of strings for several.
+
+        Raises:
+            ValueError: an item is not an image, the model has no captioning head, a setting is out of range; also what
+                `as_items` and `load_image` raise.
+        """
+        self.model.head("captioning")
+        items = as_items(images)
+        for item in items:
+            if item.kind != "image":
+                raise ValueError(
+                    f"caption: expected images, got the {item.kind} {item.document!r}; the path of a picture without a "
+                    "picture's suffix is passed as pathlib.Path"
+                )
+        captions: list[str] = []
+        for rows in progress(batches(len(items), batch_size), "Captioning", show_progress_bar):
+            state = self.encoder.images([item.image for item in items[rows]])
+            ids = self.model.caption(state, max_new_tokens=max_new_tokens, num_beams=num_beams, **options)
+            captions += [self.processor.decode(row) for row in ids]
+        return captions[0] if is_single(images) else captions
+
+    @torch.inference_mode()
+    def generate_image(
+        self,
+        prompt: str | Sequence[str],
+        num_inference_steps: int = 20,
+        guidance_scale: float = 2.0,
+        generator: torch.Generator | None = None,
+        num_images_per_prompt: int = 1,
+        batch_size: int = 16,
+        show_progress_bar: bool | None = None,
+    ) -> GeneratedImages:
+        """Pictures of texts.
+
+        Args:
+            prompt: one text or several; every string is a text here.
+            num_inference_steps: steps from noise to picture.
+            guidance_scale: 1 follows the text as learned, more exaggerates it at twice the cost.
+            generator: source of the noise; the same seed gives the same pictures.
+            num_images_per_prompt: pictures of each text.
+            batch_size: pictures at a time.
+            show_progress_bar: None shows one for several batches on a terminal.
+
+        Returns:
+            An object whose `images` are PIL images, those of the first prompt first.
+
+        Raises:
+            TypeError, ValueError: a prompt is no text or empty, a setting is out of range, the model has no generation
+                head.
+        """
+        head: Any = self.model.head("generation")
+        if num_images_per_prompt < 1:
+            raise ValueError(f"num_images_per_prompt: expected at least 1, got {num_images_per_prompt}")
+        asked = [prompt] if isinstance(prompt, str) else list(prompt)
+        for i, text in enumerate(asked):
+            as_item({"text": text}, f"prompt {i}: ")
+        texts = [text for text in asked for _ in range(num_images_per_prompt)]
+        images: list[Image.Image] = []
+        for rows in progress(batches(len(texts), batch_size), "Drawing", show_progress_bar):
+            condition = self.model.generation_condition(self.encoder.texts(texts[rows]))
+            settings = {"num_inference_steps": num_inference_steps, "guidance_scale": guidance_scale}
+            pictures = head.sample(condition, generator=generator, **settings)  # [B, 3, S, S] in [0, 1]
+            pixels = (255 * pictures.float()).round().byte().permute(0, 2, 3, 1).cpu().numpy()
+            images += [Image.fromarray(picture) for picture in pixels]
+        return GeneratedImages(images)
+
+    # Search.
+
+    def build_index(
+        self,
+        documents: Any,
+        ids: Sequence[int | str] | None = None,
+        precision: Literal["int8", "float32"] = "int8",
+        *,
+        batch_size: int = 32,
+        on_error: Literal["raise", "skip"] = "raise",
+        folder: str | Path | None = None,
+        show_progress_bar: bool | None = None,
+    ) -> Index:
+        """An index of images or texts; arguments as in `unimodal.search.build_index`."""
+        return build_index(
+            self.encoder,
+            documents,
+            ids,
+            precision,
+            batch_size=batch_size,
+            on_error=on_error,
+            folder=folder,
+            show_progress_bar=show_progress_bar,
+        )
+
+    def load_index(self, folder: str | Path) -> Index:
+        """Open an index that this model made; see `Index.load`."""
+        return Index.load(folder, self.encoder)
+
+    def search(self, queries: Any, index: Index, top_k: int = 10, rerank_top_k: int = 100, **options: Any) -> Any:
+        """Hits of each query; arguments and hits as in `Index.search`."""
+        return index.search(queries, top_k, rerank_top_k, **options)
+
+    # Sharing.
+
+    def save_pretrained(self, folder: str | Path, **options: Any) -> None:
+        """Write a checkpoint folder that `from_pretrained` loads; options as in `unimodal.hub.save_checkpoint`."""
+        hub.save_checkpoint(self.model, self.processor, folder, **options)
+
+    def push_to_hub(
+        self,
+        repo_id: str,
+        *,
+        private: bool | None = None,
+        token: str | bool | None = None,
+        revision: str | None = None,
+        create_pr: bool = False,
+        commit_message: str = "Upload a unimodal checkpoint",
+        **options: Any,
+    ) -> str:
+        """Save the model and upload it to the Hub as `owner/name`; returns the address of the commit.
+
+        Arguments as in `unimodal.hub.push_to_hub`, options as in `unimodal.hub.save_checkpoint`.
+        """
+        with tempfile.TemporaryDirectory() as folder:
+            self.save_pretrained(folder, **options)
+            commit = hub.push_to_hub(
+                folder,
+                repo_id,
+                private=private,
+                token=token,
+                revision=revision,
+                create_pr=create_pr,
+                commit_message=commit_message,
+            )
+        return commit.commit_url
+
+    # Facts.
+
+    @property
+    def device(self) -> torch.device:
+        return self.encoder.device
+
+    def to(self, device: str | torch.device) -> "Unimodal":
+        """Move the model to a device; returns itself."""
+        self.model.to(device)
+        return self
+
+    @property
+    def modalities(self) -> tuple[str, ...]:
+        """The kinds of item the model reads."""
+        return self.model.backbone.modalities
+
+    def supports(self, modality: str) -> bool:
+        """Whether the model reads items of this kind."""
+        return modality in self.modalities
+
+    def _width(self, truncate_dim: int | None) -> int:
+        embedding = self.model.config.embedding
+        if truncate_dim is None:
+            return embedding.dim
+        if not 1 <= truncate_dim <= embedding.dim:
+            raise ValueError(
+                f"truncate_dim: expected 1 to {embedding.dim}, the width of this model, got {truncate_dim}"
+            )
+        if truncate_dim not in (trained := (*embedding.matryoshka, embedding.dim)):
+            warnings.warn(
+                f"truncate_dim={truncate_dim} is not a width this model was trained for; these are {sorted(trained)}",
+                stacklevel=3,
+            )
+        return truncate_dim
+
+    def _prompt(self, name: str | None) -> str:
+        if name is None:
+            return ""
+        if name not in self.prompts:
+            raise ValueError(f"no prompt named {name!r}; {nearest(name, self.prompts)}")
+        return self.prompts[name]
+
+
+def _as_pair(pair: Any, where: str) -> tuple[Item, Item]:
+    """(image, text), given in either order."""
+    if not isinstance(pair, list | tuple) or len(pair) != 2:
+        raise TypeError(f"{where}expected (query, document), got {type(pair).__name__} {pair!r}")
+    a, b = (item if isinstance(item, Item) else as_item(item, where) for item in pair)
+    if {a.kind, b.kind} != {"image", "text"}:
+        raise ValueError(
+            f"{where}the matching head judges one image and one text, got {a.kind} {a.document!r} and {b.kind} "
+            f"{b.document!r}; to compare items of any kind use encode and similarity"
+        )
+    return (a, b) if a.kind == "image" else (b, a)
+
+
+def _identity(item: Item) -> Any:
+    """Equal for items that need reading only once."""
+    return ("text", item.text) if item.kind == "text" else ("image", item.document or id(item.image))

@@ -1,0 +1,169 @@
+"""Items through a model, in batches: an embedding for the index, and the tokens that the matching head reads.
+
+Which tokens these are depends on the head. The cached one reads bridged image tokens and the text tower's tokens; the
+one in the bridge (BLIP-2) reads the image tower's tokens and the text's ids. Either way each item is read once, however
+many pairs it is part of.
+
+Legend: n items, P pairs, N queries, T image tokens, L text length, D backbone width, W bridge width, E embedding width.
+"""
+
+import hashlib
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any, TypeVar
+
+import torch
+import torch.nn.functional as F
+from rich.console import Console
+from rich.progress import track
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+
+from unimodal.data.images import load_image
+from unimodal.data.items import Item
+from unimodal.data.processor import Processor
+from unimodal.model import ImageState, TextState, UnimodalModel
+
+V = TypeVar("V")
+
+# What neither embedding nor match score depends on: training it leaves an index valid.
+OTHER_JOBS = ("heads.captioning.", "heads.generation.", "bridge.query_sets.generate", "bridge.lm_")
+
+
+@dataclass
+class Encoded:
+    """What a model read from n items.
+
+    Attributes:
+        embedding: [n, E] unit vectors, float32; [n, N, E] for images where the model keeps one vector per query.
+        tokens: for each item what the matching head reads of it, [N, W], [T, D], [L, D] or ids [L]; empty for an item
+            with both an image and a text, and without a matching head.
+    """
+
+    embedding: Tensor
+    tokens: list[Tensor]
+
+
+class Encoder:
+    """A model in evaluation mode and its processor."""
+
+    def __init__(self, model: UnimodalModel, processor: Processor) -> None:
+        self.model, self.processor = model.eval(), processor
+        kind = model.config.matching.kind if model.config.matching else None
+        self.matches, self.in_bridge = kind is not None, kind == "bridge"
+
+    @property
+    def device(self) -> torch.device:
+        return self.model.log_scale.device
+
+    def images(self, sources: Sequence[Any]) -> ImageState:
+        """Read images in any form that `load_image` takes, as one batch."""
+        pixels = self.processor.images([load_image(source) for source in sources])
+        return self.model.encode_image(self._place(pixels))
+
+    def texts(self, texts: Sequence[str]) -> TextState:
+        """Read texts as one batch."""
+        ids, mask = self.processor.texts(list(texts))
+        return self.model.encode_text(ids.to(self.device), mask.to(self.device))
+
+    def check_one_shape(self, items: Sequence[Item]) -> None:
+        """Refuse items whose embeddings do not fit one array."""
+        if self.model.config.embedding.pool == "query" and len({item.kind == "text" for item in items}) > 1:
+            raise ValueError(
+                "this model has one vector per query for an image and a single one for a text, which do not fit one "
+                "array; pass images and texts in separate calls"
+            )
+
+    @torch.inference_mode()
+    def read(self, items: Sequence[Item]) -> Encoded:
+        """Read one batch of items. An item with image and text has the normalised mean of its two embeddings."""
+        vectors: dict[int, list[Tensor]] = {row: [] for row in range(len(items))}
+        tokens: dict[int, list[Tensor]] = {row: [] for row in range(len(items))}
+        for kind in ("image", "text"):
+            rows = [row for row, item in enumerate(items) if getattr(item, kind) is not None]
+            if not rows:
+                continue
+            values = [getattr(items[row], kind) for row in rows]
+            if kind == "image":
+                image = self.images(values)
+                embedding, read = self.model.image_embedding(image), self._image_tokens(image)
+            else:
+                text = self.texts(values)
+                embedding, read = self.model.text_embedding(text), self._text_tokens(text)
+            for i, row in enumerate(rows):
+                vectors[row].append(embedding[i].float())
+                tokens[row].append(read[i])
+        joined = [v[0] if len(v) == 1 else F.normalize(v[0] + v[1], dim=-1) for v in vectors.values()]
+        single = [t[0] if self.matches and len(t) == 1 else torch.empty(0) for t in tokens.values()]
+        return Encoded(torch.stack(joined), single)
+
+    def match(self, pairs: Sequence[tuple[Tensor, Tensor]], batch_size: int, show: bool | None = False) -> Tensor:
+        """Match logits [P], float32, of pairs of (image tokens, text tokens) as `read` returns them."""
+        scores = [self._match(pairs[rows]) for rows in progress(batches(len(pairs), batch_size), "Matching", show)]
+        return torch.cat(scores) if scores else torch.empty(0)
+
+    @torch.inference_mode()
+    def _match(self, pairs: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
+        images, image_index = _distinct([image for image, _ in pairs])
+        texts, text_index = _distinct([text for _, text in pairs])
+        image, image_mask = (self._place(x) for x in _pad(images))
+        text, text_mask = (self._place(x) for x in _pad(texts))
+        nothing = image.new_empty(len(image), 0), text.new_empty(len(text), 0)  # what this kind of head does not read
+        if self.in_bridge:
+            image_state = ImageState(image, image_mask, nothing[0])
+            text_state = TextState(text, text_mask, nothing[1], nothing[1])
+        else:
+            image_state = ImageState(nothing[0], nothing[0], image)
+            text_state = TextState(nothing[1], text_mask, text, nothing[1])
+        logits = self.model.match(image_state, text_state, image_index.to(self.device), text_index.to(self.device))
+        return logits.float().cpu()
+
+    def _place(self, x: Tensor) -> Tensor:
+        return x.to(self.device, self.model.log_scale.dtype if x.is_floating_point() else None)
+
+    def _image_tokens(self, state: ImageState) -> Sequence[Tensor]:
+        return [t[m] for t, m in zip(state.tokens, state.mask)] if self.in_bridge else state.bridged.unbind()
+
+    def _text_tokens(self, state: TextState) -> Sequence[Tensor]:
+        return [t[m] for t, m in zip(state.ids if self.in_bridge else state.tokens, state.mask)]
+
+    def fingerprint(self) -> str:
+        """16 hex digits of all that embeddings and match scores depend on: weights, shape, preprocessing."""
+        parts = asdict(self.model.config)
+        parts["bridge"].pop("queries")
+        settings = {name: parts[name] for name in ("bridge", "embedding", "matching")}
+        digest = hashlib.sha256(json.dumps([settings, self.processor.settings()], sort_keys=True).encode())
+        for name, value in sorted(self.model.state_dict().items()):
+            if not name.startswith(OTHER_JOBS):
+                digest.update(f"{name} {value.dtype} {list(value.shape)}".encode())
+                digest.update(value.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
+        return digest.hexdigest()[:16]
+
+
+def batches(count: int, batch_size: int) -> list[slice]:
+    """`count` rows cut into slices of `batch_size`."""
+    if batch_size < 1:
+        raise ValueError(f"batch_size: expected at least 1, got {batch_size}")
+    return [slice(start, start + batch_size) for start in range(0, count, batch_size)]
+
+
+def progress(steps: Sequence[V], description: str, show: bool | None) -> Iterator[V]:
+    """The steps, with a bar on standard error; None shows it for several steps on a terminal."""
+    console = Console(stderr=True)
+    if show is None:
+        show = console.is_terminal and len(steps) > 1
+    yield from track(steps, description, console=console, disable=not show, transient=True)
+
+
+def _distinct(values: Sequence[Tensor]) -> tuple[list[Tensor], Tensor]:
+    """The different objects among `values`, and where each value is among them."""
+    place = {key: i for i, key in enumerate({id(value): None for value in values})}
+    distinct = {id(value): value for value in values}
+    return list(distinct.values()), torch.tensor([place[id(value)] for value in values])
+
+
+def _pad(values: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+    """Rows of different length [T_i, ...] -> [P, T, ...] and the mask of what is real [P, T]."""
+    lengths = torch.tensor([len(value) for value in values])
+    return pad_sequence(list(values), batch_first=True), torch.arange(int(lengths.max())) < lengths[:, None]
