@@ -29,6 +29,12 @@ def lively(model: torch.nn.Module) -> torch.nn.Module:
     return model.eval()
 
 
+def without_gradient(model: torch.nn.Module) -> list[str]:
+    """Parameters without effect. A softmax over keys does not see what is added to all, so key biases have none."""
+    names = [name for name, p in model.named_parameters() if p.grad is None or not p.grad.any()]
+    return [name for name in names if not name.endswith("attention.key.bias")]
+
+
 @pytest.fixture
 def ours() -> QFormer:
     return lively(bridge())  # type: ignore[return-value]
@@ -266,11 +272,11 @@ def test_every_parameter_gets_a_gradient(memory, ids, text_mask) -> None:
     outputs = [model.read(name, memory) for name in QUERIES] + [model.text(ids, text_mask)]
     outputs += [model.match("image", ids, text_mask, memory), model.lm_logits(model.caption("image", ids, memory))]
     sum(x.square().sum() for x in outputs).backward()  # type: ignore[union-attr]
-    assert [name for name, p in model.named_parameters() if p.grad is None or not p.grad.any()] == []
+    assert without_gradient(model) == []
 
     reader = bridge(vocab_size=None)
     sum(reader.read(name, memory).square().sum() for name in QUERIES).backward()  # type: ignore[union-attr]
-    assert [name for name, p in reader.named_parameters() if p.grad is None or not p.grad.any()] == []
+    assert without_gradient(reader) == []
 
 
 def test_dropout_is_berts_and_off_in_evaluation(memory) -> None:

@@ -124,8 +124,7 @@ class CaptionDecoder(nn.Module):
         past, length = cache.length, rows.shape[1]
         if past + length > self.max_length:
             raise ValueError(
-                f"caption: {past + length} tokens for {self.max_length} positions; "
-                "shorten it or raise max_length"
+                f"caption: {past + length} tokens for {self.max_length} positions; shorten it or raise max_length"
             )
         bias = causal_bias(length, past, rows.device)
         x = self.token_embedding(rows) + self.position_embedding.weight[past : past + length]
@@ -184,19 +183,31 @@ class BridgeCaptioner(nn.Module):
 
     @torch.no_grad()
     def generate(
-        self, bridge: SpeakingBridge, memory: Tensor | KeyValues, memory_mask: Tensor | None = None, **settings: Any
+        self,
+        bridge: SpeakingBridge,
+        memory: Tensor | KeyValues | None = None,
+        memory_mask: Tensor | None = None,
+        *,
+        cache: KeyValues | None = None,
+        **settings: Any,
     ) -> list[list[int]]:
         """One caption per image: ids without start and end.
 
         Args:
-            bridge: with a text branch.
+            bridge: a `QFormer` with a text branch.
             memory: the image's tokens [B, T, D], or their keys and values.
             memory_mask: [B, T], True = real token.
+            cache: what `QFormer.read` left of the image, in place of the memory; it is not changed.
             settings: see `Decoding`.
         """
         decoding = Decoding(**settings)
-        cache = KeyValues()
-        bridge.read(self.queries, memory, memory_mask, cache=cache)
+        if cache is None:
+            if memory is None:
+                raise ValueError(
+                    "generate: nothing to describe: pass the memory, or a cache that `QFormer.read` has filled"
+                )
+            cache = KeyValues()
+            bridge.read(self.queries, memory, memory_mask, cache=cache)
         rows = beam_rows(cache.rows, decoding.num_beams, cache.layers[0][0].device)
         return decode(
             lambda last, cache: self(bridge, last, cache=cache)[:, -1],

@@ -87,13 +87,12 @@ def decode(
 
 
 def _one_by_one(step: Step, cache: KeyValues, last: Tensor, eos_id: int, length: int, decoding: Decoding) -> Tensor:
-    """The likeliest or a drawn word at a time: -> [B, at most length], filled up with the end token."""
+    """The likeliest or a drawn word at a time: -> [B, at most length]; what follows an end token means nothing."""
     chosen = []
     done = torch.zeros_like(last, dtype=torch.bool)  # [B, 1]
     for _ in range(length):
         logits = step(last, cache)
         last = _draw(logits, decoding) if decoding.do_sample else logits.argmax(-1, keepdim=True)
-        last = last.masked_fill(done, eos_id)
         chosen.append(last)
         done = done | (last == eos_id)
         if done.all():
@@ -112,7 +111,7 @@ def _draw(logits: Tensor, decoding: Decoding) -> Tensor:
 def _beam_search(
     step: Step, cache: KeyValues, last: Tensor, eos_id: int, length: int, beams: int, penalty: float
 ) -> Tensor:
-    """The best of `beams` hypotheses per image: -> [B, at most length], filled up with the end token.
+    """The best of `beams` hypotheses per image: -> [B, at most length].
 
     A finished hypothesis stays in its beam with its score and competes, by score per length, with those still growing.
     """
