@@ -69,7 +69,6 @@ def replacing(folder: str | Path, is_ours: Callable[[Path], bool]) -> Iterator[P
         if folder.exists():
             folder.rename(old)
         fresh.rename(folder)
-        _flush(folder.parent)
     except (OSError, SafetensorError) as error:
         raise OSError(
             f"the checkpoint could not be written to {folder}: {error}; "
@@ -78,6 +77,7 @@ def replacing(folder: str | Path, is_ours: Callable[[Path], bool]) -> Iterator[P
     finally:
         restore(folder)
         _remove(fresh)
+    _flush(folder.parent)
     if old.exists():
         _clear_away(old, folder)
 
@@ -90,6 +90,7 @@ def restore(folder: Path) -> None:
 
 
 def _beside(folder: Path) -> tuple[Path, Path]:
+    folder = folder.resolve()
     return folder.with_name(f".{folder.name}.new"), folder.with_name(f".{folder.name}.old")
 
 
