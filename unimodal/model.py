@@ -183,7 +183,7 @@ class UnimodalModel(nn.Module):
         """Token ids of a caption per image; options as in `unimodal.heads.CaptionDecoder.generate`."""
         head = self.head("captioning")
         if isinstance(head, heads.BridgeCaptioner):
-            return head.generate(self.bridge, image.tokens, image.mask, **options)
+            return head.generate(self.bridge, cache=image.cache, **options)
         return head.generate(image.bridged, **options)
 
     # Generation.

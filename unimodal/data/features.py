@@ -15,7 +15,7 @@ from torch import Tensor
 
 from unimodal.backbones import TwoTowers
 from unimodal.data.processor import Processor
-from unimodal.data.readers import Pairs
+from unimodal.data.pairs import Pairs
 
 
 def tower_fingerprint(backbone: TwoTowers) -> str:

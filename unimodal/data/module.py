@@ -13,13 +13,14 @@ import pytorch_lightning as pl
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
+from transformers import AutoTokenizer
 
 from unimodal.backbones import TwoTowers
 from unimodal.config import ModelConfig
 from unimodal.data.batch import Batch
 from unimodal.data.features import FeatureCache
 from unimodal.data.pairs import Pairs
-from unimodal.data.processor import Processor
+from unimodal.data.processor import Processor, scenes_tokenizer
 from unimodal.data.sampler import hard_batches, random_batches
 
 SIDED = ("left", "right")  # a caption with one of these words forbids mirroring its picture
@@ -178,8 +179,12 @@ class PairData(pl.LightningDataModule):
     def bind(self, config: ModelConfig, backbone: TwoTowers) -> Processor:
         """Fit the preprocessing to a model, and open (or build) the feature cache of its image tower."""
         vision = config.backbone.vision
-        self.processor = Processor.create(
-            self.tokenizer, image_size=vision.image_size, mean=vision.mean, std=vision.std, max_length=config.backbone.text.max_length
+        self.processor = Processor(
+            scenes_tokenizer() if self.tokenizer == "scenes" else AutoTokenizer.from_pretrained(self.tokenizer),
+            image_size=vision.image_size,
+            mean=vision.mean,
+            std=vision.std,
+            max_length=config.backbone.text.max_length,
         )
         if self.feature_cache is not None:
             for split, pairs in (("train", self.train), ("val", self.val), ("test", self.test)):

@@ -14,9 +14,8 @@ from unimodal.data.batch import Batch
 from unimodal.data.pairs import Pairs
 from unimodal.data.processor import Processor
 from unimodal.data.scenes import Scenes, caption_matches, checker_arguments
-from unimodal.metrics import Protocol, RetrievalMetrics, caption_metrics, first_stage, rerank, summarise
+from unimodal.metrics import Candidates, Protocol, RetrievalMetrics, caption_metrics, first_stage, rerank, summarise
 from unimodal.metrics.generation import check_picture
-from unimodal.metrics.retrieval import Candidates
 from unimodal.model import ImageState, TextState, UnimodalModel
 
 

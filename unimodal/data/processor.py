@@ -1,0 +1,169 @@
+"""The processor: pictures and strings in, tensors out, and back. It is saved beside the weights, since a model means nothing without it.
+
+Legend: B items, L text length in tokens, S image side in pixels.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
+from tokenizers.processors import TemplateProcessing
+from torch import Tensor
+from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
+
+from unimodal.data.scenes import vocabulary
+
+SETTINGS_FILE = "preprocessor_config.json"
+SPECIAL_TOKENS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "[DEC]")
+
+
+class TruncationWarning(UserWarning):
+    """Some texts were longer than the model reads."""
+
+
+class Processor:
+    """Square pictures and token ids as a model wants them.
+
+    Args:
+        tokenizer: a fast transformers tokenizer whose template adds the start and end tokens.
+        image_size: side S; pictures are resized to S x S with bicubic interpolation, whatever their aspect ratio.
+        mean: per-channel mean that is subtracted, for pixels between 0 and 1.
+        std: per-channel scale that is divided by.
+        max_length: longest text in tokens, start and end included.
+    """
+
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        *,
+        image_size: int,
+        mean: Sequence[float] = (0.5, 0.5, 0.5),
+        std: Sequence[float] = (0.5, 0.5, 0.5),
+        max_length: int = 64,
+    ) -> None:
+        self.tokenizer = tokenizer
+        self.image_size, self.mean, self.std, self.max_length = image_size, tuple(mean), tuple(std), max_length
+
+    def settings(self) -> dict[str, Any]:
+        """Everything but the tokenizer, as JSON values."""
+        return {
+            "image_size": self.image_size,
+            "mean": list(self.mean),
+            "std": list(self.std),
+            "max_length": self.max_length,
+        }
+
+    # Pictures.
+
+    def image_array(self, picture: Image.Image) -> Tensor:
+        """A picture as uint8 [3, S, S]."""
+        if not isinstance(picture, Image.Image):
+            raise TypeError(f"image_array takes a PIL image, got {type(picture).__name__}; load it with unimodal.data.load_image")
+        size = (self.image_size, self.image_size)
+        picture = picture.convert("RGB")
+        if picture.size != size:
+            picture = picture.resize(size, Image.Resampling.BICUBIC)
+        return torch.from_numpy(np.array(picture)).permute(2, 0, 1)
+
+    def normalise(self, pixels: Tensor) -> Tensor:
+        """uint8 [B, 3, S, S] -> float32 with mean subtracted and scale divided."""
+        mean, std = (torch.tensor(v, dtype=torch.float32).view(3, 1, 1) for v in (self.mean, self.std))
+        return (pixels.float() / 255 - mean) / std
+
+    def images(self, pictures: Sequence[Image.Image]) -> Tensor:
+        """Pictures -> float32 [B, 3, S, S]."""
+        if len(pictures) == 0:
+            raise ValueError("images: got an empty list; give at least one picture")
+        return self.normalise(torch.stack([self.image_array(picture) for picture in pictures]))
+
+    # Texts.
+
+    def texts(self, texts: Sequence[str]) -> tuple[Tensor, Tensor]:
+        """Texts -> token ids [B, L] and their mask [B, L] (True = real token), padded to the longest.
+
+        A text of more than `max_length` tokens is cut at its end, under one `TruncationWarning` that counts them.
+
+        Raises:
+            TypeError: for a single string in place of a list, or an entry that is no string.
+            ValueError: for an empty list, or an empty text.
+        """
+        if isinstance(texts, str):
+            raise TypeError(f"texts takes a list of strings, got the string {texts[:40]!r}; put it in a list")
+        if len(texts) == 0:
+            raise ValueError("texts: got an empty list; give at least one text")
+        for i, text in enumerate(texts):
+            if not isinstance(text, str):
+                raise TypeError(f"texts: entry {i} is {type(text).__name__} {text!r}; expected a string")
+            if not text.strip():
+                raise ValueError(f"texts: entry {i} is empty; leave it out or give it words")
+        rows = self.tokenizer(list(texts), add_special_tokens=True, truncation=False)["input_ids"]
+        longer = [i for i, row in enumerate(rows) if len(row) > self.max_length]
+        if longer:
+            warnings.warn(
+                f"{len(longer)} of {len(rows)} texts are longer than {self.max_length} tokens and were cut, first {texts[longer[0]][:60]!r}",
+                TruncationWarning,
+                stacklevel=2,
+            )
+            for i in longer:
+                rows[i] = [*rows[i][: self.max_length - 1], rows[i][-1]]  # the end token stays
+        length = max(map(len, rows))
+        ids = torch.full((len(rows), length), self.tokenizer.pad_token_id or 0)
+        mask = torch.zeros(len(rows), length, dtype=torch.bool)
+        for i, row in enumerate(rows):
+            ids[i, : len(row)] = torch.tensor(row)
+            mask[i, : len(row)] = True
+        return ids, mask
+
+    def decode(self, ids: Sequence[int] | Tensor) -> str:
+        """Token ids -> text, without special tokens."""
+        text = self.tokenizer.decode(torch.as_tensor(ids, dtype=torch.long), skip_special_tokens=True)
+        return re.sub(r" ([,.;!?])", r"\1", text).strip()
+
+    # Files.
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Write the tokenizer's files and `preprocessor_config.json`."""
+        self.tokenizer.save_pretrained(str(folder))
+        (Path(folder) / SETTINGS_FILE).write_text(json.dumps(self.settings(), indent=1) + "\n")
+
+    @classmethod
+    def from_pretrained(cls, folder: str | Path) -> Processor:
+        """Read what `save_pretrained` wrote; nothing is downloaded.
+
+        Raises:
+            FileNotFoundError: when the folder holds no processor.
+        """
+        path = Path(folder) / SETTINGS_FILE
+        if not path.is_file():
+            raise FileNotFoundError(f"{path} does not exist; {folder} holds no processor written by save_pretrained")
+        return cls(AutoTokenizer.from_pretrained(str(folder), local_files_only=True), **json.loads(path.read_text()))
+
+
+def word_tokenizer(words: Sequence[str]) -> PreTrainedTokenizerFast:
+    """A tokenizer with one token per word or punctuation mark, lower case; ids 0-5 are the special tokens, then `words` in order."""
+    tokens = {token: i for i, token in enumerate([*SPECIAL_TOKENS, *words])}
+    tokenizer = Tokenizer(models.WordLevel(tokens, unk_token="[UNK]"))
+    tokenizer.normalizer = normalizers.Lowercase()
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.WhitespaceSplit(), pre_tokenizers.Split(Regex(r"[^\w]"), behavior="isolated")]
+    )
+    tokenizer.decoder = decoders.WordPiece()  # joins with spaces, and none before punctuation
+    tokenizer.post_processor = TemplateProcessing(
+        single="[CLS] $A [SEP]", special_tokens=[("[CLS]", tokens["[CLS]"]), ("[SEP]", tokens["[SEP]"])]
+    )
+    names = {"pad_token": "[PAD]", "unk_token": "[UNK]", "cls_token": "[CLS]", "sep_token": "[SEP]", "mask_token": "[MASK]"}
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, **names, additional_special_tokens=["[DEC]"])
+
+
+def scenes_tokenizer() -> PreTrainedTokenizerFast:
+    """The tokenizer of the embedded scenes."""
+    return word_tokenizer(vocabulary())
