@@ -3,9 +3,11 @@ types that users know, and errors that say what came, what was expected and what
 
 from pathlib import Path
 
+import fakehub
 import numpy as np
 import pytest
 import torch
+from huggingface_hub import constants
 from PIL import Image
 from toy import IMAGE_SIZE, toy_model, toy_processor
 
@@ -161,6 +163,8 @@ def test_predict_is_the_matching_head_on_each_pair(kind: str) -> None:
         assert chance.dtype == np.float32
         assert np.allclose(chance, 1 / (1 + np.exp(-np.array(expected))), atol=1e-5)
     assert model.predict([]).shape == (0,)
+    one = model.predict(pairs[0])
+    assert one.dtype == np.float32 and one == pytest.approx(chance[0], abs=1e-5)
 
 
 def test_each_item_is_read_once(model: Unimodal, path: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -311,6 +315,21 @@ def test_saved_model_comes_back_equal(model: Unimodal, tmp_path: Path) -> None:
     assert half.encode(TEXTS).dtype == np.float32
     assert (half.encode(TEXTS) * model.encode(TEXTS)).sum(1).min() > 0.99
     assert half.predict([(TEXTS[0], IMAGES[0])]).dtype == np.float32
+    assert len(half.generate_image(TEXTS[0], num_inference_steps=1).images) == 1
+
+
+def test_pushed_model_comes_back_equal(model: Unimodal, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with fakehub.running() as server:
+        monkeypatch.setattr(constants, "ENDPOINT", server.url)
+        monkeypatch.setattr(
+            constants, "HUGGINGFACE_CO_URL_TEMPLATE", server.url + "/{repo_id}/resolve/{revision}/{filename}"
+        )
+        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+        monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
+        assert model.push_to_hub("tester/toy", private=True, token="hf_fake").startswith(server.url)
+        loaded = Unimodal.from_pretrained("tester/toy", cache_folder=tmp_path, token="hf_fake", heads=["matching"])
+    assert np.array_equal(loaded.encode(TEXTS), model.encode(TEXTS))
+    assert sorted(loaded.model.heads) == ["image_embedding", "matching", "text_embedding"]
 
 
 def test_facts(model: Unimodal) -> None:

@@ -194,29 +194,31 @@ class Unimodal:
 
     def predict(
         self,
-        inputs: Sequence[tuple[Any, Any]],
+        inputs: Sequence[Any],
         batch_size: int = 32,
         activation_fn: Callable[[Tensor], Tensor] | None = None,
         show_progress_bar: bool | None = None,
-    ) -> np.ndarray:
+    ) -> Any:
         """Match probabilities of pairs, by the matching head.
 
         Args:
-            inputs: pairs of an image and a text, in either order. Each item is read once, however many pairs it is in.
+            inputs: pairs of an image and a text, in either order, or one such pair. An item is read once, however many
+                pairs it is in.
             batch_size: items, and pairs, at a time.
             activation_fn: what turns logits into scores; the sigmoid where not given.
             show_progress_bar: None shows one for several batches on a terminal.
 
         Returns:
-            [P] float32.
+            [P] float32; for a single pair a float32 number.
 
         Raises:
             TypeError, ValueError: for anything but pairs of an image and a text, or a model without a matching head;
                 also what `as_items` and `load_image` raise.
         """
-        pairs = [_as_pair(pair, f"pair {i}: ") for i, pair in enumerate(inputs)]
-        logits = self._logits(pairs, batch_size, show_progress_bar)
-        return (activation_fn or torch.sigmoid)(logits).numpy()
+        single = len(inputs) == 2 and all(is_single(part) for part in inputs)
+        pairs = [_as_pair(pair, f"pair {i}: ") for i, pair in enumerate([inputs] if single else inputs)]
+        scores = (activation_fn or torch.sigmoid)(self._logits(pairs, batch_size, show_progress_bar)).numpy()
+        return scores[0] if single else scores
 
     def rank(
         self,
@@ -354,7 +356,9 @@ class Unimodal:
         for rows in progress(batches(len(texts), batch_size), "Drawing", show_progress_bar):
             condition = self.model.generation_condition(self.encoder.texts(texts[rows]))
             settings = {"num_inference_steps": num_inference_steps, "guidance_scale": guidance_scale}
-            pictures = head.sample(condition, generator=generator, **settings)  # [B, 3, S, S] in [0, 1]
+            # The sampler walks in float32; autocast lets it call a network of lower precision.
+            with torch.autocast(self.device.type, condition.dtype, enabled=condition.dtype != torch.float32):
+                pictures = head.sample(condition, generator=generator, **settings)  # [B, 3, S, S] in [0, 1]
             pixels = (255 * pictures.float()).round().byte().permute(0, 2, 3, 1).cpu().numpy()
             images += [Image.fromarray(picture) for picture in pixels]
         return GeneratedImages(images)
