@@ -72,10 +72,12 @@ def test_word_weights_are_what_the_logit_loses() -> None:
     with torch.no_grad():
         image = model.encode_image(processor.images([picture()]))
         texts = [TEXT, f"a small {processor.tokenizer.unk_token} circle"]
+        lengths = processor.texts(texts)[1].sum(1)
         logits = [
             float(model.match(image, model.encode_text(*processor.texts([t])), torch.tensor([0]), torch.tensor([0])))
             for t in texts
         ]
+    assert lengths[0] == lengths[1]  # one word became one token
     assert result.logit == pytest.approx(logits[0], abs=1e-5)
     assert dict(result.words)["red"] == pytest.approx(logits[0] - logits[1], abs=1e-5)
 

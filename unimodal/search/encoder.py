@@ -133,7 +133,8 @@ class Encoder:
         parts = asdict(self.model.config)
         parts["bridge"].pop("queries")
         settings = {name: parts[name] for name in ("bridge", "embedding", "matching")}
-        digest = hashlib.sha256(json.dumps([settings, self.processor.settings()], sort_keys=True).encode())
+        reads = [self.processor.settings(), self.processor.tokenizer.get_vocab()]
+        digest = hashlib.sha256(json.dumps([settings, reads], sort_keys=True).encode())
         for name, value in sorted(self.model.state_dict().items()):
             if not name.startswith(OTHER_JOBS):
                 digest.update(f"{name} {value.dtype} {list(value.shape)}".encode())
