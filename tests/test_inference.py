@@ -2,6 +2,7 @@
 types that users know, and errors that say what came, what was expected and what to do."""
 
 from pathlib import Path
+from typing import Any
 
 import fakehub
 import numpy as np
@@ -148,7 +149,7 @@ def test_unit_vectors_are_the_only_form(model: Unimodal) -> None:
 @pytest.mark.parametrize("kind", ["cached", "bridge"])
 def test_predict_is_the_matching_head_on_each_pair(kind: str) -> None:
     model = toy(matching={"kind": kind, "hidden": 32, "layers": 1, "heads": 2})
-    pairs = [(TEXTS[0], IMAGES[0]), (IMAGES[1], TEXTS[1]), (TEXTS[2], IMAGES[0]), (TEXTS[0], IMAGES[0])]
+    pairs: list[Any] = [(TEXTS[0], IMAGES[0]), (IMAGES[1], TEXTS[1]), (TEXTS[2], IMAGES[0]), (TEXTS[0], IMAGES[0])]
     expected = []
     for a, b in pairs:
         image, text = (b, a) if isinstance(a, str) else (a, b)
