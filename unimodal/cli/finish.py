@@ -9,6 +9,7 @@ import numpy as np
 import torch
 
 from unimodal.data.pairs import Pairs
+from unimodal.metrics.generation import SceneReport, summarise
 from unimodal.report import Caption, Drawing, Hit, Metric, Report, Score, Search, Stage, Swap, write_report
 from unimodal.tasks import Evaluation
 
@@ -121,11 +122,7 @@ def _more(numbers: dict[str, float], results: dict[str, Any]) -> dict[str, Any]:
     if "captions" in results:
         out["captions"] = results["captions"].scores()
     if "checks" in results:
-        parts: dict[str, list[bool]] = {}
-        for check in results["checks"]:
-            for part, right in check.right.items():
-                parts.setdefault(part, []).append(right)
-        out["generation_by_attribute"] = {part: sum(rights) / len(rights) for part, rights in parts.items()}
+        out["generation_by_attribute"] = summarise(results["checks"])
     return out
 
 
@@ -252,11 +249,17 @@ def _captions(pairs: Pairs, results: dict[str, Any], count: int = 12) -> list[Ca
     return rows
 
 
+def _verdict(check: SceneReport) -> str:
+    """What the checker of pixels found wrong, in words."""
+    wrong = [name for name, right in vars(check).items() if right < 1]
+    return f"wrong: {', '.join(wrong)}" if wrong else "everything right"
+
+
 def _drawings(results: dict[str, Any], count: int = 18) -> list[Drawing]:
     rows = []
     for text, picture, check in list(zip(results.get("prompts", []), results.get("pictures", []), results.get("checks", []), strict=False))[:count]:
         array = (picture.permute(1, 2, 0).numpy() * 255).round().astype(np.uint8)
-        rows.append(Drawing(text=text, picture=array, right=check.all_right, verdict=check.summary()))
+        rows.append(Drawing(text=text, picture=array, right=check.all_right, verdict=_verdict(check)))
     return rows
 
 

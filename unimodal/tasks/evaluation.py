@@ -13,7 +13,7 @@ from torch import Tensor
 from unimodal.data.batch import Batch
 from unimodal.data.pairs import Pairs
 from unimodal.data.processor import Processor
-from unimodal.data.scenes import Scenes, caption_matches, checker_arguments
+from unimodal.data.scenes import Scenes, caption_matches, checker_arguments, parse_caption
 from unimodal.metrics import Candidates, Protocol, RetrievalMetrics, caption_metrics, first_stage, rerank, summarise
 from unimodal.metrics.generation import check_picture
 from unimodal.model import ImageState, TextState, UnimodalModel
@@ -224,9 +224,12 @@ class Evaluation:
                 )
             )
         images = torch.cat(pictures).cpu()
+        # Asked is what the caption says, so a background that it leaves out may be any.
+        asked = [parse_caption(prompt) for prompt in prompts]
+        known = checker_arguments()
         checks = [
-            check_picture(picture.permute(1, 2, 0).numpy(), pairs.scenes[i], **checker_arguments())
-            for i, picture in enumerate(images)
+            check_picture(picture.permute(1, 2, 0).numpy(), scene, **known)
+            for picture, scene in zip(images, asked, strict=True)
         ]
         right = [check.all_right for check in checks]
         return {
