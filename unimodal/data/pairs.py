@@ -1,13 +1,14 @@
-"""What every reader of image-text pairs offers, and two things that work on any of them.
+"""What every reader of image-text pairs offers, and what works on any of them: a fingerprint and a check.
 
-A split is a sequence of images with their captions. Nothing here decodes or tokenises.
+A split is a sequence of images with their captions. Nothing here tokenises.
 """
 
 from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable
-from typing import Protocol
+from dataclasses import dataclass
+from typing import Any, Protocol
 
 from PIL import Image
 
@@ -47,3 +48,42 @@ def fingerprint(entries: Iterable[tuple[str, list[str]]]) -> str:
             digest.update(text.encode() + b"\0")
         digest.update(b"\n")
     return digest.hexdigest()[:16]
+
+
+@dataclass(frozen=True)
+class Problem:
+    """What is wrong with image `index` of a split, which `key` names."""
+
+    index: int
+    key: str
+    reason: str
+
+    def __str__(self) -> str:
+        return f"{self.key}: {self.reason}"
+
+
+def check(pairs: Pairs) -> list[Problem]:
+    """Open every picture and look at every caption of a split; a sound split gives an empty list."""
+    problems = []
+    for i in range(len(pairs)):
+        reasons = [caption_fault(pairs.captions(i))]
+        try:
+            pairs.image(i)
+        except (OSError, ValueError) as error:
+            reasons.append(str(error))
+        problems += [Problem(i, pairs.key(i), reason) for reason in reasons if reason]
+    return problems
+
+
+def caption_fault(captions: Any) -> str | None:
+    """What is wrong with the captions of one image, or None."""
+    if not isinstance(captions, list) or not captions:
+        return f"expected a list of at least one caption, got {captions!r:.60}"
+    for c, caption in enumerate(captions):
+        if not isinstance(caption, str):
+            return f"caption {c} is {type(caption).__name__} {caption!r:.60}; expected a string"
+        if not caption.strip():
+            return f"caption {c} is empty; give it words"
+        if any("\ud800" <= character <= "\udfff" for character in caption):
+            return f"caption {c} is {caption!r:.60}, which is no valid Unicode; write it as UTF-8"
+    return None

@@ -1,0 +1,71 @@
+"""Image-text pairs into files, from any reader: Karpathy's JSON with a folder of pictures, or tar shards.
+
+Pictures are written as PNG, so that what `unimodal.data.readers` reads back is equal to the last pixel.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import tarfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from unimodal.data.pairs import Pairs
+
+
+def write_karpathy(pairs_by_split: Mapping[str, Pairs], folder: str | Path) -> Path:
+    """Write splits as `dataset.json` and PNG files in `images/`, for `KarpathyJson`; gives the path of the JSON file.
+
+    Raises:
+        ValueError: no split is given.
+        FileExistsError: the folder holds something already.
+    """
+    if not pairs_by_split:
+        raise ValueError("write_karpathy: got no split; give at least one")
+    folder = _new_folder(folder)
+    (folder / "images").mkdir()
+    images: list[dict[str, Any]] = []
+    for split, pairs in pairs_by_split.items():
+        for i in range(len(pairs)):
+            filename = f"{split}-{i:06d}.png"
+            pairs.image(i).save(folder / "images" / filename)
+            sentences = [{"raw": caption} for caption in pairs.captions(i)]
+            images.append({"filename": filename, "split": split, "imgid": len(images), "sentences": sentences})
+    data = {"dataset": next(iter(pairs_by_split.values())).name, "images": images}
+    path = folder / "dataset.json"  # last, so that an interrupted folder is none
+    path.write_text(json.dumps(data, ensure_ascii=False), encoding="utf-8")
+    return path
+
+
+def write_webdataset(pairs: Pairs, folder: str | Path, shard_size: int = 1000) -> list[Path]:
+    """Write a split as tar shards of `shard_size` samples (PNG and JSON), for `WebDatasetTars`; gives their paths.
+
+    Raises:
+        ValueError: shard_size is less than 1.
+        FileExistsError: the folder holds something already.
+    """
+    if shard_size < 1:
+        raise ValueError(f"shard_size: expected at least 1, got {shard_size}")
+    folder, paths = _new_folder(folder), []
+    for shard, start in enumerate(range(0, len(pairs), shard_size)):
+        paths.append(folder / f"{pairs.split}-{shard:05d}.tar")
+        with tarfile.open(paths[-1], "w") as tar:
+            for i in range(start, min(start + shard_size, len(pairs))):
+                picture = io.BytesIO()
+                pairs.image(i).save(picture, "PNG")
+                text = json.dumps({"captions": pairs.captions(i)}, ensure_ascii=False).encode()
+                for suffix, content in (("json", text), ("png", picture.getvalue())):
+                    member = tarfile.TarInfo(f"{i:06d}.{suffix}")
+                    member.size = len(content)
+                    tar.addfile(member, io.BytesIO(content))
+    return paths
+
+
+def _new_folder(folder: str | Path) -> Path:
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    if any(folder.iterdir()):
+        raise FileExistsError(f"{folder} holds files already; choose a new folder")
+    return folder
