@@ -272,6 +272,12 @@ def index_to(name: str) -> Callable[[Path], None]:
         ),
         (config_edit("model", "backbone", "text", "name", value="brt"), ["text tower 'brt'", "did you mean 'bert'"]),
         (config_edit("model", "backbone", "vision", "name", value="os.system"), ["'os.system' is not a timm arch"]),
+        (
+            lambda f: edit(
+                f / "tokenizer_config.json", lambda v: v.update(auto_map={"AutoTokenizer": ["evil.T", None]})
+            ),
+            ["tokenizer_config.json names code to run", "evil.T", "unless you know who wrote it"],
+        ),
         (add_pickle, ["pytorch_model.bin: pickles, which can run code", "Expected model.safetensors", "convert"]),
         (only_pickle, ["last.ckpt: pickles, which can run code"]),
         (disguise_pickle, ["model.safetensors", "is corrupt or cut short", "get the file again"]),

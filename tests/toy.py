@@ -45,6 +45,7 @@ def toy_config(**overrides: Any) -> ModelConfig:
             "max_length": MAX_LENGTH,
             "bos_id": tokenizer.cls_token_id,
             "eos_id": tokenizer.sep_token_id,
+            "unk_id": tokenizer.unk_token_id,
         },
         "generation": {
             "transformer": "sana",

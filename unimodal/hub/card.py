@@ -105,7 +105,7 @@ def _eval_results(name: str, measured: Measured) -> list[EvalResult]:
     protocol = measured.protocol
     return [
         EvalResult(
-            task_type="image-text-retrieval",
+            task_type="image-text-retrieval" if protocol.stage else "any-to-any",
             dataset_name=protocol.dataset,
             dataset_type=re.sub(r"\W+", "-", protocol.dataset.lower()),
             dataset_split=protocol.split,

@@ -156,11 +156,11 @@ def verify_checkpoint(
         raise CheckpointError(f"{folder} has no example.safetensors to replay; save it with example=True")
     open_weights(path)
     stored = load_file(path)
-    parts: dict[str, dict[str, torch.Tensor]] = {"input": {}, "output": {}}
-    for name, tensor in stored.items():
-        part, _, rest = name.partition(".")
-        parts[part][rest] = tensor
-    found = differences(parts["output"], example_outputs(model, parts["input"]))
+    inputs, outputs = (
+        {name.removeprefix(part): tensor for name, tensor in stored.items() if name.startswith(part)}
+        for part in ("input.", "output.")
+    )
+    found = differences(outputs, example_outputs(model, inputs))
     beyond = [f"{name} by {value:.2g}" for name, value in found.items() if not value <= tolerance]
     if beyond:
         raise CheckpointError(

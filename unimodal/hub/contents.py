@@ -107,6 +107,7 @@ def read_contents(folder: Path) -> Contents:
     try:
         contents = from_dict(Contents, values, "config.json")
         _refuse_orders(contents.model)
+        _refuse_code(folder)
     except (TypeError, ValueError) as error:
         raise CheckpointError(f"{folder}: {error}") from error
     return contents
@@ -157,4 +158,14 @@ def _refuse_orders(config: ModelConfig) -> None:
             raise ValueError(
                 f"model.backbone.{tower}.kwargs: {', '.join(sorted(orders))} is no setting of the architecture, and a "
                 "checkpoint may not say how to load anything; do not use it unless you know who wrote it"
+            )
+
+
+def _refuse_code(folder: Path) -> None:
+    """transformers would offer to run what `auto_map` names."""
+    for path in sorted(folder.glob("*config.json")):
+        if code := read_json(path).get("auto_map"):
+            raise ValueError(
+                f"{path.name} names code to run (auto_map: {code}), which a checkpoint may not; "
+                "do not use it unless you know who wrote it, and then without auto_map"
             )
