@@ -5,6 +5,7 @@ A training step returns `(losses, report)`: what is optimised and what is only l
 
 import math
 from collections.abc import Iterable
+from collections import Counter
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -205,8 +206,26 @@ class Task(pl.LightningModule):
     def setup(self, stage: str) -> None:
         data = self.trainer.datamodule
         self.processor = data.bind(self.config, self.model.backbone)
+        if stage == "fit" and self.init_from is None and self.config.captioning and self.config.captioning.vocabulary:
+            self.model.heads["captioning"].set_vocabulary(self._frequent_tokens(data.train, self.config.captioning.vocabulary))
         if stage == "fit" and data.hard_neighbours and data.neighbours is None:
             data.neighbours = self._mined(Path(self.trainer.default_root_dir) / "neighbours.safetensors")
+
+    def _frequent_tokens(self, pairs: Pairs, size: int) -> Tensor:
+        """The `size` most frequent token ids of a split's captions, special tokens among them: a decoder's subset vocabulary."""
+        assert self.processor is not None
+        counts: Counter[int] = Counter()
+        for i in range(len(pairs)):
+            ids, mask = self.processor.texts(pairs.captions(i))
+            counts.update(ids[mask].tolist())
+        head = self.model.heads["captioning"]
+        special = {head.bos_id, head.eos_id, head.unk_id}
+        frequent = [token for token, _ in counts.most_common() if token not in special][: size - len(special)]
+        if len(frequent) + len(special) < size:
+            raise ValueError(
+                f"captioning.vocabulary is {size}, but the training captions use only {len(frequent) + len(special)} tokens; lower it"
+            )
+        return torch.tensor(sorted(special | set(frequent)))
 
     @torch.no_grad()
     def _mined(self, path: Path) -> Tensor:
