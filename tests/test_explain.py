@@ -20,7 +20,7 @@ def lively(kind: str = "cached") -> UnimodalModel:
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if name.startswith(("heads.matching", "bridge.layers")) and parameter.ndim == 2:
-                parameter.mul_(8)
+                parameter.mul_(4)
     return model
 
 
@@ -53,7 +53,7 @@ def test_attributions_follow_their_tokens() -> None:
     moved = ImageState(image.tokens[:, order], image.mask[:, order], image.bridged)
     plain, _ = integrated_gradients(model, image, text, steps=8, batch_size=3)
     permuted, _ = integrated_gradients(model, moved, text, steps=8, batch_size=8)
-    assert torch.allclose(permuted, plain[order], atol=1e-5)
+    assert torch.allclose(permuted, plain[order], atol=1e-5, rtol=1e-3)
 
 
 def test_an_unchanged_token_explains_nothing() -> None:

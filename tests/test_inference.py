@@ -46,7 +46,15 @@ def path(tmp_path: Path) -> str:
 
 def test_every_form_of_one_image_gives_one_vector(model: Unimodal, path: str) -> None:
     pixels = np.asarray(IMAGES[0])
-    forms = [IMAGES[0], path, Path(path), {"image": path}, pixels, torch.from_numpy(pixels.copy()).permute(2, 0, 1)]
+    forms = [
+        IMAGES[0],
+        path,
+        Path(path),
+        Path(path).read_bytes(),
+        {"image": path},
+        pixels,
+        torch.from_numpy(pixels.copy()).permute(2, 0, 1),
+    ]
     vectors = [model.encode(form) for form in forms]
     assert vectors[0].shape == (16,) and vectors[0].dtype == np.float32
     assert np.linalg.norm(vectors[0]) == pytest.approx(1, abs=1e-6)

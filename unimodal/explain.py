@@ -58,7 +58,7 @@ class Explanation:
 
 
 def explain(
-    model: UnimodalModel, processor: Processor, image: Any, text: str, *, steps: int = 32, batch_size: int = 16
+    model: UnimodalModel, processor: Processor, image: Any, text: str, *, steps: int = 64, batch_size: int = 16
 ) -> Explanation:
     """Explain the match logit of one image and one text.
 

@@ -268,7 +268,7 @@ class Unimodal:
             tokens |= zip(names, self.encoder.read(items).tokens)
         return self.encoder.match([(tokens[_identity(a)], tokens[_identity(b)]) for a, b in pairs], batch_size, show)
 
-    def explain(self, image: Any, text: str, *, steps: int = 32, batch_size: int = 16) -> Explanation:
+    def explain(self, image: Any, text: str, *, steps: int = 64, batch_size: int = 16) -> Explanation:
         """Why the matching head scores this pair as it does; see `unimodal.explain.explain`."""
         return explain(self.model, self.processor, image, text, steps=steps, batch_size=batch_size)
 
