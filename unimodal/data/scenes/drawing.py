@@ -6,7 +6,7 @@ resolution, averaged down (that is all the antialiasing) and cached.
 
 from __future__ import annotations
 
-from functools import lru_cache
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -17,7 +17,7 @@ SHADE = 0.5  # a stripe is the colour times this
 _STEP = {"left": (-1, 0), "right": (1, 0), "above": (0, -1), "below": (0, 1)}  # (x, y), y downwards
 
 
-@lru_cache(maxsize=None)
+@cache
 def shape_mask(shape: str, extent: int, oversample: int = 8) -> np.ndarray:
     """Coverage [extent, extent] in [0, 1] of a shape that fills its square."""
     n = extent * oversample
@@ -35,7 +35,7 @@ def shape_mask(shape: str, extent: int, oversample: int = 8) -> np.ndarray:
     return inside.reshape(extent, oversample, extent, oversample).mean((1, 3))
 
 
-@lru_cache(maxsize=None)
+@cache
 def _sprite(thing: SceneObject, size: int) -> tuple[np.ndarray, np.ndarray]:
     """Coverage [P, P, 1] and colour [P, 1, 3] of an object in a picture of `size` pixels."""
     extent = round(SIZES[thing.size] * size)
@@ -47,7 +47,7 @@ def _sprite(thing: SceneObject, size: int) -> tuple[np.ndarray, np.ndarray]:
 
 
 def render(scene: Scene, size: int, rng: Random) -> np.ndarray:
-    """Draws the scene: uint8 [size, size, 3]. `rng` moves each object by up to 1 pixel along the relation and 2 across."""
+    """Draws the scene: uint8 [size, size, 3]. `rng` moves each object by at most 1 pixel along the relation, 2 across."""
     if size < 32:
         raise ValueError(f"a scene of {size} pixels cannot show its objects; use a size of at least 32")
     if scene.background is None:
@@ -69,11 +69,11 @@ def render(scene: Scene, size: int, rng: Random) -> np.ndarray:
 
 
 def checker_arguments() -> dict[str, Any]:
-    """What a checker of pixels must know: `metrics.generation.SceneChecker(**checker_arguments())`."""
+    """What a checker of pixels must know: `check_picture(picture, scene, **checker_arguments())`."""
     return {
         "colours": COLOURS,
         "backgrounds": BACKGROUNDS,
-        "shapes": {shape: shape_mask(shape, 24) for shape in SHAPES},
+        "shapes": {shape: shape_mask(shape, 96) for shape in SHAPES},
         "sizes": SIZES,
         "shade": SHADE,
     }

@@ -94,16 +94,11 @@ def _any(words) -> str:
     return "|".join(sorted(words, key=len, reverse=True))
 
 
-_MEANING = {
-    word: meaning
-    for table in (SIZE_WORDS, TEXTURE_WORDS, RELATION_WORDS)
-    for meaning, words in table.items()
-    for word in words
-}
-_SIZE, _TEXTURE, _RELATION = (
-    _any({word for words in table.values() for word in words}) for table in (SIZE_WORDS, TEXTURE_WORDS, RELATION_WORDS)
-)
-_NAME = rf"(?P<{{0}}>(?:{_SIZE}) (?:(?:{_TEXTURE}) (?:{_any(COLOURS)})|(?:{_any(COLOURS)}) (?:{_TEXTURE})) (?:{_any(SHAPES)}))"
+_TABLES = (SIZE_WORDS, TEXTURE_WORDS, RELATION_WORDS)
+_MEANING = {word: meaning for table in _TABLES for meaning, words in table.items() for word in words}
+_SIZE, _TEXTURE, _RELATION = (_any({word for words in table.values() for word in words}) for table in _TABLES)
+_COLOUR, _SHAPE = _any(COLOURS), _any(SHAPES)
+_NAME = f"(?P<{{}}>(?:{_SIZE}) (?:(?:{_TEXTURE}) (?:{_COLOUR})|(?:{_COLOUR}) (?:{_TEXTURE})) (?:{_SHAPE}))"
 _SLOTS = {slot: _NAME.format(slot) for slot in "abc"} | {
     "ab": f"(?P<ab>{_RELATION})",
     "third": f"(?P<third>{_RELATION})",
@@ -117,7 +112,10 @@ _PATTERNS = [
 
 
 def parse_caption(text: str) -> Scene | None:
-    """The scene that a caption describes (background None where it says none); None if no template could have written it."""
+    """The scene that a caption describes, or None if no template could have written it.
+
+    The background of the scene is None where the caption does not name it. Case, spaces and the final stop are free.
+    """
     words = _split(text)
     for pattern in _PATTERNS:
         match = pattern.fullmatch(words)
@@ -145,8 +143,7 @@ def caption_matches(caption: str, scene: Scene) -> bool:
 def vocabulary() -> list[str]:
     """Every word and punctuation mark that a caption can contain, sorted."""
     words = {*SHAPES, *COLOURS, *BACKGROUNDS}
-    for table in (SIZE_WORDS, TEXTURE_WORDS, RELATION_WORDS):
-        words.update(word for phrases in table.values() for phrase in phrases for word in phrase.split())
+    words.update(word for phrase in _MEANING for word in phrase.split())
     for templates in TEMPLATES.values():
         words.update(word for template in templates for word in _split(template).split() if not word.startswith("{"))
     return sorted(words)

@@ -47,6 +47,8 @@ class Scenes:
             raise ValueError(f"a scene has 2 or 3 objects, got objects={objects}")
         if size < 32:
             raise ValueError(f"scenes need at least 32 pixels to show their objects, got size={size}")
+        if count is not None and count < 1:
+            raise ValueError(f"count={count}: a split needs at least one scene")
         self.split, self.size, self.seed, self.objects = split, size, seed, objects
         self.scenes: list[Scene] = []
         self._forms: list[list[Form]] = []
@@ -57,7 +59,7 @@ class Scenes:
             scene = next((s for s in tries if s.key() not in seen), None)
             if scene is None:
                 raise ValueError(
-                    f"count={count}: the {split} split has hardly more than {i} different scenes; ask for fewer"
+                    f"count={count}: the {split} split has few more than {i} different scenes; ask for fewer"
                 )
             seen.add(scene.key())
             self.scenes.append(scene)
@@ -86,32 +88,28 @@ class Scenes:
         return fingerprint((self.key(i), self.captions(i)) for i in range(len(self)))
 
     def swaps(self, i: int) -> list[Swap]:
-        """One swap of each kind that the scene allows, on captions in turn."""
-        swaps = []
-        for turn, form in enumerate(self._forms[i]):
-            swaps.append(self._swaps(i, form, f"{i}/{turn}"))
-        kinds = list(dict.fromkeys(swap.kind for group in swaps for swap in group))
-        chosen = []
-        for n, kind in enumerate(kinds):
-            options = [swap for group in swaps for swap in group if swap.kind == kind]
-            chosen.append(options[n % len(options)])
-        return chosen
+        """One swap of each kind that the scene allows, its captions taken in turn."""
+        by_kind: dict[str, list[Swap]] = {}
+        for c in range(len(self._forms[i])):
+            for swap in self._swaps(i, c):
+                by_kind.setdefault(swap.kind, []).append(swap)
+        return [swaps[turn % len(swaps)] for turn, swaps in enumerate(by_kind.values())]
 
     def negatives(self, i: int, c: int) -> list[str]:
         """False captions of image i in the form of its caption number c, one of each kind."""
-        return [swap.negative for swap in self._swaps(i, self._forms[i][c], f"{i}/{c}")]
+        return [swap.negative for swap in self._swaps(i, c)]
 
-    def _swaps(self, i: int, form: Form, turn: str) -> list[Swap]:
-        scene = self.scenes[i]
+    def _swaps(self, i: int, c: int) -> list[Swap]:
+        scene, form = self.scenes[i], self._forms[i][c]
         caption = write(scene, form)
         swaps = []
-        for kind, variant in false_variants(scene, self._rng("swap", turn)):
-            # In training a held-out pair would occur in false captions only, and the model would learn that it is false.
-            learnable = self.split != "train" or not (names_held_out(variant, "val") or names_held_out(variant, "test"))
+        for kind, variant in false_variants(scene, self._rng(f"swap {c}", i)):
+            # A held-out pair would occur in false captions only, and training would teach that it is always false.
+            learnable = self.split != "train" or not any(names_held_out(variant, held) for held in ("val", "test"))
             negative = write(variant, form)
             if learnable and negative != caption:  # equal if the caption does not name the background
                 swaps.append(Swap(caption, negative, kind))
         return swaps
 
-    def _rng(self, purpose: str, i: object) -> random.Random:
+    def _rng(self, purpose: str, i: int) -> random.Random:
         return random.Random(f"{purpose}/{self.seed}/{self.split}/{self.objects}/{i}")
