@@ -1,132 +1,157 @@
-"""Pictures in, whatever form they come in: path, URL, bytes, PIL image, array or tensor -> PIL image in RGB.
+"""One function that turns whatever a user calls an image into an RGB picture, or says exactly why it cannot.
 
-Everything that can be wrong with a picture is found here and told by name, so that no batch meets a half-read file.
-Only the formats in `FORMATS` are decoded: Pillow knows others that call external programs.
+Nothing is executed, guessed or replaced: a file that is missing, broken, too large or no picture at all is an error that
+names it. Only http and https are fetched, with a time and a size limit, and a redirect cannot leave them.
 """
 
 from __future__ import annotations
 
 import io
-import os
-from http.client import HTTPException
+import stat
+import urllib.error
+import urllib.request
 from pathlib import Path
-from urllib import request
+from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageOps
 
-FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM")
-MAX_PIXELS = 64_000_000
-MAX_DOWNLOAD = 64 * 2**20  # bytes
-TIMEOUT = 20.0  # seconds that a server may stay silent
+MAX_BYTES = 64 * 2**20  # of a download
+TIMEOUT = 20.0  # seconds without an answer
 
-Source = str | Path | bytes | Image.Image | np.ndarray | torch.Tensor
+# urllib's default opener would also follow a redirect to ftp; this one knows the web only.
+_WEB = urllib.request.OpenerDirector()
+for _handler in (
+    urllib.request.ProxyHandler,
+    urllib.request.HTTPHandler,
+    urllib.request.HTTPSHandler,
+    urllib.request.HTTPRedirectHandler,
+    urllib.request.HTTPErrorProcessor,
+    urllib.request.HTTPDefaultErrorHandler,
+    urllib.request.UnknownHandler,
+):
+    _WEB.add_handler(_handler())
 
 
-def load_image(source: Source, *, max_pixels: int = MAX_PIXELS, name: str | None = None) -> Image.Image:
-    """The picture, in RGB, turned upright as its EXIF data say, transparency laid on white, first frame of several.
+class ImageError(ValueError):
+    """Something that was given as an image is none, or none that may be opened."""
+
+
+def load_image(item: Any, *, max_pixels: int = 64_000_000, timeout: float = TIMEOUT) -> Image.Image:
+    """A picture in RGB, turned upright if its EXIF data say how, transparent parts on white.
 
     Args:
-        source: a path; an http or https URL; the bytes of a file; a PIL image; an array [H, W] or [H, W, C]; a tensor
-            [H, W] or [C, H, W]. C is 1, 3 or 4; values are uint8, or floats between 0 and 1.
-        max_pixels: larger pictures are refused before they are decoded.
-        name: what messages call the picture; by default its path or URL, or its kind.
+        item: path; http or https URL; the bytes of an image file; PIL image; array [H, W] or [H, W, 1 | 3 | 4] or tensor
+            [H, W] or [1 | 3 | 4, H, W], uint8 or float in [0, 1].
+        max_pixels: width times height from which a picture is refused before it is decoded.
+        timeout: seconds that a web server may stay silent.
 
     Raises:
-        TypeError: for anything else, or an array of another dtype.
-        FileNotFoundError: when a path names no file.
-        OSError: when a file or URL cannot be read.
-        ValueError: for a corrupt or truncated picture, a file that is none, too many pixels, a wrong shape or value.
+        FileNotFoundError: the path names nothing.
+        ImageError: a folder, a file that is no image, a broken or truncated one, too many pixels, values or a shape that
+            make no picture, a download that fails or is too large.
+        TypeError: none of the kinds above, or an array of another type.
     """
-    if not isinstance(source, Source):
-        raise TypeError(
-            "expected an image as path, URL, bytes, PIL image, array or tensor, "
-            f"got {type(source).__name__} {source!r:.80}"
-        )
-    if isinstance(source, str | Path):
-        name = name or str(source)
-        source = _fetch(source) if isinstance(source, str) and "://" in source else _read(source)
-    name = name or f"the given {type(source).__name__}"
-    if isinstance(source, np.ndarray | torch.Tensor):
-        source = _from_array(source, name)
+    if isinstance(item, Image.Image):
+        return _decode(item, "the PIL image", max_pixels)
+    if isinstance(item, np.ndarray):
+        return _from_array(item, "an array", "[H, W] or [H, W, 1 | 3 | 4]")
+    if isinstance(item, torch.Tensor):
+        array = item.detach().cpu()
+        array = array.float() if array.dtype == torch.bfloat16 else array  # numpy has no bfloat16
+        return _from_array(_channels_last(array).numpy(), "a tensor", "[H, W] or [1 | 3 | 4, H, W]")
+    if isinstance(item, bytes):
+        return _open(io.BytesIO(item), f"the {len(item)} bytes given as an image", max_pixels)
+    if isinstance(item, str) and "://" in item:
+        return _open(io.BytesIO(_download(item, timeout)), repr(item), max_pixels)
+    if isinstance(item, str | Path):
+        return _from_path(Path(item), max_pixels)
+    raise TypeError(
+        f"an image is a path, URL, bytes, PIL image, array or tensor, got {type(item).__name__}: {item!r:.80}"
+    )
+
+
+def _from_path(path: Path, max_pixels: int) -> Image.Image:
     try:
-        picture = source if isinstance(source, Image.Image) else Image.open(io.BytesIO(source), formats=FORMATS)
-        size = picture.size
-    except UnidentifiedImageError as error:
-        raise ValueError(f"{name} is not a picture; expected one of {', '.join(FORMATS)}") from error
+        kind = path.stat().st_mode
+    except (FileNotFoundError, NotADirectoryError):
+        raise FileNotFoundError(f"there is no image file {str(path)!r}; check the path") from None
+    except (OSError, ValueError) as error:  # a name too long, or with a null byte
+        raise ImageError(f"{str(path)[:80]!r} cannot be the path of an image: {error}") from None
+    if not stat.S_ISREG(kind):
+        raise ImageError(f"{str(path)!r} is not a file; name one image in it")
+    with path.open("rb") as file:
+        return _open(file, repr(str(path)), max_pixels)
+
+
+def _download(url: str, timeout: float) -> bytes:
+    if not url.lower().startswith(("http://", "https://")):
+        raise ImageError(f"{url!r} is neither http nor https; download it yourself and pass the file")
+    try:
+        request = urllib.request.Request(url, headers={"User-Agent": "unimodal"})
+        with _WEB.open(request, timeout=timeout) as response:
+            data = response.read(MAX_BYTES + 1)
+    except urllib.error.HTTPError as error:
+        raise ImageError(f"the server of {url!r} answered {error.code} {error.reason}; check the address") from error
+    except Exception as error:  # urllib, http.client and ssl raise kinds of their own; none of them says which address
+        raise ImageError(f"{url!r} could not be fetched: {error}; check the address and the network") from error
+    if len(data) > MAX_BYTES:
+        raise ImageError(f"{url!r} is larger than {MAX_BYTES} bytes; download it yourself and pass the file")
+    return data
+
+
+def _open(file: Any, name: str, max_pixels: int) -> Image.Image:
+    try:
+        picture = Image.open(file)
     except Image.DecompressionBombError as error:
-        raise ValueError(f"{name} has too many pixels: {error}; shrink it or leave it out") from error
-    except Exception as error:  # decoders raise whatever a broken file makes them stumble over
-        raise ValueError(f"{name} is corrupt: {error}; repair it or leave it out") from error
-    if not 0 < size[0] * size[1] <= max_pixels:
-        raise ValueError(
-            f"{name} has {size[0]} x {size[1]} pixels; expected 1 to {max_pixels:,}; raise max_pixels or shrink it"
+        raise ImageError(f"{name} has too many pixels: {error}") from error
+    except Exception as error:  # every file format has its own way to fail
+        raise ImageError(f"{name} is no image that can be read, or is broken from its start: {error}") from error
+    return _decode(picture, name, max_pixels)
+
+
+def _decode(picture: Image.Image, name: str, max_pixels: int) -> Image.Image:
+    width, height = picture.size
+    if width * height > max_pixels:
+        raise ImageError(
+            f"{name} has {width} x {height} pixels, more than max_pixels={max_pixels}; shrink it or raise the limit"
         )
-    if picture.mode in ("I", "F"):
-        raise ValueError(f"{name} has 32 bits per channel and no known range; save it with 8 or 16 bits")
+    if width * height == 0:
+        raise ImageError(f"{name} has {width} x {height} pixels; expected at least one")
     try:
-        return _rgb(picture)
+        picture = ImageOps.exif_transpose(picture)
     except Exception as error:
-        raise ValueError(f"{name} is corrupt or truncated: {error}; repair it or leave it out") from error
-
-
-def _rgb(picture: Image.Image) -> Image.Image:
-    picture = ImageOps.exif_transpose(picture)
-    if picture.mode.startswith("I;16"):  # Pillow would clip sixteen bits, not scale them
+        raise ImageError(f"{name} is truncated or corrupt: {error}; make the file again") from error
+    if picture.mode.startswith("I;16"):
         picture = Image.fromarray((np.asarray(picture) >> 8).astype(np.uint8))
+    if picture.mode in ("I", "F"):
+        raise ImageError(
+            f"{name} has pixels of type {picture.mode!r}, of unknown range; expected 8 or 16 bits per channel"
+        )
     if picture.has_transparency_data:
         picture = picture.convert("RGBA")
         picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture)
     return picture.convert("RGB")
 
 
-def _from_array(source: np.ndarray | torch.Tensor, name: str) -> Image.Image:
-    """Array [H, W] or [H, W, C], or tensor [H, W] or [C, H, W] -> PIL image."""
-    shape, form = list(source.shape), "[H, W] or [H, W, C]"
-    if isinstance(source, torch.Tensor):
-        form = "[H, W] or [C, H, W]"
-        source = source.detach().cpu()
-        source = (source.float() if source.is_floating_point() else source).numpy()
-        source = np.moveaxis(source, 0, -1) if source.ndim == 3 else source
-    if source.dtype != np.uint8 and not np.issubdtype(source.dtype, np.floating):
-        raise TypeError(f"{name} has dtype {source.dtype}; expected uint8, or floats between 0 and 1")
-    if source.ndim not in (2, 3) or source.size == 0 or (source.ndim == 3 and source.shape[2] not in (1, 3, 4)):
-        raise ValueError(f"{name} has shape {shape}; expected {form}, with 1, 3 or 4 channels C and at least one pixel")
-    if source.dtype != np.uint8:
-        low, high = float(source.min()), float(source.max())
-        if not 0 <= low <= high <= 1:  # false for NaN too
-            raise ValueError(f"{name} has float values from {low:g} to {high:g}; expected 0 to 1")
-        source = np.round(source * 255).astype(np.uint8)
-    return Image.fromarray(source[..., 0] if source.ndim == 3 and source.shape[2] == 1 else source)
+def _channels_last(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.movedim(0, -1) if tensor.ndim == 3 else tensor
 
 
-def _read(path: str | Path) -> bytes:
-    if not os.path.isfile(path):
-        raise FileNotFoundError(f"there is no image file {str(path)!r}; check the path")
-    return Path(path).read_bytes()
-
-
-def _fetch(url: str) -> bytes:
-    """What lies behind an http or https URL; redirections to anything else are refused as well."""
-    if not url.lower().startswith(("http://", "https://")):
-        raise ValueError(f"{url} is no http or https address; download the picture and pass its path")
-    opener = request.OpenerDirector()
-    for handler in (
-        request.ProxyHandler,
-        request.HTTPHandler,
-        request.HTTPSHandler,
-        request.HTTPRedirectHandler,
-        request.HTTPDefaultErrorHandler,
-        request.HTTPErrorProcessor,
-        request.UnknownHandler,
-    ):
-        opener.add_handler(handler())
-    try:
-        with opener.open(request.Request(url, headers={"User-Agent": "unimodal"}), timeout=TIMEOUT) as answer:
-            content = answer.read(MAX_DOWNLOAD + 1)
-    except (OSError, HTTPException, ValueError) as error:
-        raise OSError(f"{url} could not be read: {error}; check the address and the network") from error
-    if len(content) > MAX_DOWNLOAD:
-        raise ValueError(f"{url} has more than {MAX_DOWNLOAD:,} bytes; download the picture and pass its path")
-    return content
+def _from_array(array: np.ndarray, name: str, shapes: str) -> Image.Image:
+    """`array` has its channels last; `name` and `shapes` are how messages call what the user gave."""
+    if array.dtype != np.uint8 and array.dtype.kind != "f":
+        raise TypeError(f"{name} of type {array.dtype} is no image; expected uint8, or float in [0, 1]")
+    if array.ndim not in (2, 3) or (array.ndim == 3 and array.shape[-1] not in (1, 3, 4)) or array.size == 0:
+        given = list(array.shape if name == "an array" or array.ndim != 3 else np.moveaxis(array, -1, 0).shape)
+        raise ImageError(f"{name} of shape {given} is no image; expected {shapes}")
+    if array.dtype != np.uint8:
+        if not (array.min() >= 0 and array.max() <= 1):  # so that NaN is refused too
+            raise ImageError(
+                f"{name} of floats from {array.min():.3g} to {array.max():.3g} is no image; expected 0 to 1"
+            )
+        array = np.round(array.astype(np.float32) * 255).astype(np.uint8)
+    if array.ndim == 3 and array.shape[-1] == 1:
+        array = array[..., 0]
+    return _decode(Image.fromarray(np.ascontiguousarray(array)), name, array.size)

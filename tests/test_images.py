@@ -1,0 +1,246 @@
+"""Proves that a picture gives the same pixels in whatever form it comes, and that every bad one is refused by name."""
+
+import io
+import struct
+import threading
+import time
+import zlib
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from unimodal.data import images as images_module
+from unimodal.data import load_image
+
+PIXELS = np.random.default_rng(0).integers(0, 256, (6, 8, 3), np.uint8)
+
+
+def encoded(picture: Image.Image, form: str = "PNG", **options) -> bytes:
+    content = io.BytesIO()
+    picture.save(content, form, **options)
+    return content.getvalue()
+
+
+WHOLE = encoded(Image.fromarray(PIXELS))
+
+
+def claimed(width: int, height: int) -> bytes:
+    """A PNG of a few bytes that says it has this size."""
+
+    def chunk(kind: bytes, content: bytes) -> bytes:
+        return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
+
+    header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(b"")) + chunk(b"IEND", b"")
+
+
+# Forms.
+
+
+def test_every_form_gives_the_same_pixels(tmp_path: Path) -> None:
+    path = tmp_path / "ein Bild.png"
+    path.write_bytes(WHOLE)
+    channels_first = torch.from_numpy(PIXELS.copy()).permute(2, 0, 1)
+    for source in (path, str(path), WHOLE, Image.open(path), PIXELS, channels_first, channels_first / 255):
+        picture = load_image(source)
+        assert picture.mode == "RGB"
+        assert (np.asarray(picture) == PIXELS).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_float_tensors_of_any_precision(dtype: torch.dtype) -> None:
+    assert np.asarray(load_image(torch.tensor([[0, 0.5], [1, 1]], dtype=dtype)))[..., 0].tolist() == [
+        [0, 128],
+        [255, 255],
+    ]
+
+
+@pytest.mark.parametrize("shape", [(6, 8), (6, 8, 1)])
+def test_grey_arrays(shape: tuple[int, ...]) -> None:
+    grey = PIXELS[..., 0].reshape(shape)
+    assert (np.asarray(load_image(grey)) == PIXELS[..., :1]).all()
+
+
+@pytest.mark.parametrize("mode", ["1", "L", "P", "CMYK", "YCbCr"])
+def test_other_modes_become_rgb(mode: str) -> None:
+    picture = Image.new("RGB", (4, 3), "white").convert(mode)
+    assert (np.asarray(load_image(picture)) == 255).all()
+
+
+def test_sixteen_bits_are_scaled_not_clipped() -> None:
+    grey = np.array([[0, 256 * 7], [256 * 128, 65535]], np.uint16)
+    assert np.asarray(load_image(encoded(Image.fromarray(grey))))[..., 0].tolist() == [[0, 7], [128, 255]]
+
+
+def test_transparency_is_laid_on_white() -> None:
+    clear = np.zeros((1, 2, 4), np.uint8)
+    clear[0, 1] = (10, 20, 30, 255)
+    assert np.asarray(load_image(clear)).tolist() == [[[255, 255, 255], [10, 20, 30]]]
+
+
+def test_pictures_are_turned_upright() -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 6  # the camera was turned by a quarter
+    assert load_image(encoded(Image.new("RGB", (8, 4)), "JPEG", exif=exif)).size == (4, 8)
+
+
+def test_the_first_of_several_frames_counts() -> None:
+    frames = [Image.new("RGB", (4, 4), colour) for colour in ("red", "blue")]
+    animation = encoded(frames[0], "GIF", save_all=True, append_images=frames[1:])
+    assert load_image(animation).getpixel((0, 0)) == (255, 0, 0)
+
+
+# Bad files.
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"", "is not a picture; expected one of JPEG, PNG, WEBP"),
+        (b"no picture", "is not a picture"),
+        (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", "is not a picture"),  # would be run, not decoded
+        (WHOLE[: len(WHOLE) // 2], "is corrupt or truncated: .*; repair it or leave it out"),
+        (encoded(Image.fromarray(PIXELS), "JPEG")[:-80], "is corrupt or truncated"),
+        (WHOLE[:50] + bytes(30) + WHOLE[80:], "is corrupt"),
+        (claimed(9000, 9000), r"has 9000 x 9000 pixels; expected 1 to 64,000,000; raise max_pixels"),
+        (claimed(50_000, 50_000), "has too many pixels: .*decompression bomb"),
+        (claimed(0, 5), "bad.png"),
+        (encoded(Image.new("F", (2, 2)), "TIFF"), "has 32 bits per channel and no known range"),
+    ],
+)
+def test_bad_files_are_named(tmp_path: Path, content: bytes, message: str) -> None:
+    path = tmp_path / "bad.png"
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match=message) as caught:
+        load_image(path)
+    assert str(caught.value).startswith(str(path))
+    with pytest.raises(ValueError, match="^shard.tar/7 "):
+        load_image(content, name="shard.tar/7")
+
+
+def test_missing_files_and_folders_are_named(tmp_path: Path) -> None:
+    for path in (tmp_path / "gone.png", tmp_path):
+        with pytest.raises(FileNotFoundError, match=f"there is no image file '{path}'; check the path"):
+            load_image(path)
+
+
+def test_pixels_are_counted_in_every_form(tmp_path: Path) -> None:
+    for source in (WHOLE, PIXELS, Image.fromarray(PIXELS)):
+        assert load_image(source, max_pixels=48).size == (8, 6)
+        with pytest.raises(ValueError, match="has 8 x 6 pixels; expected 1 to 47"):
+            load_image(source, max_pixels=47)
+
+
+# Bad values.
+
+
+@pytest.mark.parametrize(
+    ("source", "error", "message"),
+    [
+        (3, TypeError, "expected an image as path, URL, bytes, PIL image, array or tensor, got int 3"),
+        (None, TypeError, "got NoneType None"),
+        ([1, 2], TypeError, r"got list \[1, 2\]"),
+        (np.zeros((4, 4), np.int64), TypeError, "the given ndarray has dtype int64; expected uint8, or floats"),
+        (np.zeros((4, 4), bool), TypeError, "has dtype bool"),
+        (np.array([["a"]]), TypeError, "has dtype <U1"),
+        (torch.full((3, 4, 4), 300), TypeError, "the given Tensor has dtype int64"),
+        (
+            np.zeros(4, np.uint8),
+            ValueError,
+            r"has shape \[4\]; expected \[H, W\] or \[H, W, C\], with 1, 3 or 4 channels",
+        ),
+        (np.zeros((3, 4, 8), np.uint8), ValueError, r"has shape \[3, 4, 8\]"),
+        (np.zeros((1, 4, 4, 3), np.uint8), ValueError, r"has shape \[1, 4, 4, 3\]"),
+        (np.zeros((0, 4, 3), np.uint8), ValueError, "at least one pixel"),
+        (torch.zeros(5, 4, 3), ValueError, r"has shape \[5, 4, 3\]; expected \[H, W\] or \[C, H, W\]"),
+        (torch.tensor(1.0), ValueError, r"has shape \[\]"),
+        (np.full((2, 2), 255.0), ValueError, "has float values from 255 to 255; expected 0 to 1"),
+        (torch.tensor([[0.0, float("nan")]]), ValueError, "has float values from nan to nan"),
+        (Image.new("RGB", (0, 4)), ValueError, "has 0 x 4 pixels"),
+        ("file:///etc/hostname", ValueError, "file:///etc/hostname is no http or https address"),
+        ("ftp://127.0.0.1/a.png", ValueError, "is no http or https address; download the picture"),
+        ("http://[1/a.png", OSError, "could not be read: Invalid IPv6 URL"),
+        ("http://127.0.0.1/a b.png", OSError, "could not be read: URL can't contain control characters"),
+    ],
+)
+def test_bad_values_are_named(source, error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        load_image(source)
+
+
+# URLs.
+
+
+class Answers(BaseHTTPRequestHandler):
+    """A server of pictures, good and bad."""
+
+    def do_GET(self) -> None:
+        redirections = {
+            "/moved.png": "/cat.png",
+            "/to-file.png": "file:///etc/hostname",
+            "/to-ftp.png": "ftp://127.0.0.1/",
+        }
+        bodies = {"/cat.png": WHOLE, "/page.png": b"<html>", "/half.png": WHOLE[:90], "/big.png": bytes(2000)}
+        if self.path == "/slow.png":
+            time.sleep(1)
+        elif self.path in redirections:
+            self.send_response(302)
+            self.send_header("Location", redirections[self.path])
+            self.end_headers()
+        elif self.path in bodies:
+            self.send_response(200)
+            self.send_header("Content-Length", str(len(WHOLE if self.path == "/half.png" else bodies[self.path])))
+            self.end_headers()
+            self.wfile.write(bodies[self.path])
+        else:
+            self.send_error(404)
+
+    def log_message(self, *args) -> None:
+        pass
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[str]:
+    with ThreadingHTTPServer(("127.0.0.1", 0), Answers) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{server.server_port}"
+        server.shutdown()
+
+
+@pytest.fixture(autouse=True)
+def no_proxy(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("no_proxy", "*")
+
+
+@pytest.mark.parametrize("page", ["cat.png", "moved.png"])
+def test_urls_are_read(server: str, page: str) -> None:
+    assert (np.asarray(load_image(f"{server}/{page}")) == PIXELS).all()
+
+
+@pytest.mark.parametrize(
+    ("page", "error", "message"),
+    [
+        ("gone.png", OSError, "gone.png could not be read: HTTP Error 404: Not Found; check the address"),
+        ("slow.png", OSError, "slow.png could not be read: .*timed out"),
+        ("to-file.png", OSError, "to-file.png could not be read: .*not allowed"),
+        ("to-ftp.png", OSError, "to-ftp.png could not be read: .*unknown url type: ftp"),
+        ("big.png", ValueError, "big.png has more than 1,000 bytes; download the picture"),
+        ("page.png", ValueError, "page.png is not a picture"),
+        ("half.png", ValueError, "half.png is corrupt or truncated"),
+    ],
+)
+def test_bad_urls_are_named(monkeypatch, server: str, page: str, error: type[Exception], message: str) -> None:
+    monkeypatch.setattr(images_module, "TIMEOUT", 0.3)
+    monkeypatch.setattr(images_module, "MAX_DOWNLOAD", 1000)
+    with pytest.raises(error, match=message):
+        load_image(f"{server}/{page}")
+
+
+def test_a_silent_network_is_named() -> None:
+    with pytest.raises(OSError, match="cat.png could not be read: .*refused"):
+        load_image("http://127.0.0.1:1/cat.png")
