@@ -51,7 +51,7 @@ class SceneReport:
         return all(getattr(self, field.name) == 1.0 for field in fields(self))
 
 
-def summarise_reports(reports: Sequence[SceneReport]) -> dict[str, float]:
+def summarise(reports: Sequence[SceneReport]) -> dict[str, float]:
     """Mean of every field over the reports, and of `all_right`."""
     if not reports:
         raise ValueError("no reports to summarise: check at least one picture first")
