@@ -4,6 +4,8 @@ import importlib
 import sys
 from collections.abc import Sequence
 
+from unimodal.config import nearest
+
 # verb -> (module, function, one line of help)
 VERBS = {
     "fit": ("train", "run", "train a recipe or a schedule of stages: --config FILE [--config FILE ...]"),
@@ -35,7 +37,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0 if arguments else 2
     verb = arguments[0]
     if verb not in VERBS:
-        print(f"unimodal: unknown verb {verb!r}\n\n{usage()}", file=sys.stderr)
+        print(f"unimodal: unknown verb {verb!r}; {nearest(verb, VERBS)}", file=sys.stderr)
         return 2
     module, function, _ = VERBS[verb]
     return getattr(importlib.import_module(f"unimodal.cli.{module}"), function)(arguments) or 0
