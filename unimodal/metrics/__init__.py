@@ -1,6 +1,7 @@
 """What was measured, and under which protocol."""
 
 from .captions import CaptionMetrics, bleu, caption_metrics, cider_d, rouge_l, tokenize
+from .generation import FoundObject, SceneReport, check_picture, find_objects
 from .protocol import Protocol, Result, require_alike, results_table
 from .ranking import Candidates, candidates_from_scores, first_stage, ranks_from_scores, rerank
 from .retrieval import DirectionMetrics, RetrievalMetrics, mean_of_folds, retrieval_metrics, summarise
@@ -10,16 +11,20 @@ __all__ = [
     "Candidates",
     "CaptionMetrics",
     "DirectionMetrics",
+    "FoundObject",
     "Interval",
     "PairedTest",
     "Protocol",
     "Result",
     "RetrievalMetrics",
+    "SceneReport",
     "bleu",
     "bootstrap_interval",
     "candidates_from_scores",
     "caption_metrics",
+    "check_picture",
     "cider_d",
+    "find_objects",
     "first_stage",
     "mean_of_folds",
     "paired_test",
