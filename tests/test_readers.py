@@ -194,9 +194,9 @@ def test_bad_captions_raise_or_are_left_out(tmp_path: Path, captions: Any, messa
     ("content", "message"),
     [
         (None, "there is no image file"),
-        (b"", "is not a picture"),
-        (b"no picture", "is not a picture"),
-        (PNG[:50], "is corrupt or truncated"),
+        (b"", "is no image"),
+        (b"no picture", "is no image"),
+        (PNG[:50], "is truncated or corrupt"),
     ],
 )
 def test_bad_pictures_raise_or_are_left_out(tmp_path: Path, content: bytes | None, message: str) -> None:
@@ -245,8 +245,8 @@ def test_bad_members_of_a_shard_are_left_out(tmp_path: Path) -> None:
     assert list(reasons) == list("123456")
     for key, reason in (
         ("2", "{half"),
-        ("3", "is not a picture"),
-        ("4", "is not a picture"),
+        ("3", "is no image"),
+        ("4", "is no image"),
         ("5", "no valid Unicode"),
     ):
         assert reason in reasons[key]
@@ -296,7 +296,7 @@ def test_empty_splits_and_unknown_policies_are_named(tmp_path: Path) -> None:
         with pytest.raises(ValueError, match="has no samples in split 'train'; check the path and the split"):
             make()
     with pytest.raises(ValueError, match="on_error: expected 'raise' or 'skip', got 'ignore'"):
-        KarpathyJson(karpathy(tmp_path, [["a"]]), split="train", on_error="ignore")  # type: ignore[arg-type]
+        KarpathyJson(karpathy(tmp_path, [["a"]]), split="train", on_error="ignore")
 
 
 @pytest.mark.parametrize("line", ['{"file_name": "x.png"}', '{"text": "a"}', "[]", "{half"])

@@ -15,8 +15,10 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 
+# Pillow knows others that run external programs, PostScript first of all.
+FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM")
 MAX_BYTES = 64 * 2**20  # of a download
 TIMEOUT = 20.0  # seconds without an answer
 
@@ -103,7 +105,9 @@ def _download(url: str, timeout: float) -> bytes:
 
 def _open(file: Any, name: str, max_pixels: int) -> Image.Image:
     try:
-        picture = Image.open(file)
+        picture = Image.open(file, formats=FORMATS)
+    except UnidentifiedImageError as error:
+        raise ImageError(f"{name} is no image; expected one of {', '.join(FORMATS)}") from error
     except Image.DecompressionBombError as error:
         raise ImageError(f"{name} has too many pixels: {error}") from error
     except Exception as error:  # every file format has its own way to fail

@@ -76,7 +76,11 @@ class Listed:
             return load_image(sample.file)
         with open(sample.file, "rb") as shard:
             shard.seek(sample.start)
-            return load_image(shard.read(sample.size), name=sample.key)
+            content = shard.read(sample.size)
+        try:
+            return load_image(content)
+        except ValueError as error:  # bytes have no name of their own
+            raise ValueError(f"{sample.key}: {error}") from error
 
     def captions(self, i: int) -> list[str]:
         return self.samples[i].captions
