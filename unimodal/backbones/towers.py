@@ -100,9 +100,13 @@ class TwoTowers(Backbone):
 
     def _build_text(self, config: TextTowerConfig, pretrained: bool) -> Any:
         if pretrained and config.source:
-            tower = AutoModel.from_pretrained(config.source, revision=config.revision, dtype=torch.float32)
+            tower = AutoModel.from_pretrained(
+                config.source, revision=config.revision, dtype=torch.float32, use_safetensors=True
+            )
             folder = Path(config.source)
-            weights = folder / "model.safetensors" if folder.is_dir() else hf_hub_download(config.source, "model.safetensors")
+            weights = folder / "model.safetensors"
+            if not folder.is_dir():
+                weights = Path(hf_hub_download(config.source, "model.safetensors", revision=config.revision))
             self.sources["text"] = {"source": config.source, "revision": config.revision, "sha256": sha256(weights)}
         else:
             tower = AutoModel.from_config(AutoConfig.for_model(config.name, **config.kwargs))

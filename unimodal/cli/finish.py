@@ -1,7 +1,6 @@
 """From a finished schedule to its results: the final scores on held-out data, `report.json`, the shareable checkpoint and the page."""
 
 import json
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -261,13 +260,3 @@ def _drawings(results: dict[str, Any], count: int = 18) -> list[Drawing]:
         array = (picture.permute(1, 2, 0).numpy() * 255).round().astype(np.uint8)
         rows.append(Drawing(text=text, picture=array, right=check.all_right, verdict=_verdict(check)))
     return rows
-
-
-def share_checkpoint(stage: Path, output: Path) -> None:
-    """Copy the last stage's checkpoint to the schedule's `model` folder."""
-    target = output / "model"
-    if target.exists():
-        shutil.rmtree(target)
-    shutil.copytree(stage / "model", target)
-
-

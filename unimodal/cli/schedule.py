@@ -14,26 +14,29 @@ import hashlib
 import json
 import resource
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytorch_lightning as pl
-from pytorch_lightning.callbacks import ModelCheckpoint
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
 from unimodal import stages
-from unimodal.cli.finish import share_checkpoint, write_results
+from unimodal.cli.finish import write_results
 from unimodal.config import nearest
-from unimodal.hub import load_checkpoint, save_checkpoint
+from unimodal.hub import Card, load_checkpoint, save_checkpoint
 from unimodal.tasks import Evaluation, Task
 
 KEYS = ("name", "title", "about", "output", "seed_everything", "model", "data", "trainer", "stages", "checkpoint_every", "final")
 STAGE_KEYS = ("about", "model", "data", "trainer")
 console = Console()
+
+
+class ConfigError(ValueError):
+    """A configuration that cannot be run; the message says which setting, and what to do."""
 
 
 def merge(base: Any, overlay: Any) -> Any:
@@ -50,17 +53,22 @@ def check_schedule(schedule: dict[str, Any]) -> None:
     """Refuse unknown keys and empty schedules.
 
     Raises:
-        ValueError: names the key and the nearest known one.
+        ConfigError: names the key and the nearest known one.
     """
     for key in schedule:
         if key not in KEYS:
-            raise ValueError(f"schedule: unknown key {key!r}; {nearest(key, KEYS)}")
+            raise ConfigError(f"schedule: unknown key {key!r}; {nearest(key, KEYS)}")
+    for key in ("model", "data"):
+        if not isinstance(schedule.get(key), dict):
+            raise ConfigError(f"schedule: {key} is {schedule.get(key)!r}; expected a mapping of settings that all stages share")
     if not schedule["stages"] or not isinstance(schedule["stages"], dict):
-        raise ValueError(f"schedule: stages is {schedule['stages']!r}; expected a mapping from stage name to its settings")
+        raise ConfigError(f"schedule: stages is {schedule['stages']!r}; expected a mapping from stage name to its settings")
     for name, stage in schedule["stages"].items():
+        if not isinstance(stage, dict):
+            raise ConfigError(f"schedule stage {name!r}: expected a mapping of {', '.join(STAGE_KEYS)}, got {stage!r}")
         for key in stage:
             if key not in STAGE_KEYS:
-                raise ValueError(f"schedule stage {name!r}: unknown key {key!r}; {nearest(key, STAGE_KEYS)}")
+                raise ConfigError(f"schedule stage {name!r}: unknown key {key!r}; {nearest(key, STAGE_KEYS)}")
 
 
 def peak_memory_mb() -> float:
@@ -108,38 +116,30 @@ def run_schedule(schedule: dict[str, Any], build: Callable[[dict[str, Any]], Any
         build: makes the CLI (model, data module and trainer, nothing run yet) of one stage's configuration.
 
     Raises:
-        ValueError: for unknown keys, or when a stage's folder holds a run with other settings.
+        ConfigError: for unknown keys, or when a stage's folder holds a run with other settings.
     """
-    check_schedule(schedule)
-    output = Path(schedule.get("output", f"checkpoints/{schedule.get('name', 'schedule')}"))
     history: dict[str, dict[str, Any]] = {}
-    previous: Path | None = None
     cli = None
-    for name, overlay in schedule["stages"].items():
-        folder = output / name
-        config = _stage_config(schedule, overlay, folder, previous)
+    for name, folder, config in stage_configs(schedule):
         _refuse_other_settings(folder, config)
         done = folder / "done.json"
         if done.exists():
             console.print(f"stage {name}: finished before, in {folder}")
         else:
             cli = build(config)
-            _run_stage(cli, name, overlay.get("about", ""), folder)
+            _run_stage(cli, name, schedule["stages"][name].get("about", ""), folder)
         history[name] = json.loads(done.read_text())
         print_history({stage: row["scores"] for stage, row in history.items()}, "validation after each stage")
-        previous = folder / "model"
-    assert previous is not None
-    share_checkpoint(previous.parent, output)
-    _final_scores(schedule, output, cli or build(config), history)
-    return output
+    _final_scores(schedule, folder.parent, folder / "model", cli or build(config), history)
+    return folder.parent
 
 
-def _final_scores(schedule: dict[str, Any], output: Path, cli: Any, history: dict[str, dict[str, Any]]) -> None:
-    """Score the last weights on the test split (the validation split where there is no other), and write the results."""
+def _final_scores(schedule: dict[str, Any], output: Path, last: Path, cli: Any, history: dict[str, dict[str, Any]]) -> None:
+    """Score the last weights on the test split (the validation split where there is no other), write the results and the checkpoint."""
     started = time.monotonic()
     task, data = cli.model, cli.datamodule
     task.processor = data.bind(task.config, task.model.backbone)
-    weights, _ = load_checkpoint(output / "model")
+    weights, _ = load_checkpoint(last)
     task.model.load_state_dict(weights.state_dict())
     task.model.eval()
     pairs, loader = (data.val, data.val_dataloader()) if data.test is None else (data.test, data.test_dataloader())
@@ -150,6 +150,11 @@ def _final_scores(schedule: dict[str, Any], output: Path, cli: Any, history: dic
     results |= {"seconds": time.monotonic() - started, "peak_memory_mb": peak_memory_mb()}
     about = {"title": schedule.get("title", schedule.get("name", "A schedule of stages")), "summary": schedule.get("about", "")}
     content = write_results(output, task, pairs, evaluation, results, history, about)
+    names = {"retrieval_first": "first stage", "retrieval_reranked": "reranked", "captions": "captions"}
+    measured = [(name, results[key]) for key, name in names.items() if key in results]
+    training = f"{about['summary']} Stages: " + "; ".join(f"{name} ({row['steps']} steps): {row['about']}" for name, row in history.items())
+    card = Card(name=output.name, training=training + ".")
+    save_checkpoint(task.model, task.processor, output / "model", metrics=measured, card=card)
     table = Table(title=f"held-out results: {pairs.name} {pairs.split}", title_justify="left")
     for column in ("measure", "value", "protocol"):
         table.add_column(column)
@@ -158,6 +163,20 @@ def _final_scores(schedule: dict[str, Any], output: Path, cli: Any, history: dic
     console.print(table)
     console.print(f"wall time {content['wall_seconds']:.0f} s, peak memory {content['peak_memory_mb']:.0f} MB")
     console.print(f"page: {output / 'index.html'}\nnumbers: {output / 'report.json'}\ncheckpoint: {output / 'model'}")
+
+
+def stage_configs(schedule: dict[str, Any]) -> Iterator[tuple[str, Path, dict[str, Any]]]:
+    """Name, folder and whole configuration of every stage in order; each starts from the weights of the one before.
+
+    Raises:
+        ConfigError: for unknown keys.
+    """
+    check_schedule(schedule)
+    output = Path(schedule.get("output", f"checkpoints/{schedule.get('name', 'schedule')}"))
+    previous: Path | None = None
+    for name, overlay in schedule["stages"].items():
+        yield name, output / name, _stage_config(schedule, overlay, output / name, previous)
+        previous = output / name / "model"
 
 
 def _stage_config(schedule: dict[str, Any], overlay: dict[str, Any], folder: Path, previous: Path | None) -> dict[str, Any]:
@@ -186,7 +205,7 @@ def _refuse_other_settings(folder: Path, config: dict[str, Any]) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         settings.write_text(json.dumps({"digest": digest}))
     elif json.loads(settings.read_text())["digest"] != digest:
-        raise ValueError(
+        raise ConfigError(
             f"{folder} holds a run of this stage with other settings; choose another --output, or remove {folder.parent} to start over"
         )
 

@@ -145,7 +145,8 @@ class Processor:
         path = Path(folder) / SETTINGS_FILE
         if not path.is_file():
             raise FileNotFoundError(f"{path} does not exist; {folder} holds no processor written by save_pretrained")
-        return cls(AutoTokenizer.from_pretrained(str(folder), local_files_only=True), **json.loads(path.read_text()))
+        tokenizer = AutoTokenizer.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
+        return cls(tokenizer, **json.loads(path.read_text()))
 
 
 def word_tokenizer(words: Sequence[str]) -> PreTrainedTokenizerFast:

@@ -141,6 +141,7 @@ class Task(pl.LightningModule):
                 f"init_from {checkpoint}: tensors missing there that this stage does not train: {untrained}; "
                 f"tensors there that this model lacks: {list(result.unexpected_keys)}; give the same model configuration"
             )
+        self.model.backbone.sources = source.backbone.sources
 
     # Training.
 
