@@ -1,0 +1,34 @@
+"""What is wrong with a configuration, in a few lines: jsonargparse's message without usage, alternatives and values repeated."""
+
+import dataclasses
+import difflib
+import inspect
+import re
+
+from pytorch_lightning import Trainer
+
+from unimodal import config, tasks
+from unimodal.data.module import PairData
+
+NOISE = re.compile(
+    r"Given value( type)?:|Subtypes:|Errors:|Does not validate against any of the Union|- Expected a <class 'NoneType'>|- None\b"
+)
+
+
+def short(message: str) -> str:
+    """The message without noise, with the nearest known name where a key or a class is unknown."""
+    lines = [line.strip().removeprefix("- ") for line in message.splitlines() if not NOISE.match(line.strip())]
+    unknown = re.search(r"does not accept option '([^']*)'|has no attribute '([^']*)'", message)
+    if unknown:
+        name = (unknown[1] or unknown[2]).rpartition(".")[2]
+        if near := difflib.get_close_matches(name, _known_names(), n=1):
+            lines.append(f"did you mean {near[0]!r}?")
+    return "\n  ".join(dict.fromkeys(line[:400] for line in lines if line))
+
+
+def _known_names() -> set[str]:
+    """Keys that a configuration may have, and the classes it may name."""
+    shapes = [kind for kind in vars(config).values() if dataclasses.is_dataclass(kind)]
+    classes = [getattr(tasks, name) for name in tasks.__all__]
+    parameters = {key for kind in (*shapes, *classes, PairData, Trainer) for key in inspect.signature(kind).parameters}
+    return {"model", "data", "trainer", "seed_everything"} | parameters | set(tasks.__all__)
