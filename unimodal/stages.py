@@ -89,7 +89,7 @@ def fingerprints(model: nn.Module) -> dict[str, str]:
 
 
 def _bytes(tensor: Tensor) -> bytes:
-    return tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes() if tensor.numel() else b""
+    return tensor.detach().cpu().reshape(-1).view(torch.uint8).numpy().tobytes() if tensor.numel() else b""
 
 
 def moved(before: dict[str, str], after: dict[str, str]) -> list[str]:
