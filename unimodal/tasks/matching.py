@@ -33,8 +33,10 @@ class ITM(Objective):
     def __call__(self, step: Step) -> tuple[Tensor, Report]:
         model, batch, ids = step.model, step.batch, step.batch["image_id"]
         hardness = self.hardness * (min(1.0, step.progress / self.ramp) if self.ramp else 1.0)
+        # Read with gradient, even if first asked for here: other objectives share these reads.
+        image_embedding, text_embedding = step.image_embedding, step.text_embedding
         with torch.no_grad():
-            scores = hardness * model.scale * similarity(step.image_embedding, step.text_embedding)
+            scores = hardness * model.scale * similarity(image_embedding, text_embedding)
             wrong_text, wrong_image = sample_hard_negatives(scores, ids, ids)
         rows = torch.arange(len(ids), device=ids.device)
         text = step.text

@@ -1,0 +1,258 @@
+"""Tasks: every objective reaches exactly what its stage trains, frozen parts are proved not to move, padding changes
+nothing from the batch to the loss, and evaluation names its numbers and protocols."""
+
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import pytorch_lightning as pl
+import torch
+from torch import nn
+from toy import toy_config, toy_model
+
+from unimodal import stages
+from unimodal.data.module import PairData
+from unimodal.data.scenes import Scenes
+from unimodal.tasks import ITC, ITG, ITM, EvaluationSettings, Flow, Joint, StageProof, Step, Task
+
+SMALL = EvaluationSettings(rerank_k=3, captions=4, pictures=2, steps=2)
+OBJECTIVES = {"itc": ITC(matryoshka=True), "itm": ITM(), "itg": ITG(), "flow": Flow(handover=0.5)}
+DRAWING = {"bridge.query_sets.generate": 1.0, "heads.generation.*": 1.0}
+# What each objective's own head and query sets are called: a stage that trains only these must reach all of them.
+OWN = {
+    "itc": {
+        "heads.image_embedding.*": 1.0,
+        "heads.text_embedding.*": 1.0,
+        "log_scale": 1.0,
+        "bridge.query_sets.text": 1.0,
+    },
+    "itm": {"heads.matching.*": 1.0, "bridge.query_sets.image": 1.0},
+    "itg": {"heads.captioning.*": 1.0, "bridge.query_sets.image": 1.0},
+    "flow": DRAWING,
+}
+
+
+def data(**settings: Any) -> PairData:
+    train, val, test = (Scenes(split, count=8) for split in ("train", "val", "test"))
+    return PairData(train, val, test, batch_size=4, target_size=32, **settings)
+
+
+def task(names: list[str], trainable: dict[str, float] | None = None, **settings: Any) -> Task:
+    objectives = {name: OBJECTIVES[name] for name in names}
+    return Joint(toy_config(), objectives, trainable, evaluation=SMALL, pretrained=False, **settings)
+
+
+def batch_of(task: Task, module: PairData | None = None) -> dict[str, torch.Tensor]:
+    module = module or data()
+    task.processor = module.bind(task.config, task.model.backbone)
+    return next(iter(module.train_dataloader()))
+
+
+def trainer(folder: Path, *callbacks: pl.Callback, steps: int = 2) -> pl.Trainer:
+    return pl.Trainer(
+        max_steps=steps,
+        max_epochs=-1,
+        val_check_interval=steps + 1,
+        check_val_every_n_epoch=None,
+        callbacks=list(callbacks),
+        default_root_dir=folder,
+        accelerator="cpu",
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+    )
+
+
+# Losses and gradients.
+
+
+@pytest.mark.parametrize("name", list(OBJECTIVES))
+def test_each_head_alone(name: str) -> None:
+    """A finite loss, a gradient to every parameter that trains and none to any other."""
+    one = task([name], OWN[name])
+    losses, _ = one.training_forward(batch_of(one))
+    losses[name].backward()
+    assert math.isfinite(losses[name].item())
+    for key, parameter in one.model.named_parameters():
+        trained = one.factors[key] > 0
+        assert parameter.requires_grad == trained == (parameter.grad is not None), key
+
+
+@pytest.mark.parametrize("names", [list(OBJECTIVES), list(OBJECTIVES)[::-1]], ids=["in order", "reversed"])
+def test_all_objectives_together_reach_every_parameter(names: list[str]) -> None:
+    """In any order: what one objective reads first, the others share with its gradient."""
+    one = task(names)
+    one.model.train()
+    losses, report = one.training_forward(batch_of(one))
+    torch.stack(list(losses.values())).sum().backward()
+    assert set(losses) == set(OBJECTIVES) and all(map(math.isfinite, (loss.item() for loss in losses.values())))
+    assert set(report) == {"itc/scale", "itm/balanced_accuracy", "flow/replaced"}
+    without = {key for key, parameter in one.model.named_parameters() if parameter.grad is None}
+    # The toy captions with a decoder of its own and matches on cached tokens, so the bridge's text branch is not asked.
+    assert {key for key in without if "text_" not in key and "lm_" not in key and "pooler" not in key} == set()
+
+
+def test_padding_and_neighbours_change_nothing() -> None:
+    """Longer padding changes no loss, and a text embeds alike beside longer and more texts."""
+    one = task(["itc", "itm", "itg"])
+    one.model.eval()
+    batch = batch_of(one)
+    longer = dict(batch)
+    for ids, mask in (("text", "text_mask"), ("negative_text", "negative_mask")):
+        longer[ids] = nn.functional.pad(batch[ids], (0, 5))
+        longer[mask] = nn.functional.pad(batch[mask], (0, 5))
+    losses = []
+    for form in (batch, longer):
+        torch.manual_seed(0)
+        losses.append(one.training_forward(form)[0])
+    for name, loss in losses[0].items():
+        assert loss.item() == pytest.approx(losses[1][name].item(), abs=1e-5), name
+    assert one.processor is not None
+    texts = ["a star", "a small solid red circle is left of a large striped blue square on a grey background."]
+    with torch.no_grad():
+        alone, beside = (
+            one.model.text_embedding(one.model.encode_text(*one.processor.texts(some))) for some in (texts[:1], texts)
+        )
+    assert torch.allclose(alone[0], beside[0], atol=1e-5)
+
+
+def test_matching_uses_the_false_captions_of_the_reader(monkeypatch: pytest.MonkeyPatch) -> None:
+    one = task(["itm"])
+    batch = batch_of(one)
+    batch["negative_mask"][0] = False  # this image has none
+    seen: dict[str, torch.Tensor] = {}
+
+    def match(image, text, image_index, text_index):
+        seen.update(ids=text.ids, image=image_index, text=text_index)
+        return torch.zeros(len(image_index), requires_grad=True)
+
+    monkeypatch.setattr(one.model, "match", match)
+    OBJECTIVES["itm"](Step(one.model, batch, 1.0))
+    assert len(seen["image"]) == 3 * 4 + 3  # true pairs, drawn texts, drawn images, given false captions
+    assert seen["image"][12:].tolist() == [1, 2, 3]
+    assert torch.equal(seen["ids"][seen["text"][12:]], batch["negative_text"][1:])
+    drawn = list(zip(seen["image"][4:12].tolist(), seen["text"][4:12].tolist()))
+    assert all(image != text for image, text in drawn)
+
+
+def test_hard_neighbours_are_mined_and_stand_together(tmp_path: Path) -> None:
+    module = data(hard_neighbours=2)
+    trainer(tmp_path, steps=1).fit(task(["itc"]), datamodule=module)
+    assert module.neighbours is not None and module.neighbours.shape == (8, 2)
+    assert not (module.neighbours == torch.arange(8)[:, None]).any()
+    assert (tmp_path / "neighbours.safetensors").exists()
+
+
+# Stages.
+
+
+def test_patterns_decide_what_trains() -> None:
+    model = toy_model()
+    factors = stages.rates(model, {"*": 0.1, "heads.*": 1.0, "heads.generation.*": 0.0})
+    assert factors["log_scale"] == 0.1
+    assert {factor for key, factor in factors.items() if key.startswith("heads.generation")} == {0.0}
+    assert {factor for key, factor in factors.items() if key.startswith("heads.matching")} == {1.0}
+    with pytest.raises(ValueError, match=r"'heads.matchin' matches no parameter; did you mean 'heads.matching'\?"):
+        stages.rates(model, {"heads.matchin": 1.0})
+    with pytest.raises(
+        ValueError, match="this stage trains nothing: trainable is .*give at least one pattern a factor"
+    ):
+        stages.rates(model, {"*": 0.0})
+
+
+def test_frozen_parts_and_untouched_heads_stay_bit_identical(tmp_path: Path) -> None:
+    """Training the drawing head and its queries alone, as the last stage of the quickstart does."""
+    one = task(["flow"], DRAWING)
+    assert stages.untouched_heads(one.model) == ["embedding", "matching", "captioning"]
+    before = {key: value.clone() for key, value in one.model.state_dict().items()}
+    outputs = stages.probe(one.model, ["embedding", "matching", "captioning"])
+    trainer(tmp_path, StageProof()).fit(one, datamodule=data())
+    after = one.model.state_dict()
+    moved = {key for key in before if not torch.equal(before[key], after[key])}
+    assert moved and all(one.factors.get(key) for key in moved)
+    again = stages.probe(one.model, ["embedding", "matching", "captioning"])
+    for name, output in again.items():
+        assert torch.equal(output, outputs[name]), name
+
+
+class Disturb(pl.Callback):
+    """Moves one frozen tensor by the smallest amount."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+
+    @torch.no_grad()
+    def on_train_batch_end(self, trainer: pl.Trainer, task: Any, *_: Any) -> None:
+        tensor = task.model.state_dict()[self.name].view(-1)
+        tensor[:1] = torch.nextafter(tensor[:1], tensor[:1] + 1)
+
+
+def test_a_moved_frozen_tensor_fails_the_run(tmp_path: Path) -> None:
+    one = task(["flow"], DRAWING)
+    buffer = next(key for key in one.model.state_dict() if key.endswith("running_var"))
+    for name in ("bridge.query_sets.image", buffer):
+        with pytest.raises(RuntimeError, match=f"frozen tensors moved during this stage: {name}"):
+            trainer(tmp_path, Disturb(name), StageProof(), steps=1).fit(task(["flow"], DRAWING), datamodule=data())
+
+
+def test_fingerprints_cover_running_statistics_of_frozen_towers() -> None:
+    model = toy_model()
+    stages.freeze(model, stages.rates(model, DRAWING))
+    known = stages.fingerprints(model)
+    statistics = {key for key, _ in model.backbone.vision.named_buffers() if "running" in key}
+    assert statistics and {f"backbone.vision.{key}" for key in statistics} <= set(known)
+    model.train()
+    stages.quiet_frozen(model)
+    model.encode_image(torch.randn(2, 3, 32, 32))
+    assert stages.moved(known, stages.fingerprints(model)) == []
+
+
+# Evaluation.
+
+
+def test_evaluation_names_numbers_and_protocols(tmp_path: Path) -> None:
+    one, module = task(["itc"]), data()
+    trainer(tmp_path).validate(one, datamodule=module, verbose=False)
+    results = one.results
+    first, reranked = results["retrieval_first"].protocol, results["retrieval_reranked"].protocol
+    assert (first.dataset, first.split, first.images, first.captions, first.captions_per_image) == (
+        "scenes",
+        "val",
+        8,
+        40,
+        5,
+    )
+    assert (first.stage, reranked.stage, reranked.k) == ("first", "reranked", 3)
+    assert first.fingerprint == module.val.fingerprint()
+    assert len(results["written"]) == 4 and len(results["pictures"]) == 2 and results["captions"].protocol.images == 4
+    with pytest.raises(ValueError, match="which is not configured; name a reader for it"):
+        PairData(val=module.val).test_dataloader()
+    logged = trainer(tmp_path)
+    logged.test(one, datamodule=module, verbose=False)
+    named = {key.removeprefix("test/") for key in logged.callback_metrics}
+    assert named == {
+        "t2i_r1_first",
+        "t2i_r1_reranked",
+        "i2t_r1_first",
+        "i2t_r1_reranked",
+        "cider_d",
+        "bleu_4",
+        "swap_accuracy_embed",
+        "swap_accuracy_match",
+        "caption_exact_attributes",
+        "generation_attribute_accuracy",
+    }
+    assert all(0 <= float(value) <= 10 for value in logged.callback_metrics.values())
+
+
+def test_a_loss_that_is_not_finite_stops_the_run() -> None:
+    one = task(["itc"])
+    batch = batch_of(one)
+    batch["image"][0] = math.nan
+    with pytest.raises(FloatingPointError, match=r"losses are not finite: .*lower the learning rate"):
+        one.training_step(batch, 0)
+    del batch["text"]
+    with pytest.raises(KeyError, match="objective 'itc' needs batch key 'text'"):
+        one.training_forward(batch)
