@@ -124,16 +124,15 @@ class TrainingLoader:
         )
         for batch in loader:
             self.step += 1
+            if self.step == len(self):  # before the last batch: who knows the length asks for nothing after it
+                self.epoch, self.step = self.epoch + 1, 0
             yield batch
-        self.epoch += 1
 
     def state_dict(self) -> dict[str, int]:
         return {"epoch": self.epoch, "step": self.step}
 
     def load_state_dict(self, state: dict[str, int]) -> None:
         self.epoch, self.step, self.resumed = state["epoch"], state["step"], True
-        if self.step == len(self):
-            self.epoch, self.step = self.epoch + 1, 0
 
 
 class PairData(pl.LightningDataModule):

@@ -172,7 +172,8 @@ class Task(pl.LightningModule):
         self.step_losses = {name: float(loss.detach()) for name, loss in losses.items()}
         self.step_report = {name: float(value.detach()) for name, value in report.items()}
         self.log_dict(self.step_losses, prog_bar=True, logger=False)
-        self.log_dict({f"train/{k}": v for k, v in {**self.step_losses, **self.step_report}.items()}, logger=True)
+        if self.trainer.loggers:
+            self.log_dict({f"train/{k}": v for k, v in {**self.step_losses, **self.step_report}.items()})
         return total
 
     def train(self, mode: bool = True) -> "Task":
@@ -180,6 +181,9 @@ class Task(pl.LightningModule):
         if mode:
             stages.quiet_frozen(self.model)
         return self
+
+    def on_train_start(self) -> None:
+        self.train()  # a run that resumes inside an epoch sees no start of one
 
     def on_train_epoch_start(self) -> None:
         self.train()
