@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import pytorch_lightning as pl
 import torch
+from pytorch_lightning.callbacks import ModelCheckpoint
 from torch import nn
 from toy import toy_config, toy_model
 
@@ -59,7 +60,7 @@ def trainer(folder: Path, *callbacks: pl.Callback, steps: int = 2) -> pl.Trainer
         default_root_dir=folder,
         accelerator="cpu",
         logger=False,
-        enable_checkpointing=False,
+        enable_checkpointing=any(isinstance(callback, ModelCheckpoint) for callback in callbacks),
         enable_progress_bar=False,
         enable_model_summary=False,
     )
@@ -256,3 +257,35 @@ def test_a_loss_that_is_not_finite_stops_the_run() -> None:
     del batch["text"]
     with pytest.raises(KeyError, match="objective 'itc' needs batch key 'text'"):
         one.training_forward(batch)
+
+
+class Batches(pl.Callback):
+    """Notes what every step read and lost."""
+
+    def __init__(self) -> None:
+        self.rows: list[tuple[list[int], list[int], float]] = []
+
+    def on_train_batch_end(self, trainer: pl.Trainer, task: Any, outputs: Any, batch: Any, index: int) -> None:
+        self.rows.append((batch["image_id"].tolist(), batch["text_id"].tolist(), task.step_losses["flow"]))
+
+
+def test_a_run_resumes_exactly_at_any_step(tmp_path: Path) -> None:
+    """Inside the first and a later epoch, and between two; the frozen text tower has dropout, which must stay off."""
+
+    def rows(*callbacks: pl.Callback, start: Path | None = None) -> list:
+        seen = Batches()
+        training = trainer(tmp_path, seen, *callbacks, steps=6)
+        module = PairData(Scenes("train", count=12), Scenes("val", count=2), batch_size=4, target_size=32)
+        training.fit(task(["flow"], DRAWING), datamodule=module, ckpt_path=start)
+        return seen.rows
+
+    kept = ModelCheckpoint(dirpath=tmp_path, filename="{step}", every_n_train_steps=1, save_top_k=-1)
+    whole = rows(kept)
+    epochs = [sorted(image for images, _, _ in whole[part] for image in images) for part in (slice(3), slice(3, 6))]
+    assert epochs == [list(range(12))] * 2
+    assert [images for images, _, _ in whole[:3]] != [images for images, _, _ in whole[3:]]
+    assert {text for _, texts, _ in whole[:3] for text in texts} != {
+        text for _, texts, _ in whole[3:] for text in texts
+    }
+    for step in (2, 3, 4):
+        assert rows(start=tmp_path / f"step={step}.ckpt") == whole[step:], step
