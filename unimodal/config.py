@@ -233,8 +233,8 @@ def _convert(hint: Any, value: Any, where: str) -> Any:
             return None
         (hint,) = [a for a in arguments if a is not type(None)]
         return _convert(hint, value, where)
-    if dataclasses.is_dataclass(hint):
-        return value if isinstance(value, hint) else from_dict(typing.cast(type, hint), value, where)
+    if isinstance(hint, type) and dataclasses.is_dataclass(hint):
+        return value if isinstance(value, hint) else from_dict(hint, value, where)
     if origin is Literal:
         if value not in arguments:
             raise ValueError(f"{where}: expected one of {', '.join(map(repr, arguments))}, got {value!r}")

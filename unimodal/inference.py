@@ -345,7 +345,7 @@ class Unimodal:
             TypeError, ValueError: a prompt is no text or empty, a setting is out of range, the model has no generation
                 head.
         """
-        head: Any = self.model.head("generation")
+        head = self.model.head("generation")
         if num_images_per_prompt < 1:
             raise ValueError(f"num_images_per_prompt: expected at least 1, got {num_images_per_prompt}")
         asked = [prompt] if isinstance(prompt, str) else list(prompt)

@@ -5,7 +5,7 @@ Legend: B images, M texts, P pairs, T tokens, L text length, N queries, D backbo
 
 import dataclasses
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -25,6 +25,10 @@ class ImageState(NamedTuple):
     mask: Tensor
     bridged: Tensor
     cache: KeyValues | None = None
+
+    def select(self, index: Tensor) -> "ImageState":
+        """Rows `index` [P], without what a captioner needs of them."""
+        return ImageState(self.tokens[index], self.mask[index], self.bridged[index])
 
 
 class TextState(NamedTuple):
@@ -56,7 +60,9 @@ class UnimodalModel(nn.Module):
         super().__init__()
         self.config = config
         backbone, bridge, embedding = config.backbone, config.bridge, config.embedding
-        self.backbone = TwoTowers(width=backbone.width, vision=backbone.vision, text=backbone.text, pretrained=pretrained)
+        self.backbone = TwoTowers(
+            width=backbone.width, vision=backbone.vision, text=backbone.text, pretrained=pretrained
+        )
         text_config = self.backbone.text.config
         self.bridge = QFormer(
             width=bridge.width,
@@ -71,10 +77,17 @@ class UnimodalModel(nn.Module):
         )
         if pretrained and bridge.from_text_tower:
             self.bridge.load_bert(self.backbone.text.state_dict())
-        shared = {"width": bridge.width, "backbone_width": backbone.width, "dim": embedding.dim, "gate": embedding.gate}
+        shared: dict[str, Any] = {
+            "width": bridge.width,
+            "backbone_width": backbone.width,
+            "dim": embedding.dim,
+            "gate": embedding.gate,
+        }
         self.heads = nn.ModuleDict()
         self.heads["image_embedding"] = heads.EmbeddingHead(pool=embedding.pool, **shared)
-        self.heads["text_embedding"] = heads.EmbeddingHead(pool="attention" if embedding.pool == "query" else embedding.pool, **shared)
+        self.heads["text_embedding"] = heads.EmbeddingHead(
+            pool="attention" if embedding.pool == "query" else embedding.pool, **shared
+        )
         self.log_scale = nn.Parameter(torch.tensor(math.log(embedding.scale)))
         if (matching := config.matching) is not None:
             if matching.kind == "bridge":
@@ -106,7 +119,8 @@ class UnimodalModel(nn.Module):
                 )
         if config.generation is not None:
             self.heads["generation"] = heads.GenerationHead(
-                condition_width=bridge.width, **{f.name: getattr(config.generation, f.name) for f in dataclasses.fields(config.generation)}
+                condition_width=bridge.width,
+                **{f.name: getattr(config.generation, f.name) for f in dataclasses.fields(config.generation)},
             )
 
     # Reading: once per image and once per text, whatever the heads do with it.
@@ -127,10 +141,12 @@ class UnimodalModel(nn.Module):
         hidden, mask, _ = self.backbone.text_tokens(ids, mask)
         return TextState(ids, mask, hidden, self.bridge.read("text", hidden, mask))
 
-    def head(self, name: str) -> nn.Module:
+    def head(self, name: str) -> Any:
         """A head by name; a model without it says which it has."""
         if name not in self.heads:
-            raise ValueError(f"this model has no {name} head; it has: {', '.join(self.heads)}. Give its configuration to train one")
+            raise ValueError(
+                f"this model has no {name} head; it has: {', '.join(self.heads)}. Give its configuration to train one"
+            )
         return self.heads[name]
 
     # Retrieval embedding.
@@ -157,7 +173,9 @@ class UnimodalModel(nn.Module):
             memory = self.bridge.project_memory(image.tokens, image.mask).select(image_index)
             pair = text.select(text_index)
             return head(self.bridge.match("image", pair.ids, pair.mask, memory))
-        return head(text.tokens[text_index], text.mask[text_index], head.project_images(image.bridged).select(image_index))
+        return head(
+            text.tokens[text_index], text.mask[text_index], head.project_images(image.bridged).select(image_index)
+        )
 
     # Captioning.
 
@@ -175,7 +193,9 @@ class UnimodalModel(nn.Module):
         head = self.head("captioning")
         if isinstance(head, heads.BridgeCaptioner):
             assert image.cache is not None
-            return head(self.bridge, ids, cache=KeyValues(list(image.cache.layers)))  # a copy, for the text's keys to be added to
+            return head(
+                self.bridge, ids, cache=KeyValues(list(image.cache.layers))
+            )  # a copy, for the text's keys to be added to
         return head(ids, image.bridged)
 
     @torch.no_grad()
@@ -193,8 +213,8 @@ class UnimodalModel(nn.Module):
 
         Args:
             text: the prompts.
-            replaced: probability p that a position holds its learned query; otherwise it holds the caption's token embedding. Raising p to 1
-                during training hands the conditioning over from the text to the queries (OmniBridge, arXiv 2509.19018). Positions beyond
+            replaced: probability p that a position holds its learned query; otherwise it holds the caption's token embedding. Raising p to
+                1 during training hands the conditioning over from the text to the queries (OmniBridge, arXiv 2509.19018). Positions beyond
                 a caption always hold their query; at p = 1 the caption's embeddings take no part.
         """
         if "generate" not in self.bridge.query_sets:

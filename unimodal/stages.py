@@ -25,7 +25,14 @@ PATHS = {
         "heads.image_embedding.*",
         "heads.text_embedding.*",
     ),
-    "matching": ("backbone.*", "bridge.layers.*", "bridge.norm.*", "bridge.*embedding.*", "bridge.query_sets.image", "heads.matching.*"),
+    "matching": (
+        "backbone.*",
+        "bridge.layers.*",
+        "bridge.norm.*",
+        "bridge.*embedding.*",
+        "bridge.query_sets.image",
+        "heads.matching.*",
+    ),
     "captioning": (
         "backbone.vision*",
         "backbone.image*",
@@ -36,7 +43,13 @@ PATHS = {
         "bridge.query_sets.image",
         "heads.captioning.*",
     ),
-    "generation": ("backbone.text*", "bridge.layers.*", "bridge.norm.*", "bridge.query_sets.generate", "heads.generation.*"),
+    "generation": (
+        "backbone.text*",
+        "bridge.layers.*",
+        "bridge.norm.*",
+        "bridge.query_sets.generate",
+        "heads.generation.*",
+    ),
 }
 
 
@@ -60,7 +73,9 @@ def rates(model: nn.Module, trainable: dict[str, float]) -> dict[str, float]:
         factors = [factor for pattern, factor in trainable.items() if fnmatch.fnmatchcase(name, pattern)]
         out[name] = factors[-1] if factors else 0.0
     if not any(out.values()):
-        raise ValueError(f"this stage trains nothing: trainable is {trainable}; give at least one pattern a factor above 0")
+        raise ValueError(
+            f"this stage trains nothing: trainable is {trainable}; give at least one pattern a factor above 0"
+        )
     return out
 
 

@@ -19,8 +19,8 @@ class Tokens(NamedTuple):
 class Backbone(nn.Module):
     """A module that turns images and texts into tokens of one width D.
 
-    `modalities` are the kinds of item it reads; `width` is D; `sources` says where its weights came from: for each tower the Hub id or path,
-    the revision and the sha256 of the weights file, empty where it started from random numbers.
+    `modalities` are the kinds of item it reads; `width` is D; `sources` says where its weights came from: for each tower the Hub id or
+    path, the revision and the sha256 of the weights file, empty where it started from random numbers.
     """
 
     modalities: tuple[str, ...] = ()

@@ -1,6 +1,7 @@
 """Two towers: any timm image encoder beside any transformers text encoder, each projected to the common token width D.
 
-Convolutional feature maps carry no position, so a fixed two-dimensional sine-cosine position (as in MAE, arXiv 2111.06377) is added to them.
+Convolutional feature maps carry no position, so a fixed two-dimensional sine-cosine position (as in MAE, arXiv 2111.06377) is
+added to them.
 
 Legend: B batch, C tower width, T tokens, D backbone width.
 """
@@ -56,8 +57,11 @@ class TwoTowers(Backbone):
     """
 
     modalities = ("image", "text")
+    image_positions: Tensor
 
-    def __init__(self, *, width: int, vision: VisionTowerConfig, text: TextTowerConfig, pretrained: bool = False) -> None:
+    def __init__(
+        self, *, width: int, vision: VisionTowerConfig, text: TextTowerConfig, pretrained: bool = False
+    ) -> None:
         super().__init__()
         self.width = width
         self.stage = vision.stage
@@ -73,19 +77,25 @@ class TwoTowers(Backbone):
         positions = sincos_positions(*grid, width) if grid else torch.zeros(features.shape[1], width)
         self.register_buffer("image_positions", positions, persistent=False)
         self.vision_projection = nn.Sequential(nn.LayerNorm(self.vision_width), nn.Linear(self.vision_width, width))
-        self.text_projection = nn.Sequential(nn.LayerNorm(self.text.config.hidden_size), nn.Linear(self.text.config.hidden_size, width))
+        self.text_projection = nn.Sequential(
+            nn.LayerNorm(self.text.config.hidden_size), nn.Linear(self.text.config.hidden_size, width)
+        )
         self.image_norm, self.text_norm = nn.LayerNorm(width), nn.LayerNorm(width)
 
     def _build_vision(self, config: VisionTowerConfig, pretrained: bool) -> Any:
         if not timm.is_model(config.name):
             near = timm.list_models(f"*{config.name.split('_')[0]}*")[:8]
-            raise ValueError(f"vision tower {config.name!r} is not a timm architecture; near it: {', '.join(near) or 'none'}")
-        tower = timm.create_model(config.name, num_classes=0, **config.kwargs)
+            raise ValueError(
+                f"vision tower {config.name!r} is not a timm architecture; near it: {', '.join(near) or 'none'}"
+            )
+        tower: Any = timm.create_model(config.name, num_classes=0, **config.kwargs)
         if pretrained and config.source:
             path = config.source
             if not Path(path).exists():
                 path = hf_hub_download(config.source, "model.safetensors", revision=config.revision)
-            weights = {name: value.float() if value.is_floating_point() else value for name, value in load_file(path).items()}
+            weights = {
+                name: value.float() if value.is_floating_point() else value for name, value in load_file(path).items()
+            }
             result = tower.load_state_dict(weights, strict=False)
             unexpected = [name for name in result.unexpected_keys if not name.startswith(CLASSIFIER_PREFIXES)]
             if result.missing_keys or unexpected:
@@ -121,7 +131,9 @@ class TwoTowers(Backbone):
             (features,) = self.vision.forward_intermediates(pixels, indices=[self.stage], intermediates_only=True)
         if features.ndim == 3:
             return features, None
-        if self.stage is None and features.shape[1] != self.vision.num_features:  # channels-last architectures such as Swin
+        if (
+            self.stage is None and features.shape[1] != self.vision.num_features
+        ):  # channels-last architectures such as Swin
             features = features.permute(0, 3, 1, 2)
         height, width = features.shape[-2:]
         return features.flatten(2).transpose(1, 2), (height, width)  # [B, C, h, w] -> [B, T, C]
@@ -147,7 +159,7 @@ class TwoTowers(Backbone):
         return Tokens(hidden, mask, {"text": slice(0, hidden.shape[1])})
 
     def encode(self, batch: dict[str, Tensor]) -> dict[str, Tokens]:
-        """Tokens of the images (`image` [B, 3, S, S], or cached `image_features` [B, T, C]) and texts (`text` ids, `text_mask`) of a batch."""
+        """Tokens of the images (`image` [B, 3, S, S], or cached `image_features` [B, T, C]) and texts (`text`, `text_mask`) of a batch."""
         out = {}
         if "image_features" in batch:
             out["image"] = self.image_tokens(batch["image_features"])

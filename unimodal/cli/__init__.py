@@ -1,4 +1,4 @@
-"""The only entry point: `unimodal VERB ...`. A verb's module is imported when it is asked for, so that a search does not wait for the trainer."""
+"""The only entry point: `unimodal VERB ...`. A verb's module is imported when it is asked for, so that a search waits for no trainer."""
 
 import importlib
 import sys

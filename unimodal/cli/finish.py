@@ -2,7 +2,7 @@
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -51,8 +51,8 @@ def protocols(evaluation: Evaluation, results: dict[str, Any]) -> dict[str, str]
     if "captions" in results:
         beams = f"{settings.num_beams} beams" if settings.num_beams > 1 else "greedy"
         out["caption_exact_attributes"] = (
-            f"{where}; {len(results['written'])} images, {beams}; share of captions, parsed back to symbols, with every object's shape, colour, "
-            "size and texture and the relation right and nothing invented"
+            f"{where}; {len(results['written'])} images, {beams}; share of captions, parsed back to symbols, with every object's shape, "
+            "colour, size and texture and the relation right and nothing invented"
         )
         for name in ("cider_d", "bleu_4"):
             out[name] = f"{results['captions'].protocol.label()}; {beams}"
@@ -66,7 +66,13 @@ def protocols(evaluation: Evaluation, results: dict[str, Any]) -> dict[str, str]
 
 
 def write_results(
-    output: Path, task: Any, pairs: Pairs, evaluation: Evaluation, results: dict[str, Any], history: dict[str, dict[str, Any]], about: dict[str, str]
+    output: Path,
+    task: Any,
+    pairs: Pairs,
+    evaluation: Evaluation,
+    results: dict[str, Any],
+    history: dict[str, dict[str, Any]],
+    about: dict[str, str],
 ) -> dict[str, Any]:
     """Write `report.json` and `index.html` into `output`; returns the report's content.
 
@@ -159,7 +165,7 @@ def _metrics(numbers: dict[str, float], lines: dict[str, str]) -> list[Metric]:
                 if key in AIMS:
                     row["aim"] = AIMS[key]
         if "protocol" in row:
-            rows.append(Metric(**row))
+            rows.append(cast(Metric, row))
     return rows
 
 
@@ -177,7 +183,11 @@ def _stage(output: Path, name: str, stage: dict[str, Any]) -> Stage:
         name=name,
         goal=stage["about"],
         trained={row["part"]: row["trained"] for row in stage["parts"] if row["trained"]},
-        frozen={row["part"]: row["parameters"] - row["trained"] for row in stage["parts"] if row["trained"] < row["parameters"]},
+        frozen={
+            row["part"]: row["parameters"] - row["trained"]
+            for row in stage["parts"]
+            if row["trained"] < row["parameters"]
+        },
         proof=f"frozen tensors bit-identical at the end; heads with bit-identical outputs: {untouched}",
         steps=stage["steps"],
         seconds=stage["seconds"],
@@ -187,7 +197,9 @@ def _stage(output: Path, name: str, stage: dict[str, Any]) -> Stage:
 
 def _scores(history: dict[str, dict[str, Any]]) -> list[Score]:
     measures = dict.fromkeys(key for stage in history.values() for key in stage["scores"])
-    return [Score(name=measure, after=[stage["scores"].get(measure) for stage in history.values()]) for measure in measures]
+    return [
+        Score(name=measure, after=[stage["scores"].get(measure) for stage in history.values()]) for measure in measures
+    ]
 
 
 def _picture(pairs: Pairs, i: int) -> np.ndarray:
@@ -209,7 +221,11 @@ def _searches(pairs: Pairs, results: dict[str, Any], count: int = 6, shown: int 
 
         def hits(order: torch.Tensor, scores: torch.Tensor, right: int = right, query: int = query) -> list[Hit]:
             return [
-                Hit(score=float(scores[j]), right=(image := int(first.index[query, j])) == right, picture=_picture(pairs, image))
+                Hit(
+                    score=float(scores[j]),
+                    right=(image := int(first.index[query, j])) == right,
+                    picture=_picture(pairs, image),
+                )
                 for j in order[:shown].tolist()
             ]
 
@@ -233,7 +249,13 @@ def _swaps(pairs: Pairs, results: dict[str, Any], count: int = 9) -> list[Swap]:
         if row["image"] not in {r["image"] for r in kinds.values()}:
             kinds.setdefault(row["kind"], row)
     return [
-        Swap(picture=_picture(pairs, row["image"]), true=row["true"], false=row["false"], embedding=row["embed"], matching=row["match"])
+        Swap(
+            picture=_picture(pairs, row["image"]),
+            true=row["true"],
+            false=row["false"],
+            embedding=row["embed"],
+            matching=row["match"],
+        )
         for row in [*list(kinds.values())[: count - len(wrong)], *wrong]
     ]
 
@@ -256,7 +278,8 @@ def _verdict(check: SceneReport) -> str:
 
 def _drawings(results: dict[str, Any], count: int = 18) -> list[Drawing]:
     rows = []
-    for text, picture, check in list(zip(results.get("prompts", []), results.get("pictures", []), results.get("checks", []), strict=False))[:count]:
+    drawn = [results.get(key, [])[:count] for key in ("prompts", "pictures", "checks")]
+    for text, picture, check in zip(*drawn, strict=True):
         array = (picture.permute(1, 2, 0).numpy() * 255).round().astype(np.uint8)
         rows.append(Drawing(text=text, picture=array, right=check.all_right, verdict=_verdict(check)))
     return rows

@@ -1,5 +1,5 @@
-"""A schedule: an ordered mapping of stages in one file. Each stage is an overlay on the schedule's own `model`, `data` and `trainer`, starts from
-the weights of the stage before it, and leaves a folder of its own:
+"""A schedule: an ordered mapping of stages in one file. Each stage is an overlay on the schedule's own `model`, `data` and `trainer`,
+starts from the weights of the stage before it, and leaves a folder of its own:
 
     <output>/<stage>/resume.ckpt    where an interrupted stage goes on (weights, optimizer, loader position)
     <output>/<stage>/losses.jsonl   every step's losses
@@ -30,7 +30,19 @@ from unimodal.config import nearest
 from unimodal.hub import Card, load_checkpoint, save_checkpoint
 from unimodal.tasks import Evaluation, Task
 
-KEYS = ("name", "title", "about", "output", "seed_everything", "model", "data", "trainer", "stages", "checkpoint_every", "final")
+KEYS = (
+    "name",
+    "title",
+    "about",
+    "output",
+    "seed_everything",
+    "model",
+    "data",
+    "trainer",
+    "stages",
+    "checkpoint_every",
+    "final",
+)
 STAGE_KEYS = ("about", "model", "data", "trainer")
 console = Console()
 
@@ -60,9 +72,13 @@ def check_schedule(schedule: dict[str, Any]) -> None:
             raise ConfigError(f"schedule: unknown key {key!r}; {nearest(key, KEYS)}")
     for key in ("model", "data"):
         if not isinstance(schedule.get(key), dict):
-            raise ConfigError(f"schedule: {key} is {schedule.get(key)!r}; expected a mapping of settings that all stages share")
+            raise ConfigError(
+                f"schedule: {key} is {schedule.get(key)!r}; expected a mapping of settings that all stages share"
+            )
     if not schedule["stages"] or not isinstance(schedule["stages"], dict):
-        raise ConfigError(f"schedule: stages is {schedule['stages']!r}; expected a mapping from stage name to its settings")
+        raise ConfigError(
+            f"schedule: stages is {schedule['stages']!r}; expected a mapping from stage name to its settings"
+        )
     for name, stage in schedule["stages"].items():
         if not isinstance(stage, dict):
             raise ConfigError(f"schedule stage {name!r}: expected a mapping of {', '.join(STAGE_KEYS)}, got {stage!r}")
@@ -85,7 +101,9 @@ def print_stage(name: str, about: str, rows: list[dict[str, Any]]) -> None:
         trained = row["trained"]
         factors = ", ".join(f"{factor:g}" for factor in row["factors"])
         style = "" if trained else "dim"
-        table.add_row(row["part"], f"{row['parameters']:,}", f"{trained:,}" if trained else "frozen", factors, style=style)
+        table.add_row(
+            row["part"], f"{row['parameters']:,}", f"{trained:,}" if trained else "frozen", factors, style=style
+        )
     console.print(table)
 
 
@@ -134,7 +152,9 @@ def run_schedule(schedule: dict[str, Any], build: Callable[[dict[str, Any]], Any
     return folder.parent
 
 
-def _final_scores(schedule: dict[str, Any], output: Path, last: Path, cli: Any, history: dict[str, dict[str, Any]]) -> None:
+def _final_scores(
+    schedule: dict[str, Any], output: Path, last: Path, cli: Any, history: dict[str, dict[str, Any]]
+) -> None:
     """Score the last weights on the test split (the validation split where there is no other), write the results and the checkpoint."""
     started = time.monotonic()
     task, data = cli.model, cli.datamodule
@@ -148,11 +168,16 @@ def _final_scores(schedule: dict[str, Any], output: Path, last: Path, cli: Any, 
         evaluation.add(batch)
     results = evaluation.results()
     results |= {"seconds": time.monotonic() - started, "peak_memory_mb": peak_memory_mb()}
-    about = {"title": schedule.get("title", schedule.get("name", "A schedule of stages")), "summary": schedule.get("about", "")}
+    about = {
+        "title": schedule.get("title", schedule.get("name", "A schedule of stages")),
+        "summary": schedule.get("about", ""),
+    }
     content = write_results(output, task, pairs, evaluation, results, history, about)
     names = {"retrieval_first": "first stage", "retrieval_reranked": "reranked", "captions": "captions"}
     measured = [(name, results[key]) for key, name in names.items() if key in results]
-    training = f"{about['summary']} Stages: " + "; ".join(f"{name} ({row['steps']} steps): {row['about']}" for name, row in history.items())
+    training = f"{about['summary']} Stages: " + "; ".join(
+        f"{name} ({row['steps']} steps): {row['about']}" for name, row in history.items()
+    )
     card = Card(name=output.name, training=training + ".")
     save_checkpoint(task.model, task.processor, output / "model", metrics=measured, card=card)
     table = Table(title=f"held-out results: {pairs.name} {pairs.split}", title_justify="left")
@@ -179,7 +204,9 @@ def stage_configs(schedule: dict[str, Any]) -> Iterator[tuple[str, Path, dict[st
         previous = output / name / "model"
 
 
-def _stage_config(schedule: dict[str, Any], overlay: dict[str, Any], folder: Path, previous: Path | None) -> dict[str, Any]:
+def _stage_config(
+    schedule: dict[str, Any], overlay: dict[str, Any], folder: Path, previous: Path | None
+) -> dict[str, Any]:
     config = {key: schedule[key] for key in ("seed_everything", "model", "data", "trainer") if key in schedule}
     config = merge(config, {key: overlay[key] for key in ("model", "data", "trainer") if key in overlay})
     config.setdefault("trainer", {})["default_root_dir"] = str(folder)
@@ -222,7 +249,12 @@ def _run_stage(cli: Any, name: str, about: str, folder: Path) -> None:
     trainer.fit(task, datamodule=data, ckpt_path=str(resume) if resume.exists() else None)
     task.model.eval()
     scorer = pl.Trainer(
-        logger=False, enable_checkpointing=False, enable_model_summary=False, enable_progress_bar=False, devices=1, accelerator="auto"
+        logger=False,
+        enable_checkpointing=False,
+        enable_model_summary=False,
+        enable_progress_bar=False,
+        devices=1,
+        accelerator="auto",
     )
     scorer.validate(task, datamodule=data, verbose=False)
     scores = {key.removeprefix("val/"): float(value) for key, value in scorer.callback_metrics.items()}

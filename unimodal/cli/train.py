@@ -28,8 +28,8 @@ VERBS = ("fit", "validate", "test", "predict")
 
 
 class TrainCLI(LightningCLI):
-    """LightningCLI over `Task` (any subclass, by class path) and `PairData`. A task keeps no hyperparameters in its checkpoints, so what the
-    YAML and the command line say always wins over what a checkpoint was made with."""
+    """LightningCLI over `Task` (any subclass, by class path) and `PairData`. A task keeps no hyperparameters in its checkpoints, so what
+    the YAML and the command line say always wins over what a checkpoint was made with."""
 
     def __init__(self, args: Any, *, run: bool = True) -> None:
         super().__init__(
@@ -41,7 +41,10 @@ class TrainCLI(LightningCLI):
             save_config_callback=None,
             trainer_class=Trainer,
             trainer_defaults={**TRAINER_DEFAULTS, "callbacks": [LossLog(), StageProof()]},
-            parser_kwargs={"exit_on_error": False, **({verb: {"exit_on_error": False} for verb in VERBS} if run else {})},
+            parser_kwargs={
+                "exit_on_error": False,
+                **({verb: {"exit_on_error": False} for verb in VERBS} if run else {}),
+            },
             run=run,
             args=args,
         )
@@ -86,13 +89,17 @@ def _schedule(files: list[Path], overrides: list[str]) -> dict[str, Any] | None:
     content: dict[str, Any] = {}
     for file in files:
         if not file.is_file():
-            raise ConfigError(f"--config {file}: no such file; give the path of a recipe, for example tasks/quickstart/schedule.yaml")
+            raise ConfigError(
+                f"--config {file}: no such file; give the path of a recipe, for example tasks/quickstart/schedule.yaml"
+            )
         try:
             content = merge(content, yaml.safe_load(file.read_text()) or {})
         except (yaml.YAMLError, UnicodeDecodeError) as error:
             raise ConfigError(f"--config {file}: not readable as YAML: {error}") from error
         if not isinstance(content, dict):
-            raise ConfigError(f"--config {file}: holds {type(content).__name__} {content!r:.80}; expected a mapping of settings")
+            raise ConfigError(
+                f"--config {file}: holds {type(content).__name__} {content!r:.80}; expected a mapping of settings"
+            )
     if "stages" not in content:
         return None
     words = iter(overrides)
@@ -144,8 +151,8 @@ def demo(arguments: Sequence[str]) -> int:
         rest.remove("--short")
         files.append(recipe("quickstart/short"))
     if "--help" in rest or "-h" in rest:
-        print("usage: unimodal demo [--short] [--key.key value ...]\n\nTrains the embedded quickstart on this machine and writes its page.")
+        print(
+            "usage: unimodal demo [--short] [--key.key value ...]\n\nTrains the embedded quickstart on this machine and writes its page."
+        )
         return 0
     return run(["fit", *(word for file in files for word in ("--config", str(file))), *rest])
-
-

@@ -1,7 +1,7 @@
 """The Lightning data module: readers in, batches out, resumable at any step.
 
-Everything random about a training sample (its place in the epoch, its caption, its mirroring) follows from (seed, epoch, index), so a resumed run
-sees exactly the batches that an uninterrupted one would have seen.
+Everything random about a training sample (its place in the epoch, its caption, its mirroring) follows from (seed, epoch, index), so a
+resumed run sees exactly the batches that an uninterrupted one would have seen.
 """
 
 import random
@@ -29,8 +29,18 @@ SIDED = ("left", "right")  # a caption with one of these words forbids mirroring
 class TrainingSamples(Dataset):
     """Samples by (epoch, index): one picture, one of its captions, one wrong caption where the reader has them."""
 
-    def __init__(self, pairs: Pairs, processor: Processor, *, seed: int, mirror: bool, target_size: int | None, cache: FeatureCache | None):
-        self.pairs, self.processor, self.seed, self.mirror, self.target_size, self.cache = pairs, processor, seed, mirror, target_size, cache
+    def __init__(
+        self,
+        pairs: Pairs,
+        processor: Processor,
+        *,
+        seed: int,
+        mirror: bool,
+        target_size: int | None,
+        cache: FeatureCache | None,
+    ):
+        self.pairs, self.processor, self.seed = pairs, processor, seed
+        self.mirror, self.target_size, self.cache = mirror, target_size, cache
         self.arrays: dict[int, Tensor] = {}
 
     def array(self, index: int) -> Tensor:
@@ -93,7 +103,16 @@ class TrainingSamples(Dataset):
 class TrainingLoader:
     """Batches of an endless run, an epoch at a time. Its state is (epoch, step); Lightning saves and restores it."""
 
-    def __init__(self, samples: TrainingSamples, *, batch_size: int, workers: int, neighbours: Tensor | None, rank: int, world: int):
+    def __init__(
+        self,
+        samples: TrainingSamples,
+        *,
+        batch_size: int,
+        workers: int,
+        neighbours: Tensor | None,
+        rank: int,
+        world: int,
+    ):
         self.samples, self.batch_size, self.workers, self.neighbours = samples, batch_size, workers, neighbours
         self.rank, self.world = rank, world
         self.epoch, self.step, self.resumed = 0, 0, False
@@ -120,7 +139,9 @@ class TrainingLoader:
             batch_sampler=self.plan()[self.step :],
             collate_fn=self.samples.collate,
             num_workers=self.workers,
-            generator=torch.Generator().manual_seed(0),  # or each iterator would draw a seed from the training's random state
+            generator=torch.Generator().manual_seed(
+                0
+            ),  # or each iterator would draw a seed from the training's random state
         )
         for batch in loader:
             self.step += 1
@@ -189,12 +210,16 @@ class PairData(pl.LightningDataModule):
             for split, pairs in (("train", self.train), ("val", self.val), ("test", self.test)):
                 if pairs is not None and split not in self.caches:
                     mirror = self.mirror and split == "train"
-                    self.caches[split] = FeatureCache(Path(self.feature_cache), pairs, backbone, self.processor, mirror=mirror)
+                    self.caches[split] = FeatureCache(
+                        Path(self.feature_cache), pairs, backbone, self.processor, mirror=mirror
+                    )
         return self.processor
 
     def train_dataloader(self) -> TrainingLoader:
         if self.train is None:
-            raise ValueError("training needs data.train; name a reader, for example {class_path: unimodal.data.Scenes, init_args: {split: train}}")
+            raise ValueError(
+                "training needs data.train; name a reader, for example {class_path: unimodal.data.Scenes, init_args: {split: train}}"
+            )
         if self.processor is None:
             raise RuntimeError("PairData.bind(config, backbone) must run before its loaders are made")
         samples = TrainingSamples(
@@ -209,7 +234,12 @@ class PairData(pl.LightningDataModule):
             raise RuntimeError("hard_neighbours asks for mined neighbours, which the task mines in its setup")
         rank, world = (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
         return TrainingLoader(
-            samples, batch_size=self.batch_size, workers=self.workers, neighbours=self.neighbours, rank=rank, world=world
+            samples,
+            batch_size=self.batch_size,
+            workers=self.workers,
+            neighbours=self.neighbours,
+            rank=rank,
+            world=world,
         )
 
     def val_dataloader(self) -> DataLoader:

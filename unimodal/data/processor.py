@@ -67,7 +67,9 @@ class Processor:
     def image_array(self, picture: Image.Image) -> Tensor:
         """A picture as uint8 [3, S, S]."""
         if not isinstance(picture, Image.Image):
-            raise TypeError(f"image_array takes a PIL image, got {type(picture).__name__}; load it with unimodal.data.load_image")
+            raise TypeError(
+                f"image_array takes a PIL image, got {type(picture).__name__}; load it with unimodal.data.load_image"
+            )
         size = (self.image_size, self.image_size)
         picture = picture.convert("RGB")
         if picture.size != size:
@@ -109,7 +111,8 @@ class Processor:
         longer = [i for i, row in enumerate(rows) if len(row) > self.max_length]
         if longer:
             warnings.warn(
-                f"{len(longer)} of {len(rows)} texts are longer than {self.max_length} tokens and were cut, first {texts[longer[0]][:60]!r}",
+                f"{len(longer)} of {len(rows)} texts are longer than {self.max_length} tokens and were cut, "
+                f"first {texts[longer[0]][:60]!r}",
                 TruncationWarning,
                 stacklevel=2,
             )
@@ -125,7 +128,7 @@ class Processor:
 
     def decode(self, ids: Sequence[int] | Tensor) -> str:
         """Token ids -> text, without special tokens."""
-        text = self.tokenizer.decode(torch.as_tensor(ids, dtype=torch.long), skip_special_tokens=True)
+        text = str(self.tokenizer.decode(torch.as_tensor(ids, dtype=torch.long), skip_special_tokens=True))
         return re.sub(r" ([,.;!?])", r"\1", text).strip()
 
     # Files.
@@ -161,7 +164,13 @@ def word_tokenizer(words: Sequence[str]) -> PreTrainedTokenizerFast:
     tokenizer.post_processor = TemplateProcessing(
         single="[CLS] $A [SEP]", special_tokens=[("[CLS]", tokens["[CLS]"]), ("[SEP]", tokens["[SEP]"])]
     )
-    names = {"pad_token": "[PAD]", "unk_token": "[UNK]", "cls_token": "[CLS]", "sep_token": "[SEP]", "mask_token": "[MASK]"}
+    names = {
+        "pad_token": "[PAD]",
+        "unk_token": "[UNK]",
+        "cls_token": "[CLS]",
+        "sep_token": "[SEP]",
+        "mask_token": "[MASK]",
+    }
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, **names, additional_special_tokens=["[DEC]"])
 
 

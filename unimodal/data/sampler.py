@@ -19,7 +19,9 @@ def random_batches(count: int, batch_size: int, seed: int, epoch: int) -> Tensor
         ValueError: when there are fewer images than a batch holds.
     """
     if count < batch_size:
-        raise ValueError(f"{count} images cannot fill a batch of {batch_size}; lower data.batch_size or give more images")
+        raise ValueError(
+            f"{count} images cannot fill a batch of {batch_size}; lower data.batch_size or give more images"
+        )
     order = torch.randperm(count, generator=_generator(seed, epoch))
     steps = count // batch_size
     return order[: steps * batch_size].view(steps, batch_size)
@@ -32,7 +34,9 @@ def hard_batches(neighbours: Tensor, batch_size: int, seed: int, epoch: int) -> 
     """
     count = len(neighbours)
     if count < batch_size:
-        raise ValueError(f"{count} images cannot fill a batch of {batch_size}; lower data.batch_size or give more images")
+        raise ValueError(
+            f"{count} images cannot fill a batch of {batch_size}; lower data.batch_size or give more images"
+        )
     order = torch.randperm(count, generator=_generator(seed, epoch)).tolist()
     near = neighbours.tolist()
     used = [False] * count

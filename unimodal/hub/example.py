@@ -3,7 +3,7 @@
 Legend: 2 images, 2 texts of different length.
 """
 
-from typing import Any, Protocol, cast
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -28,7 +28,7 @@ def example_inputs(model: UnimodalModel, processor: Reader) -> dict[str, Tensor]
     ids, mask = processor.texts(TEXTS)
     inputs = {"pixels": torch.randn(2, 3, size, size, generator=generator), "ids": ids, "mask": mask}
     if "generation" in model.heads:
-        inputs["noise"] = torch.randn(2, *cast(Any, model.head("generation")).latent_shape, generator=generator)
+        inputs["noise"] = torch.randn(2, *model.head("generation").latent_shape, generator=generator)
     return inputs
 
 

@@ -4,7 +4,6 @@ A training step returns `(losses, report)`: what is optimised and what is only l
 """
 
 import math
-from collections.abc import Iterable
 from collections import Counter
 from dataclasses import dataclass
 from functools import cached_property
@@ -13,6 +12,7 @@ from typing import Any, Literal
 
 import pytorch_lightning as pl
 import torch
+from pytorch_lightning.utilities.types import OptimizerLRSchedulerConfig
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -188,7 +188,7 @@ class Task(pl.LightningModule):
     def on_train_epoch_start(self) -> None:
         self.train()
 
-    def configure_optimizers(self) -> dict[str, Any]:
+    def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
         groups: dict[tuple[float, bool], list[Tensor]] = {}
         for name, parameter in self.model.named_parameters():
             if parameter.requires_grad:
@@ -203,16 +203,25 @@ class Task(pl.LightningModule):
             betas=settings.betas,
         )
         total = max(1, int(self.trainer.estimated_stepping_batches))
-        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: settings.rate(min(1.0, (step + 1) / total)))
+        schedule = torch.optim.lr_scheduler.LambdaLR(
+            optimizer, lambda step: settings.rate(min(1.0, (step + 1) / total))
+        )
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
     # Evaluation: the whole split is read, then every present head is scored.
 
+    @property
+    def data(self) -> Any:
+        """The data module of the run."""
+        return self.trainer.datamodule  # type: ignore[attr-defined]
+
     def setup(self, stage: str) -> None:
-        data = self.trainer.datamodule
+        data = self.data
         self.processor = data.bind(self.config, self.model.backbone)
         if stage == "fit" and self.init_from is None and self.config.captioning and self.config.captioning.vocabulary:
-            self.model.heads["captioning"].set_vocabulary(self._frequent_tokens(data.train, self.config.captioning.vocabulary))
+            self.model.head("captioning").set_vocabulary(
+                self._frequent_tokens(data.train, self.config.captioning.vocabulary)
+            )
         if stage == "fit" and data.hard_neighbours and data.neighbours is None:
             data.neighbours = self._mined(Path(self.trainer.default_root_dir) / "neighbours.safetensors")
 
@@ -235,11 +244,13 @@ class Task(pl.LightningModule):
     @torch.no_grad()
     def _mined(self, path: Path) -> Tensor:
         """Hard neighbours of the training split under the weights that the stage starts from; kept in a file of the run."""
-        data = self.trainer.datamodule
+        data = self.data
         if not path.exists():
             self.model.eval()
             images = [
-                self.model.image_embedding(self.model.encode_image(batch.get("image"), features=batch.get("image_features")))
+                self.model.image_embedding(
+                    self.model.encode_image(batch.get("image"), features=batch.get("image_features"))
+                )
                 for batch in data.mining_dataloader()
             ]
             assert self.processor is not None
@@ -258,14 +269,16 @@ class Task(pl.LightningModule):
     def _end(self, prefix: str) -> None:
         assert self.evaluation is not None
         self.results = self.evaluation.results()
-        self.log_dict({f"{prefix}/{k}": v for k, v in self.evaluation.numbers(self.results).items()}, rank_zero_only=True)
+        self.log_dict(
+            {f"{prefix}/{k}": v for k, v in self.evaluation.numbers(self.results).items()}, rank_zero_only=True
+        )
         self.evaluation = None
 
     def on_validation_epoch_start(self) -> None:
-        self._begin(self.trainer.datamodule.val)
+        self._begin(self.data.val)
 
     def on_test_epoch_start(self) -> None:
-        self._begin(self.trainer.datamodule.test)
+        self._begin(self.data.test)
 
     def validation_step(self, batch: Batch, batch_index: int) -> None:
         assert self.evaluation is not None
@@ -285,5 +298,3 @@ class Task(pl.LightningModule):
         image = self.model.encode_image(batch.get("image"), features=batch.get("image_features"))
         text = self.model.encode_text(batch["text"], batch["text_mask"])
         return {"image": self.model.image_embedding(image), "text": self.model.text_embedding(text)}
-
-

@@ -1,4 +1,4 @@
-"""What accompanies a training run: a loss log that survives a kill, an average of the weights, the proof that frozen weights did not move."""
+"""What accompanies a training run: a loss log that survives a kill, an average of the weights, the proof that the frozen stood still."""
 
 import json
 from pathlib import Path

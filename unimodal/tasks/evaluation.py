@@ -80,9 +80,16 @@ class Evaluation:
         """Everything measured: metric objects by name, and the rows that a report shows."""
         longest = max(text.ids.shape[1] for text in self.texts)
         self.text = TextState(
-            *(_pad([t[i] for t in self.texts], longest) for i in range(3)), torch.cat([t.bridged for t in self.texts])
+            _pad([text.ids for text in self.texts], longest),
+            _pad([text.mask for text in self.texts], longest),
+            _pad([text.tokens for text in self.texts], longest),
+            torch.cat([text.bridged for text in self.texts]),
         )
-        self.image = ImageState(*(torch.cat([i[j] for i in self.images]) for j in range(3)))
+        self.image = ImageState(
+            torch.cat([image.tokens for image in self.images]),
+            torch.cat([image.mask for image in self.images]),
+            torch.cat([image.bridged for image in self.images]),
+        )
         out: dict[str, Any] = self._retrieval()
         if isinstance(self.pairs, Scenes):
             out |= self._swaps(self.pairs)
@@ -103,7 +110,12 @@ class Evaluation:
         if "captions" in results:
             out["cider_d"] = results["captions"].cider_d / 100
             out["bleu_4"] = results["captions"].bleu_4 / 100
-        names = ("swap_accuracy_embed", "swap_accuracy_match", "caption_exact_attributes", "generation_attribute_accuracy")
+        names = (
+            "swap_accuracy_embed",
+            "swap_accuracy_match",
+            "caption_exact_attributes",
+            "generation_attribute_accuracy",
+        )
         return out | {name: results[name] for name in names if name in results}
 
     def protocol(self) -> Protocol:
@@ -127,8 +139,9 @@ class Evaluation:
         for start in range(0, len(image_rows), size):
             images, image_index = image_rows[start : start + size].unique(return_inverse=True)
             texts, text_index = text_rows[start : start + size].unique(return_inverse=True)
-            state = ImageState(*(part[images] for part in self.image[:3]))
-            parts.append(self.model.match(state, self.text.select(texts), image_index, text_index).float())
+            parts.append(
+                self.model.match(self.image.select(images), self.text.select(texts), image_index, text_index).float()
+            )
         return torch.cat(parts)
 
     def _retrieval(self) -> dict[str, Any]:
@@ -145,7 +158,9 @@ class Evaluation:
         rows = torch.arange(len(i2t.index), device=i2t.index.device)[:, None].expand_as(i2t.index)
         i2t_scores = self.match_pairs(rows.flatten(), i2t.index.flatten()).view_as(i2t.scores)
         ranks = [self._rerank(c, s) for c, s in ((t2i, t2i_scores), (i2t, i2t_scores))]
-        out["retrieval_reranked"] = summarise(*ranks, protocol.reranked(t2i.index.shape[1], self.settings.combine))
+        out["retrieval_reranked"] = summarise(
+            ranks[0], ranks[1], protocol.reranked(t2i.index.shape[1], self.settings.combine)
+        )
         out["candidates"] = {"t2i": t2i, "t2i_match": t2i_scores, "t2i_reranked_rank": ranks[0]}
         return out
 
@@ -174,10 +189,12 @@ class Evaluation:
             logits["embed"] = cosine
             if "matching" in self.model.heads:
                 unique, index = images.unique(return_inverse=True)
-                state = ImageState(*(p[unique] for p in self.image[:3]))
+                state = self.image.select(unique)
                 logits["match"] = self.model.match(state, text, index, torch.arange(len(images), device=device)).float()
             for name, values in logits.items():
-                for row, good, bad in zip(part, values[: len(part)].tolist(), values[len(part) :].tolist(), strict=True):
+                for row, good, bad in zip(
+                    part, values[: len(part)].tolist(), values[len(part) :].tolist(), strict=True
+                ):
                     row[name] = (good, bad)
         out: dict[str, Any] = {"swaps": rows}
         for name in logits:
@@ -197,7 +214,9 @@ class Evaluation:
             ids = self.model.caption(state, num_beams=self.settings.num_beams, max_new_tokens=length - 1)
             written += [self.processor.decode(row) for row in ids]
         written = written[:count]
-        protocol = replace(self.protocol(), images=count, captions=sum(len(self.pairs.captions(i)) for i in range(count)))
+        protocol = replace(
+            self.protocol(), images=count, captions=sum(len(self.pairs.captions(i)) for i in range(count))
+        )
         references = [self.pairs.captions(i) for i in range(count)]
         out: dict[str, Any] = {"captions": caption_metrics(written, references, protocol), "written": written}
         if isinstance(self.pairs, Scenes):

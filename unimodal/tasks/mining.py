@@ -10,7 +10,13 @@ from unimodal.model import UnimodalModel
 
 @torch.no_grad()
 def mine_neighbours(
-    model: UnimodalModel, image_embedding: Tensor, pairs: Pairs, processor: Processor, *, neighbours: int, batch_size: int = 256
+    model: UnimodalModel,
+    image_embedding: Tensor,
+    pairs: Pairs,
+    processor: Processor,
+    *,
+    neighbours: int,
+    batch_size: int = 256,
 ) -> Tensor:
     """Rows of the nearest wrong images [I, neighbours], nearest first, judged by image embeddings against one caption of each image.
 
@@ -27,7 +33,9 @@ def mine_neighbours(
     """
     count = len(pairs)
     if neighbours >= count:
-        raise ValueError(f"asked for {neighbours} neighbours among {count} images; ask for fewer than there are other images")
+        raise ValueError(
+            f"asked for {neighbours} neighbours among {count} images; ask for fewer than there are other images"
+        )
     device = image_embedding.device
     texts = []
     for start in range(0, count, batch_size):
