@@ -191,12 +191,12 @@ class AttentionPool(nn.Module):
 
 
 def init_weights(module: nn.Module) -> None:
-    """The start for `Module.apply`: linear weights N(0, 1 / fan-in), embeddings N(0, 0.02), biases zero.
+    """The start for `Module.apply`: linear weights N(0, 1 / fan-in), embeddings N(0, 1 / width), biases zero.
 
     BERT's 0.02 for every matrix suits a width of 768 and more; at 128 it starts attention so flat that reading is hardly learned.
     """
     if isinstance(module, nn.Embedding):
-        nn.init.normal_(module.weight, std=0.02)
+        nn.init.normal_(module.weight, std=module.embedding_dim**-0.5)
     if isinstance(module, nn.Linear):
         nn.init.normal_(module.weight, std=module.in_features**-0.5)
         if module.bias is not None:

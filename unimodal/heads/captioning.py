@@ -128,7 +128,8 @@ class CaptionDecoder(nn.Module):
             )
         bias = causal_bias(length, past, rows.device)
         x = self.token_embedding(rows) + self.position_embedding.weight[past : past + length]
-        x = self.dropout(x)  # [B, L, hidden]
+        # To unit scale, or the first block's output would drown word and place (Vaswani et al. 2017, arXiv 1706.03762, section 3.4).
+        x = self.dropout(x * x.shape[-1] ** 0.5)  # [B, L, hidden]
         for i, block in enumerate(self.blocks):
             x = block(x, bias, memory, i, cache)
         return F.linear(self.norm(x), self.token_embedding.weight, self.output_bias)

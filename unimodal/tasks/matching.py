@@ -26,7 +26,9 @@ class ITM(Objective):
 
     keys = ("image", "text", "text_mask", "image_id")
 
-    def __init__(self, weight: float = 1.0, hardness: float = 1.0, ramp: float = 0.3, false_captions: bool = True) -> None:
+    def __init__(
+        self, weight: float = 1.0, hardness: float = 1.0, ramp: float = 0.3, false_captions: bool = True
+    ) -> None:
         super().__init__(weight)
         self.hardness, self.ramp, self.false_captions = hardness, ramp, false_captions
 
