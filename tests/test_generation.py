@@ -9,6 +9,7 @@ import torch
 import unimodal.heads
 from unimodal.diffusion import T_MIN, euler_sample, flow_path, guide, sample_t, velocity_from_sample
 from unimodal.heads.generation import GenerationHead
+from unimodal.heads.patches import PatchAutoencoder
 
 SIZES = {"num_layers": 2, "num_attention_heads": 2, "attention_head_dim": 16, "patch_size": 4}
 KINDS = [("sana", "velocity"), ("sana", "sample"), ("pixart", "velocity"), ("pixart", "sample")]
@@ -253,6 +254,53 @@ def test_autoencoder_is_used_as_diffusers_means_it_and_stays_frozen(name, kwargs
     head(latents, torch.tensor([0.2, 0.7]), torch.randn(2, 5, 24)).square().mean().backward()
     optimizer.step()
     assert all(torch.equal(value, before[key]) for key, value in head.autoencoder.state_dict().items())
+
+
+def drawn(count: int) -> torch.Tensor:
+    """Pictures [count, 3, 16, 16] in [-1, 1] that vary in every component."""
+    blocks = torch.nn.functional.interpolate(torch.rand(count, 3, 4, 4), scale_factor=4, mode="bilinear")
+    return (2 * blocks - 1 + 0.05 * torch.randn(count, 3, 16, 16)).clamp(-1, 1)
+
+
+def test_patches_are_whitened_principal_components():
+    images = drawn(300)
+    autoencoder = PatchAutoencoder(latent_channels=12, patch_size=4)
+    autoencoder.fit(images)
+    latents = autoencoder.encode(images)
+    assert latents.shape == (300, *autoencoder.latent_shape(16)) == (300, 12, 4, 4)
+    rows = latents.transpose(0, 1).flatten(1)  # [C, M H W]
+    torch.testing.assert_close(rows.mean(1), torch.zeros(12), atol=1e-4, rtol=0)
+    torch.testing.assert_close(rows @ rows.T / rows.shape[1], torch.eye(12), atol=1e-3, rtol=0)
+
+    # what is lost is what an SVD of all patches puts beyond its twelfth direction
+    patches = images.unfold(2, 4, 4).unfold(3, 4, 4).permute(0, 2, 3, 1, 4, 5).reshape(-1, 48).double()
+    lost = torch.linalg.svdvals(patches - patches.mean(0))[12:].square().sum() / patches.numel()
+    assert (autoencoder.decode(latents) - images).square().mean().item() == pytest.approx(lost.item(), rel=1e-3)
+
+
+def test_all_components_give_the_picture_back():
+    images = drawn(300)
+    head = small_head(autoencoder="patches", autoencoder_kwargs={"latent_channels": 48, "patch_size": 4})
+    head.autoencoder.fit(images)
+    assert head.latent_shape == (48, 4, 4) and not any(
+        name.startswith("autoencoder") for name, _ in head.named_parameters()
+    )
+    torch.testing.assert_close(head.decode(head.encode(images)), images, atol=1e-4, rtol=0)
+    other = small_head(autoencoder="patches", autoencoder_kwargs={"latent_channels": 48, "patch_size": 4})
+    other.load_state_dict(head.state_dict())
+    assert torch.equal(other.encode(images), head.encode(images))
+
+
+def test_patches_say_what_they_lack():
+    autoencoder = PatchAutoencoder(latent_channels=12)
+    with pytest.raises(RuntimeError, match=r"call fit\(images\) or load a checkpoint"):
+        autoencoder.encode(drawn(1))
+    with pytest.raises(ValueError, match="these 8 pictures vary in 3 components only, and 12 are to be kept"):
+        autoencoder.fit(torch.rand(8, 3, 1, 1).expand(-1, -1, 16, 16))
+    with pytest.raises(ValueError, match="1 to 48 components, got latent_channels=49"):
+        PatchAutoencoder(latent_channels=49, patch_size=4)
+    with pytest.raises(ValueError, match="patch_size 5 does not divide pictures of 16 pixels"):
+        small_head(autoencoder="patches", autoencoder_kwargs={"patch_size": 5})
 
 
 @pytest.mark.parametrize("transformer", ["sana", "pixart"])

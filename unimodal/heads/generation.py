@@ -17,9 +17,10 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from unimodal.config import nearest
 from unimodal.diffusion import euler_sample, guide, velocity_from_sample
+from unimodal.heads.patches import PatchAutoencoder
 
 TRANSFORMERS = {"sana": SanaTransformer2DModel, "pixart": PixArtTransformer2DModel}
-AUTOENCODERS = {"tiny": AutoencoderTiny, "kl": AutoencoderKL}
+AUTOENCODERS = {"patches": PatchAutoencoder, "tiny": AutoencoderTiny, "kl": AutoencoderKL}
 
 
 class GenerationHead(nn.Module):
@@ -32,8 +33,9 @@ class GenerationHead(nn.Module):
         transformer_kwargs: its settings as diffusers names them. `num_layers`, `num_attention_heads`,
             `attention_head_dim` and `patch_size` mean the same in both; channels, picture size and widths of the
             condition follow from the other arguments.
-        autoencoder: `none` works on pixels; `tiny` and `kl` on latents. It never trains here.
-        autoencoder_kwargs: its settings as diffusers names them.
+        autoencoder: `none` works on pixels; `patches` on their whitened components, which `head.autoencoder.fit(images)`
+            computes before training; `tiny` and `kl` on latents of diffusers' autoencoders. It never trains here.
+        autoencoder_kwargs: its settings, as diffusers or `PatchAutoencoder` name them.
         prediction: whether the network outputs the `velocity`, or the clean `sample` from which the velocity is
             computed. A network narrower than one patch has numbers cannot pass noise through, so that it can learn the
             second and not the first (arXiv 2511.13720).
@@ -48,7 +50,7 @@ class GenerationHead(nn.Module):
         size: int = 32,
         transformer: Literal["sana", "pixart"] = "sana",
         transformer_kwargs: dict[str, Any] | None = None,
-        autoencoder: Literal["none", "tiny", "kl"] = "none",
+        autoencoder: Literal["none", "patches", "tiny", "kl"] = "none",
         autoencoder_kwargs: dict[str, Any] | None = None,
         prediction: Literal["velocity", "sample"] = "velocity",
         null_probability: float = 0.1,
@@ -60,7 +62,10 @@ class GenerationHead(nn.Module):
         if autoencoder != "none":
             self.autoencoder = _build(AUTOENCODERS, "autoencoder", autoencoder, autoencoder_kwargs or {}, {})
             self.autoencoder.requires_grad_(False).eval()
-            self.latent_shape = tuple(self.encode(torch.zeros(1, 3, size, size)).shape[1:])
+            if isinstance(self.autoencoder, PatchAutoencoder):
+                self.latent_shape = self.autoencoder.latent_shape(size)
+            else:
+                self.latent_shape = tuple(self.encode(torch.zeros(1, 3, size, size)).shape[1:])
 
         self.transformer = _build_transformer(transformer, transformer_kwargs or {}, self.latent_shape, condition_width)
         # The first prediction is zero: diffusers' random last layer would start from noise instead.
@@ -117,6 +122,8 @@ class GenerationHead(nn.Module):
         if self.autoencoder is None:
             return images
         encoded = self.autoencoder.encode(images)
+        if isinstance(self.autoencoder, PatchAutoencoder):
+            return encoded
         latents = encoded.latents if isinstance(self.autoencoder, AutoencoderTiny) else encoded.latent_dist.mode()
         return (latents - (self.autoencoder.config.shift_factor or 0)) * self.autoencoder.config.scaling_factor
 
@@ -125,6 +132,8 @@ class GenerationHead(nn.Module):
         """The inverse of `encode`: [B, C, H, W] -> pictures [B, 3, S, S], about [-1, 1]."""
         if self.autoencoder is None:
             return latents
+        if isinstance(self.autoencoder, PatchAutoencoder):
+            return self.autoencoder.decode(latents)
         latents = latents / self.autoencoder.config.scaling_factor + (self.autoencoder.config.shift_factor or 0)
         return self.autoencoder.decode(latents).sample
 
