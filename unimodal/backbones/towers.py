@@ -120,6 +120,8 @@ class TwoTowers(Backbone):
             self.sources["text"] = {"source": config.source, "revision": config.revision, "sha256": sha256(weights)}
         else:
             tower = AutoModel.from_config(AutoConfig.for_model(config.name, **config.kwargs))
+        # Captions are short: plain attention is as fast as the fused kernel, and several times faster in bfloat16 on a CPU.
+        tower.set_attn_implementation("eager")
         tower.pooler = None  # the bridge reads tokens; a pooler would be a parameter without gradient
         return tower
 

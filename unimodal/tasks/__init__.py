@@ -1,12 +1,13 @@
 """Tasks: LightningModules that train the heads, one each or jointly. Recipes name them by these short paths."""
 
-from unimodal.tasks.base import Objective, OptimizerSettings, Step, Task
+from unimodal.tasks.base import Objective, Step, Task
 from unimodal.tasks.callbacks import EMA, LossLog, StageProof
 from unimodal.tasks.captioning import ITG, Captioning
 from unimodal.tasks.evaluation import Evaluation, EvaluationSettings
 from unimodal.tasks.generation import Flow, Generation
 from unimodal.tasks.joint import Joint
 from unimodal.tasks.matching import ITM, Matching
+from unimodal.tasks.optimizer import OptimizerSettings
 from unimodal.tasks.retrieval import ITC, Retrieval
 
 __all__ = [

@@ -3,12 +3,10 @@
 A training step returns `(losses, report)`: what is optimised and what is only logged never share a dict.
 """
 
-import math
 from collections import Counter
-from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import pytorch_lightning as pl
 import torch
@@ -25,6 +23,7 @@ from unimodal.hub import load_checkpoint
 from unimodal.model import ImageState, TextState, UnimodalModel
 from unimodal.tasks.evaluation import Evaluation, EvaluationSettings
 from unimodal.tasks.mining import mine_neighbours
+from unimodal.tasks.optimizer import OptimizerSettings, build_optimizer
 
 Losses = dict[str, Tensor]
 Report = dict[str, Tensor]
@@ -66,32 +65,6 @@ class Objective:
 
     def __call__(self, step: Step) -> tuple[Tensor, Report]:
         raise NotImplementedError(f"{type(self).__name__} is an objective without a loss; implement __call__(step)")
-
-
-@dataclass(frozen=True, kw_only=True)
-class OptimizerSettings:
-    """AdamW with warm-up.
-
-    Args:
-        lr: peak learning rate; a stage's factors multiply it per parameter.
-        weight_decay: decay of matrices; vectors (biases, norms, scales) and query sets have none.
-        betas: of Adam.
-        warmup: share of the stage's steps in which the rate rises from 0.
-        decay: shape of the fall after it.
-    """
-
-    lr: float = 1e-3
-    weight_decay: float = 0.05
-    betas: tuple[float, float] = (0.9, 0.98)
-    warmup: float = 0.05
-    decay: Literal["cosine", "linear", "constant"] = "cosine"
-
-    def rate(self, progress: float) -> float:
-        """Factor of the peak rate at `progress` (0 to 1) through the stage."""
-        if progress < self.warmup:
-            return progress / self.warmup
-        rest = (progress - self.warmup) / (1 - self.warmup)
-        return {"cosine": 0.5 * (1 + math.cos(math.pi * rest)), "linear": 1 - rest, "constant": 1.0}[self.decay]
 
 
 class Task(pl.LightningModule):
@@ -189,22 +162,10 @@ class Task(pl.LightningModule):
         self.train()
 
     def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
-        groups: dict[tuple[float, bool], list[Tensor]] = {}
-        for name, parameter in self.model.named_parameters():
-            if parameter.requires_grad:
-                decays = parameter.ndim > 1 and "query_sets" not in name
-                groups.setdefault((self.factors[name], decays), []).append(parameter)
-        settings = self.optimizer
-        optimizer = torch.optim.AdamW(
-            [
-                {"params": parameters, "lr": settings.lr * factor, "weight_decay": settings.weight_decay * decays}
-                for (factor, decays), parameters in groups.items()
-            ],
-            betas=settings.betas,
-        )
+        optimizer = build_optimizer(self.model, self.factors, self.optimizer)
         total = max(1, int(self.trainer.estimated_stepping_batches))
         schedule = torch.optim.lr_scheduler.LambdaLR(
-            optimizer, lambda step: settings.rate(min(1.0, (step + 1) / total))
+            optimizer, lambda step: self.optimizer.rate(min(1.0, (step + 1) / total))
         )
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 

@@ -13,8 +13,8 @@ from unimodal.tasks.base import Objective, Report, Step, Task
 class ITM(Objective):
     """Does this text describe this image? One true pair and hard negatives per image (ALBEF, arXiv 2107.07651; BLIP-2, arXiv 2301.12597).
 
-    Negatives are drawn from the rank's own batch by softmax(hardness * scale * cosine), never of the same image: one text for each image and
-    one image for each text; and the reader's own false captions (`negative_text`), where it has them. The hardness rises linearly over
+    Negatives are drawn from the rank's own batch by softmax(hardness * scale * cosine), never of the same image: one text for each image
+    and one image for each text; and the reader's own false captions (`negative_text`), where it has them. The hardness rises linearly over
     the first part of the stage, since negatives mined by an embedding that already fits the training set teach nothing at first.
 
     Args:
