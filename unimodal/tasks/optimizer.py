@@ -1,0 +1,88 @@
+"""The optimizer: AdamW, or Muon for the hidden matrices and AdamW for the rest.
+
+Muon orthogonalises the momentum of every hidden matrix (Jordan et al. 2024, "Muon: an optimizer for hidden layers in neural networks"). At
+the update size of AdamW (Liu et al. 2025, arXiv 2502.16982) one learning rate could serve both; narrow models trained briefly learn faster with a few times more.
+"""
+
+import math
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimizerSettings:
+    """How a stage steps.
+
+    Args:
+        muon: factor of the rate of the hidden matrices, which Muon then steps; 0 leaves them to AdamW, as embeddings, query sets,
+            convolutions and vectors always are.
+        lr: peak learning rate; a stage's factors multiply it per parameter.
+        weight_decay: decay of matrices; vectors (biases, norms, scales) and query sets have none.
+        betas: of Adam.
+        warmup: share of the stage's steps in which the rate rises from 0.
+        decay: shape of the fall after it.
+    """
+
+    muon: float = 0.0
+    lr: float = 1e-3
+    weight_decay: float = 0.05
+    betas: tuple[float, float] = (0.9, 0.98)
+    warmup: float = 0.05
+    decay: Literal["cosine", "linear", "constant"] = "cosine"
+
+    def rate(self, progress: float) -> float:
+        """Factor of the peak rate at `progress` (0 to 1) through the stage."""
+        if progress < self.warmup:
+            return progress / self.warmup
+        rest = (progress - self.warmup) / (1 - self.warmup)
+        return {"cosine": 0.5 * (1 + math.cos(math.pi * rest)), "linear": 1 - rest, "constant": 1.0}[self.decay]
+
+
+class Together(torch.optim.Optimizer):
+    """Several optimizers that step as one; Lightning and schedulers take one."""
+
+    def __init__(self, parts: list[torch.optim.Optimizer]) -> None:
+        self.parts = parts
+        super().__init__([group for part in parts for group in part.param_groups], {})
+
+    def step(self, closure: Any = None) -> Any:
+        loss = None if closure is None else closure()
+        for part in self.parts:
+            part.step()
+        return loss
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"parts": [part.state_dict() for part in self.parts]}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        for part, state in zip(self.parts, state_dict["parts"], strict=True):
+            part.load_state_dict(state)
+        self.param_groups = [group for part in self.parts for group in part.param_groups]  # loading made new ones
+
+
+def build_optimizer(model: nn.Module, factors: dict[str, float], settings: OptimizerSettings) -> torch.optim.Optimizer:
+    """The optimizer of the parameters that require a gradient; `factors` multiply the rate by parameter name."""
+    embeddings = {module.weight for module in model.modules() if isinstance(module, nn.Embedding)}
+    groups: dict[tuple[bool, float, bool], list[Tensor]] = {}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            decays = parameter.ndim > 1 and "query_sets" not in name
+            hidden = settings.muon > 0 and decays and parameter.ndim == 2 and parameter not in embeddings
+            groups.setdefault((hidden, factors[name], decays), []).append(parameter)
+
+    def rows(hidden: bool) -> list[dict[str, Any]]:
+        return [
+            {"params": parameters, "lr": settings.lr * factor * (settings.muon if hidden else 1), "weight_decay": settings.weight_decay * decays}
+            for (is_hidden, factor, decays), parameters in groups.items()
+            if is_hidden == hidden
+        ]
+
+    parts: list[torch.optim.Optimizer] = []
+    if rows(True):
+        parts.append(torch.optim.Muon(rows(True), adjust_lr_fn="match_rms_adamw"))
+    if rows(False):
+        parts.append(torch.optim.AdamW(rows(False), betas=settings.betas))
+    return Together(parts)
