@@ -174,7 +174,7 @@ class GenerationConfig:
     Args:
         transformer: denoiser by name: `sana` or `pixart` (diffusers).
         transformer_kwargs: its size (num_layers, num_attention_heads, ...).
-        autoencoder: `none` generates pixels; `tiny` and `kl` generate latents of a diffusers autoencoder.
+        autoencoder: `none` generates pixels; `patches` their whitened components; `tiny` and `kl` latents of a diffusers autoencoder.
         autoencoder_kwargs: the autoencoder's configuration.
         size: side of the generated picture in pixels.
         prediction: what the network predicts: the velocity, or the clean sample it is computed from.
@@ -183,7 +183,7 @@ class GenerationConfig:
 
     transformer: Literal["sana", "pixart"] = "sana"
     transformer_kwargs: dict[str, Any] = field(default_factory=dict)
-    autoencoder: Literal["none", "tiny", "kl"] = "none"
+    autoencoder: Literal["none", "patches", "tiny", "kl"] = "none"
     autoencoder_kwargs: dict[str, Any] = field(default_factory=dict)
     size: int = 32
     prediction: Literal["velocity", "sample"] = "velocity"

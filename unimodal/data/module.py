@@ -26,6 +26,14 @@ from unimodal.data.sampler import hard_batches, random_batches
 SIDED = ("left", "right")  # a caption with one of these words forbids mirroring its picture
 
 
+def as_targets(pixels: Tensor, size: int) -> Tensor:
+    """Pictures uint8 [B, 3, S, S] -> what a generator learns to draw: [B, 3, size, size] in [-1, 1]."""
+    targets = pixels.float() / 127.5 - 1
+    if targets.shape[-1] != size:
+        targets = torch.nn.functional.interpolate(targets, size=size, mode="bilinear", antialias=True)
+    return targets
+
+
 class TrainingSamples(Dataset):
     """Samples by (epoch, index): one picture, one of its captions, one wrong caption where the reader has them."""
 
@@ -93,10 +101,7 @@ class TrainingSamples(Dataset):
         else:
             batch["image"] = self.processor.normalise(torch.stack([s["array"] for s in samples]))
         if self.target_size is not None:
-            pixels = torch.stack([s["array"] for s in samples]).float() / 127.5 - 1  # uint8 -> [-1, 1]
-            if pixels.shape[-1] != self.target_size:
-                pixels = torch.nn.functional.interpolate(pixels, size=self.target_size, mode="bilinear", antialias=True)
-            batch["target"] = pixels
+            batch["target"] = as_targets(torch.stack([s["array"] for s in samples]), self.target_size)
         return batch
 
 
@@ -214,6 +219,11 @@ class PairData(pl.LightningDataModule):
                         Path(self.feature_cache), pairs, backbone, self.processor, mirror=mirror
                     )
         return self.processor
+
+    def targets(self, count: int, size: int) -> Tensor:
+        """The first `count` training pictures as targets [count, 3, size, size] in [-1, 1]."""
+        assert self.train is not None and self.processor is not None
+        return as_targets(torch.stack([self.processor.image_array(self.train.image(i)) for i in range(count)]), size)
 
     def train_dataloader(self) -> TrainingLoader:
         if self.train is None:

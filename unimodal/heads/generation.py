@@ -73,6 +73,11 @@ class GenerationHead(nn.Module):
         nn.init.zeros_(self.transformer.proj_out.bias)
         self.null_condition = nn.Parameter(0.02 * torch.randn(condition_width)) if null_probability else None
 
+    @property
+    def needs_fit(self) -> bool:
+        """Whether the autoencoder still has to see pictures (`autoencoder.fit`) before anything can be learned."""
+        return isinstance(self.autoencoder, PatchAutoencoder) and not bool(self.autoencoder.deviation.all())
+
     def train(self, mode: bool = True) -> "GenerationHead":
         super().train(mode)
         if self.autoencoder is not None:

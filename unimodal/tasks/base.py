@@ -183,6 +183,9 @@ class Task(pl.LightningModule):
             self.model.head("captioning").set_vocabulary(
                 self._frequent_tokens(data.train, self.config.captioning.vocabulary)
             )
+        if stage == "fit" and self.config.generation and self.model.head("generation").needs_fit:
+            size = self.config.generation.size
+            self.model.head("generation").autoencoder.fit(data.targets(min(1000, len(data.train)), size))
         if stage == "fit" and data.hard_neighbours and data.neighbours is None:
             data.neighbours = self._mined(Path(self.trainer.default_root_dir) / "neighbours.safetensors")
 

@@ -20,13 +20,14 @@ class Flow(Objective):
     Args:
         weight: weight in the sum of losses.
         handover: share of the stage after which the queries stand alone.
+        noise: mean of the logit of t; above 0 trains more on noisy pictures, where the layout is decided.
     """
 
     keys = ("text", "text_mask", "target")
 
-    def __init__(self, weight: float = 1.0, handover: float = 0.4) -> None:
+    def __init__(self, weight: float = 1.0, handover: float = 0.4, noise: float = 0.0) -> None:
         super().__init__(weight)
-        self.handover = handover
+        self.handover, self.noise = handover, noise
 
     def __call__(self, step: Step) -> tuple[Tensor, Report]:
         head = step.model.head("generation")
@@ -34,7 +35,7 @@ class Flow(Objective):
         condition = step.model.generation_condition(step.text, replaced)
         clean = head.encode(step.batch["target"])
         noise = torch.randn_like(clean)
-        t = sample_t(len(clean), device=clean.device)
+        t = sample_t(len(clean), mean=self.noise, device=clean.device)
         x_t, velocity = flow_path(clean, noise, t)
         return flow_matching_loss(head(x_t, t, condition), velocity), {"replaced": torch.tensor(replaced)}
 

@@ -75,7 +75,11 @@ def build_optimizer(model: nn.Module, factors: dict[str, float], settings: Optim
 
     def rows(hidden: bool) -> list[dict[str, Any]]:
         return [
-            {"params": parameters, "lr": settings.lr * factor * (settings.muon if hidden else 1), "weight_decay": settings.weight_decay * decays}
+            {
+                "params": parameters,
+                "lr": settings.lr * factor * (settings.muon if hidden else 1),
+                "weight_decay": settings.weight_decay * decays,
+            }
             for (is_hidden, factor, decays), parameters in groups.items()
             if is_hidden == hidden
         ]
