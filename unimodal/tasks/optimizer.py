@@ -1,7 +1,8 @@
 """The optimizer: AdamW, or Muon for the hidden matrices and AdamW for the rest.
 
 Muon orthogonalises the momentum of every hidden matrix (Jordan et al. 2024, "Muon: an optimizer for hidden layers in neural networks"). At
-the update size of AdamW (Liu et al. 2025, arXiv 2502.16982) one learning rate could serve both; narrow models trained briefly learn faster with a few times more.
+the update size of AdamW (Liu et al. 2025, arXiv 2502.16982) one learning rate could
+serve both; narrow models trained briefly learn faster with a few times more.
 """
 
 import math
