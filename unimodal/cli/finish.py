@@ -2,7 +2,7 @@
 
 import json
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 import numpy as np
 import torch
@@ -153,11 +153,16 @@ NAMES = {
 }
 
 
+def unit(measure: str) -> Literal["share", "number"]:
+    """How a measure is shown: CIDEr-D has no upper end at 1, so it is no percentage."""
+    return "number" if measure == "cider_d" else "share"
+
+
 def _metrics(numbers: dict[str, float], lines: dict[str, str]) -> list[Metric]:
     rows: list[Metric] = []
     for name, title in NAMES.items():
         pair = (f"{name}_first", f"{name}_reranked") if name.endswith("r1") else (f"{name}_embed", f"{name}_match")
-        row: dict[str, Any] = {"name": title}
+        row: dict[str, Any] = {"name": title, "unit": unit(name)}
         for key, column in ((pair[0], "first"), (pair[1], "reranked"), (name, "value")):
             if key in numbers:
                 row[column] = numbers[key]
@@ -198,7 +203,8 @@ def _stage(output: Path, name: str, stage: dict[str, Any]) -> Stage:
 def _scores(history: dict[str, dict[str, Any]]) -> list[Score]:
     measures = dict.fromkeys(key for stage in history.values() for key in stage["scores"])
     return [
-        Score(name=measure, after=[stage["scores"].get(measure) for stage in history.values()]) for measure in measures
+        Score(name=measure, after=[stage["scores"].get(measure) for stage in history.values()], unit=unit(measure))
+        for measure in measures
     ]
 
 
