@@ -4,7 +4,7 @@ from unimodal.tasks.base import Objective, Step, Task
 from unimodal.tasks.callbacks import EMA, LossLog, StageProof
 from unimodal.tasks.captioning import ITG, Captioning
 from unimodal.tasks.evaluation import Evaluation, EvaluationSettings
-from unimodal.tasks.generation import Flow, Generation
+from unimodal.tasks.generation import Conditioning, Flow, Generation
 from unimodal.tasks.joint import Joint
 from unimodal.tasks.matching import ITM, Matching
 from unimodal.tasks.optimizer import OptimizerSettings
@@ -16,6 +16,7 @@ __all__ = [
     "ITG",
     "ITM",
     "Captioning",
+    "Conditioning",
     "Evaluation",
     "EvaluationSettings",
     "Flow",

@@ -1,4 +1,4 @@
-"""Generation: the flow-matching objective on bridged queries and the task that trains it alone."""
+"""Generation: the flow-matching objective on bridged queries, what prepares the queries for it, and the task that trains it alone."""
 
 from typing import Any
 
@@ -7,7 +7,7 @@ from torch import Tensor
 
 from unimodal.config import ModelConfig
 from unimodal.diffusion import flow_path, sample_t
-from unimodal.losses import flow_matching_loss
+from unimodal.losses import conditioning_loss, flow_matching_loss
 from unimodal.tasks.base import Objective, Report, Step, Task
 
 
@@ -38,6 +38,29 @@ class Flow(Objective):
         t = sample_t(len(clean), mean=self.noise, device=clean.device)
         x_t, velocity = flow_path(clean, noise, t)
         return flow_matching_loss(head(x_t, t, condition), velocity), {"replaced": torch.tensor(replaced)}
+
+
+class Conditioning(Objective):
+    """The generation queries read a caption and foresee what the image queries will read in its picture: regression, token by token.
+
+    A generator that is later conditioned on them meets objects in their places instead of words in their order. OmniBridge (arXiv 2509.19018)
+    regresses its generation queries onto a text encoder's states, unCLIP's prior (arXiv 2204.06125) regresses text onto an image embedding;
+    here the target is the bridge's own reading of the image, which takes no gradient. A random share of the queries is replaced by the
+    caption's tokens, as at the start of `Flow`'s handover.
+    """
+
+    keys = ("image", "text", "text_mask")
+
+    def __call__(self, step: Step) -> tuple[Tensor, Report]:
+        target = step.image.bridged.detach()  # [B, N, W]
+        condition = step.model.generation_condition(step.text, float(torch.rand(())))
+        if condition.shape != target.shape:
+            raise ValueError(
+                f"Conditioning needs as many generation queries as image queries, got {condition.shape[1]} and {target.shape[1]}; "
+                "set bridge.queries.generate to the number of bridge.queries.image"
+            )
+        real = torch.ones(target.shape[:2], dtype=torch.bool, device=target.device)
+        return conditioning_loss(condition, target, real), {}
 
 
 class Generation(Task):

@@ -18,8 +18,8 @@ class OptimizerSettings:
     """How a stage steps.
 
     Args:
-        muon: factor of the rate of the hidden matrices, which Muon then steps; 0 leaves them to AdamW, as embeddings, query sets,
-            convolutions and vectors always are.
+        muon: factor of the rate of the hidden matrices and convolutions, which Muon then steps; 0 leaves them to AdamW, as embeddings,
+            query sets and vectors always are.
         lr: peak learning rate; a stage's factors multiply it per parameter.
         weight_decay: decay of matrices; vectors (biases, norms, scales) and query sets have none.
         betas: of Adam.
@@ -40,6 +40,33 @@ class OptimizerSettings:
             return progress / self.warmup
         rest = (progress - self.warmup) / (1 - self.warmup)
         return {"cosine": 0.5 * (1 + math.cos(math.pi * rest)), "linear": 1 - rest, "constant": 1.0}[self.decay]
+
+
+class HiddenMuon(torch.optim.Optimizer):
+    """Muon for matrices and for kernels [O, I, h, w], which it steps as the matrices [O, I h w] that they are applied as."""
+
+    def __init__(self, groups: list[dict[str, Any]]) -> None:
+        super().__init__(groups, {})
+        matrices = [{**g, "params": [p.detach().view(len(p), -1) for p in g["params"]]} for g in self.param_groups]
+        self.muon = torch.optim.Muon(matrices, adjust_lr_fn="match_rms_adamw")
+
+    def step(self, closure: Any = None) -> Any:
+        loss = None if closure is None else closure()
+        for group, flat in zip(self.param_groups, self.muon.param_groups, strict=True):
+            flat["lr"] = group["lr"]
+            for parameter, matrix in zip(group["params"], flat["params"], strict=True):
+                matrix.data = parameter.data.view(len(parameter), -1)  # a view: Muon moves the parameter itself
+                matrix.grad = None if parameter.grad is None else parameter.grad.view(len(parameter), -1)
+        self.muon.step()
+        return loss
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"muon": self.muon.state_dict(), "lr": [group["lr"] for group in self.param_groups]}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.muon.load_state_dict(state_dict["muon"])
+        for group, lr in zip(self.param_groups, state_dict["lr"], strict=True):
+            group["lr"] = lr
 
 
 class Together(torch.optim.Optimizer):
@@ -71,7 +98,7 @@ def build_optimizer(model: nn.Module, factors: dict[str, float], settings: Optim
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
             decays = parameter.ndim > 1 and "query_sets" not in name
-            hidden = settings.muon > 0 and decays and parameter.ndim == 2 and parameter not in embeddings
+            hidden = settings.muon > 0 and decays and parameter.ndim in (2, 4) and parameter not in embeddings
             groups.setdefault((hidden, factors[name], decays), []).append(parameter)
 
     def rows(hidden: bool) -> list[dict[str, Any]]:
@@ -87,7 +114,7 @@ def build_optimizer(model: nn.Module, factors: dict[str, float], settings: Optim
 
     parts: list[torch.optim.Optimizer] = []
     if rows(True):
-        parts.append(torch.optim.Muon(rows(True), adjust_lr_fn="match_rms_adamw"))
+        parts.append(HiddenMuon(rows(True)))
     if rows(False):
         parts.append(torch.optim.AdamW(rows(False), betas=settings.betas))
     return Together(parts)

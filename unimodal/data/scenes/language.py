@@ -12,13 +12,15 @@ from dataclasses import dataclass
 
 from unimodal.data.scenes.symbols import BACKGROUNDS, COLOURS, INVERSE, SHAPES, Random, Scene, SceneObject, pick
 
-# {a} and {b} are the pair, {ab} how a lies to b; {c} is the third object, {third} how it lies to both.
+# {a} and {b} are the pair, {ab} how a lies to b, {at_a} and {at_b} where in the picture they are; {c} is the third object, {third} how it
+# lies to both. A place named before its object teaches to look there: captioners learn "left of" late from relations alone.
 TEMPLATES = {
     2: (
         "a {a} is {ab} a {b} on a {background} background.",
         "there is a {a} {ab} a {b}; the background is {background}.",
         "on a {background} background, a {a} is {ab} a {b}.",
-        "the background is {background}, and a {a} sits {ab} a {b}.",
+        "the background is {background}; {at_a} sits a {a}, {at_b} a {b}.",
+        "{at_a} there is a {a}, and {at_b} a {b}.",
         "a {a} is {ab} a {b}.",
         "{ab} a {b} there is a {a}.",
         "this picture shows a {b} with a {a} {ab} it.",
@@ -33,6 +35,12 @@ TEMPLATES = {
 }
 SIZE_WORDS = {"small": ("small", "little"), "large": ("large", "big")}
 TEXTURE_WORDS = {"solid": ("solid", "plain"), "striped": ("striped", "striped")}
+PLACE_WORDS = {
+    "left": ("on the left", "at the left"),
+    "right": ("on the right", "at the right"),
+    "above": ("on top", "at the top"),
+    "below": ("on the bottom", "at the bottom"),
+}
 RELATION_WORDS = {
     "left": ("left of", "to the left of"),
     "right": ("right of", "to the right of"),
@@ -79,6 +87,8 @@ def write(scene: Scene, form: Form) -> str:
         names[:2], relation = names[1::-1], INVERSE[relation]
     return TEMPLATES[len(names)][form.template].format(
         ab=place(relation),
+        at_a=PLACE_WORDS[relation][form.relation_word],
+        at_b=PLACE_WORDS[INVERSE[relation]][form.relation_word],
         third=scene.third and place(scene.third),
         background=scene.background,
         **dict(zip("abc", names)),
@@ -94,13 +104,15 @@ def _any(words) -> str:
     return "|".join(sorted(words, key=len, reverse=True))
 
 
-_TABLES = (SIZE_WORDS, TEXTURE_WORDS, RELATION_WORDS)
+_TABLES = (SIZE_WORDS, TEXTURE_WORDS, RELATION_WORDS, PLACE_WORDS)
 _MEANING = {word: meaning for table in _TABLES for meaning, words in table.items() for word in words}
-_SIZE, _TEXTURE, _RELATION = (_any({word for words in table.values() for word in words}) for table in _TABLES)
+_SIZE, _TEXTURE, _RELATION, _PLACE = (_any({word for words in table.values() for word in words}) for table in _TABLES)
 _COLOUR, _SHAPE = _any(COLOURS), _any(SHAPES)
 _NAME = f"(?P<{{}}>(?:{_SIZE}) (?:(?:{_TEXTURE}) (?:{_COLOUR})|(?:{_COLOUR}) (?:{_TEXTURE})) (?:{_SHAPE}))"
 _SLOTS = {slot: _NAME.format(slot) for slot in "abc"} | {
     "ab": f"(?P<ab>{_RELATION})",
+    "at_a": f"(?P<at_a>{_PLACE})",
+    "at_b": f"(?P<at_b>{_PLACE})",
     "third": f"(?P<third>{_RELATION})",
     "background": f"(?P<background>{_any(BACKGROUNDS)})",
 }
@@ -123,7 +135,10 @@ def parse_caption(text: str) -> Scene | None:
             found = match.groupdict()
             objects = tuple(_object(found[slot]) for slot in "abc" if slot in found)
             third = _MEANING[found["third"]] if "third" in found else None
-            return Scene(objects, _MEANING[found["ab"]], found.get("background"), third)
+            relation = _MEANING[found.get("ab") or found["at_a"]]
+            if "at_b" in found and _MEANING[found["at_b"]] != INVERSE[relation]:
+                return None  # "on the left ..., at the top ...": says nothing of how the two lie to each other
+            return Scene(objects, relation, found.get("background"), third)
     return None
 
 
