@@ -15,10 +15,10 @@ from toy import toy_config, toy_model
 from unimodal import stages
 from unimodal.data.module import PairData
 from unimodal.data.scenes import Scenes
-from unimodal.tasks import ITC, ITG, ITM, EvaluationSettings, Flow, Joint, StageProof, Step, Task
+from unimodal.tasks import ITC, ITG, ITM, Conditioning, EvaluationSettings, Flow, Joint, StageProof, Step, Task
 
 SMALL = EvaluationSettings(rerank_k=3, captions=4, pictures=2, steps=2)
-OBJECTIVES = {"itc": ITC(matryoshka=True), "itm": ITM(), "itg": ITG(), "flow": Flow(handover=0.5)}
+OBJECTIVES = {"itc": ITC(matryoshka=True), "itm": ITM(), "itg": ITG(), "foresee": Conditioning(), "flow": Flow(handover=0.5)}
 DRAWING = {"bridge.query_sets.generate": 1.0, "heads.generation.*": 1.0}
 # What each objective's own head and query sets are called: a stage that trains only these must reach all of them.
 OWN = {
@@ -30,6 +30,7 @@ OWN = {
     },
     "itm": {"heads.matching.*": 1.0, "bridge.query_sets.image": 1.0},
     "itg": {"heads.captioning.*": 1.0, "bridge.query_sets.image": 1.0},
+    "foresee": {"bridge.query_sets.generate": 1.0},
     "flow": DRAWING,
 }
 
@@ -117,6 +118,21 @@ def test_padding_and_neighbours_change_nothing() -> None:
             one.model.text_embedding(one.model.encode_text(*one.processor.texts(some))) for some in (texts[:1], texts)
         )
     assert torch.allclose(alone[0], beside[0], atol=1e-5)
+
+
+def test_foreseeing_moves_the_reading_of_the_caption_and_never_that_of_the_image() -> None:
+    one = task(["foresee"])
+    step = Step(one.model, batch_of(one), 0.0)
+    loss, _ = OBJECTIVES["foresee"](step)
+    loss.backward()
+    got = {name for name, parameter in one.model.named_parameters() if parameter.grad is not None}
+    assert {"bridge.query_sets.generate", "bridge.token_embedding.weight"} < got
+    assert "bridge.query_sets.image" not in got and not any("vision" in name for name in got)
+
+    fewer = toy_config(bridge={"width": 32, "layers": 2, "heads": 2, "intermediate": 64, "queries": {"image": 4, "text": 3, "generate": 2}})
+    other = Joint(fewer, {"foresee": Conditioning()}, pretrained=False)
+    with pytest.raises(ValueError, match="as many generation queries as image queries, got 2 and 4; set bridge.queries.generate"):
+        other.training_forward(batch_of(other))
 
 
 def test_matching_uses_the_false_captions_of_the_reader(monkeypatch: pytest.MonkeyPatch) -> None:

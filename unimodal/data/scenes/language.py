@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from unimodal.data.scenes.symbols import BACKGROUNDS, COLOURS, INVERSE, SHAPES, Random, Scene, SceneObject, pick
 
 # {a} and {b} are the pair, {ab} how a lies to b, {at_a} and {at_b} where in the picture they are; {c} is the third object, {third} how it
-# lies to both. A place named before its object teaches to look there: captioners learn "left of" late from relations alone.
+# lies to both.
 TEMPLATES = {
     2: (
         "a {a} is {ab} a {b} on a {background} background.",
@@ -35,6 +35,9 @@ TEMPLATES = {
 }
 SIZE_WORDS = {"small": ("small", "little"), "large": ("large", "big")}
 TEXTURE_WORDS = {"solid": ("solid", "plain"), "striped": ("striped", "striped")}
+# Share of captions told from the right or from below. At one half, "left" and "right" say nothing about what is named first, and a model
+# that reads colours and shapes perfectly still finds no gradient towards which of them lies where (measured: a coin flip after 1500 steps).
+FROM_B = 0.25
 PLACE_WORDS = {
     "left": ("on the left", "at the left"),
     "right": ("on the right", "at the right"),
@@ -66,7 +69,7 @@ def sample_forms(rng: Random, objects: int, count: int = 5) -> list[Form]:
     templates = sorted(range(len(TEMPLATES[objects])), key=lambda _: rng.random())[:count]
     flag, two = (False, True), (0, 1)
     return [
-        Form(t, pick(rng, flag), pick(rng, flag), pick(rng, two), pick(rng, two), pick(rng, two)) for t in templates
+        Form(t, rng.random() < FROM_B, pick(rng, flag), pick(rng, two), pick(rng, two), pick(rng, two)) for t in templates
     ]
 
 

@@ -73,7 +73,7 @@ class Scene:
 
 
 def sample_scene(rng: Random, split: str, objects: int) -> Scene:
-    """A scene that the split allows. Its objects differ in shape and in colour."""
+    """A scene that the split allows, told from the left or from above. Its objects differ in shape and in colour."""
     while True:
         shapes, colours = list(SHAPES), list(COLOURS)
         made = []
@@ -82,8 +82,8 @@ def sample_scene(rng: Random, split: str, objects: int) -> Scene:
             shapes.remove(shape)
             colours.remove(colour)
             made.append(SceneObject(pick(rng, list(SIZES)), pick(rng, TEXTURES), colour, shape))
-        relation = pick(rng, list(INVERSE))
-        across = ("above", "below") if relation in ("left", "right") else ("left", "right")
+        relation = pick(rng, ("left", "above"))
+        across = ("above", "below") if relation == "left" else ("left", "right")
         third = pick(rng, across) if objects == 3 else None
         scene = Scene(tuple(made), relation, pick(rng, list(BACKGROUNDS)), third)
         if _allowed(scene, split):
