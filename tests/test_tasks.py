@@ -149,7 +149,7 @@ def test_matching_uses_the_false_captions_of_the_reader(monkeypatch: pytest.Monk
     OBJECTIVES["itm"](Step(one.model, batch, 1.0))
     assert len(seen["image"]) == 3 * 4 + 3  # true pairs, drawn texts, drawn images, given false captions
     assert seen["image"][12:].tolist() == [1, 2, 3]
-    assert torch.equal(seen["ids"][seen["text"][12:]], batch["negative_text"][1:])
+    assert torch.equal(seen["ids"][seen["text"][12:]], batch["negative_text"][1:, 0])
     drawn = list(zip(seen["image"][4:12].tolist(), seen["text"][4:12].tolist()))
     assert all(image != text for image, text in drawn)
 

@@ -1,6 +1,6 @@
 """The batch contract: the keys a batch may carry, their shapes, and a check that names what is missing.
 
-Legend: B images, C captions per image (1 unless a reader says otherwise), L text length, S image side.
+Legend: B images, K false captions per image, L text length, S image side.
 """
 
 from typing import Any
@@ -17,8 +17,8 @@ KEYS = {
     "text_mask": "bool [B, L], True on real tokens",
     "image_id": "long [B], equal for rows that show the same image; drives every multi-positive target and every false-negative mask",
     "text_id": "long [B], the caption",
-    "negative_text": "long [B, L], token ids of a caption that is wrong for the image (a swapped attribute or relation)",
-    "negative_mask": "bool [B, L], True on real tokens; a row without a negative is all False",
+    "negative_text": "long [B, K, L], token ids of captions that are wrong for the image (a swapped attribute or relation)",
+    "negative_mask": "bool [B, K, L], True on real tokens; all False in place of a caption that the reader does not have",
     "target": "float [B, 3, S, S] in [-1, 1], the picture to generate",
 }
 

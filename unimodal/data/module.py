@@ -35,7 +35,7 @@ def as_targets(pixels: Tensor, size: int) -> Tensor:
 
 
 class TrainingSamples(Dataset):
-    """Samples by (epoch, index): one picture, one of its captions, one wrong caption where the reader has them."""
+    """Samples by (epoch, index): one picture, one of its captions, false captions where the reader has them."""
 
     def __init__(
         self,
@@ -46,8 +46,9 @@ class TrainingSamples(Dataset):
         mirror: bool,
         target_size: int | None,
         cache: FeatureCache | None,
+        false_captions: int = 1,
     ):
-        self.pairs, self.processor, self.seed = pairs, processor, seed
+        self.pairs, self.processor, self.seed, self.false_captions = pairs, processor, seed, false_captions
         self.mirror, self.target_size, self.cache = mirror, target_size, cache
         self.arrays: dict[int, Tensor] = {}
 
@@ -63,14 +64,14 @@ class TrainingSamples(Dataset):
         captions = self.pairs.captions(index)
         chosen = draw.randrange(len(captions))
         caption = captions[chosen]
-        wrong = self.pairs.negatives(index, chosen)
+        false = self.pairs.negatives(index, chosen)
         mirrored = self.mirror and draw.random() < 0.5 and not any(word in SIDED for word in caption.lower().split())
         sample: dict[str, Any] = {
             "index": index,
             "image_id": self.pairs.image_id(index),
             "text_id": index * 1000 + chosen,
             "caption": caption,
-            "wrong": draw.choice(wrong) if wrong else None,
+            "false": draw.sample(false, min(self.false_captions, len(false))),
             "mirrored": mirrored,
         }
         if self.cache is None or self.target_size is not None:
@@ -82,20 +83,21 @@ class TrainingSamples(Dataset):
         return [self[key] for key in keys]
 
     def collate(self, samples: list[dict[str, Any]]) -> Batch:
-        wrong = [s["wrong"] for s in samples]
-        has_wrong = any(caption is not None for caption in wrong)
         captions = [s["caption"] for s in samples]
+        false = [caption for s in samples for caption in s["false"]]
         # Together, so that true and false captions are padded to one length.
-        ids, mask = self.processor.texts(captions + [w or c for w, c in zip(wrong, captions, strict=True)] * has_wrong)
+        ids, mask = self.processor.texts(captions + false)
         batch: Batch = {
             "image_id": torch.tensor([s["image_id"] for s in samples]),
             "text_id": torch.tensor([s["text_id"] for s in samples]),
             "text": ids[: len(samples)],
             "text_mask": mask[: len(samples)],
         }
-        if has_wrong:
-            batch["negative_text"], batch["negative_mask"] = ids[len(samples) :], mask[len(samples) :]
-            batch["negative_mask"][torch.tensor([w is None for w in wrong])] = False
+        if false:
+            given = torch.tensor([[k < len(s["false"]) for k in range(self.false_captions)] for s in samples])  # [B, K]
+            batch["negative_text"] = ids.new_zeros(*given.shape, ids.shape[1])  # [B, K, L]
+            batch["negative_mask"] = mask.new_zeros(batch["negative_text"].shape)
+            batch["negative_text"][given], batch["negative_mask"][given] = ids[len(samples) :], mask[len(samples) :]
         if self.cache is not None:
             batch["image_features"] = self.cache.read([s["index"] for s in samples], [s["mirrored"] for s in samples])
         else:
@@ -174,6 +176,7 @@ class PairData(pl.LightningDataModule):
         mirror: mirror pictures at random, except where the caption says left or right.
         feature_cache: folder of the frozen image tower's cached tokens; None runs the tower each time.
         target_size: side of the picture to generate; None leaves the target out.
+        false_captions: the reader's own false captions shown with each picture, where it has them.
         hard_neighbours: mined neighbours that stand beside each image in its batch; 0 draws batches at random.
         workers: loader processes.
     """
@@ -189,6 +192,7 @@ class PairData(pl.LightningDataModule):
         mirror: bool = False,
         feature_cache: str | None = None,
         target_size: int | None = None,
+        false_captions: int = 1,
         hard_neighbours: int = 0,
         workers: int = 0,
     ) -> None:
@@ -196,7 +200,7 @@ class PairData(pl.LightningDataModule):
         self.train, self.val, self.test = train, val, test
         self.tokenizer, self.batch_size, self.seed, self.mirror = tokenizer, batch_size, seed, mirror
         self.feature_cache, self.target_size, self.workers = feature_cache, target_size, workers
-        self.hard_neighbours = hard_neighbours
+        self.false_captions, self.hard_neighbours = false_captions, hard_neighbours
         self.neighbours: Tensor | None = None
         self.processor: Processor | None = None
         self.caches: dict[str, FeatureCache] = {}
@@ -239,6 +243,7 @@ class PairData(pl.LightningDataModule):
             mirror=self.mirror,
             target_size=self.target_size,
             cache=self.caches.get("train"),
+            false_captions=self.false_captions,
         )
         if self.hard_neighbours and self.neighbours is None:
             raise RuntimeError("hard_neighbours asks for mined neighbours, which the task mines in its setup")

@@ -45,10 +45,10 @@ class ITM(Objective):
         image_index = [rows, rows, wrong_image]
         text_index = [rows, wrong_text, rows]
         if self.false_captions and "negative_text" in batch:
-            given = batch["negative_mask"].any(dim=1)
+            given = batch["negative_mask"].any(dim=-1)  # [B, K]
             text = text.append(model.encode_text(batch["negative_text"][given], batch["negative_mask"][given]))
-            image_index.append(rows[given])
-            text_index.append(len(ids) + torch.arange(int(given.sum()), device=ids.device))
+            image_index.append(given.nonzero()[:, 0])
+            text_index.append(torch.arange(len(ids), len(text.ids), device=ids.device))
         pairs = torch.cat(image_index)
         logits = model.match(step.image, text, pairs, torch.cat(text_index))
         labels = (torch.arange(len(pairs), device=ids.device) < len(ids)).long()
