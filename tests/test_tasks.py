@@ -18,7 +18,13 @@ from unimodal.data.scenes import Scenes
 from unimodal.tasks import ITC, ITG, ITM, Conditioning, EvaluationSettings, Flow, Joint, StageProof, Step, Task
 
 SMALL = EvaluationSettings(rerank_k=3, captions=4, pictures=2, steps=2)
-OBJECTIVES = {"itc": ITC(matryoshka=True), "itm": ITM(), "itg": ITG(), "foresee": Conditioning(), "flow": Flow(handover=0.5)}
+OBJECTIVES = {
+    "itc": ITC(matryoshka=True),
+    "itm": ITM(),
+    "itg": ITG(),
+    "foresee": Conditioning(),
+    "flow": Flow(handover=0.5),
+}
 DRAWING = {"bridge.query_sets.generate": 1.0, "heads.generation.*": 1.0}
 # What each objective's own head and query sets are called: a stage that trains only these must reach all of them.
 OWN = {
@@ -129,9 +135,19 @@ def test_foreseeing_moves_the_reading_of_the_caption_and_never_that_of_the_image
     assert {"bridge.query_sets.generate", "bridge.token_embedding.weight"} < got
     assert "bridge.query_sets.image" not in got and not any("vision" in name for name in got)
 
-    fewer = toy_config(bridge={"width": 32, "layers": 2, "heads": 2, "intermediate": 64, "queries": {"image": 4, "text": 3, "generate": 2}})
+    fewer = toy_config(
+        bridge={
+            "width": 32,
+            "layers": 2,
+            "heads": 2,
+            "intermediate": 64,
+            "queries": {"image": 4, "text": 3, "generate": 2},
+        }
+    )
     other = Joint(fewer, {"foresee": Conditioning()}, pretrained=False)
-    with pytest.raises(ValueError, match="as many generation queries as image queries, got 2 and 4; set bridge.queries.generate"):
+    with pytest.raises(
+        ValueError, match="as many generation queries as image queries, got 2 and 4; set bridge.queries.generate"
+    ):
         other.training_forward(batch_of(other))
 
 
@@ -152,6 +168,38 @@ def test_matching_uses_the_false_captions_of_the_reader(monkeypatch: pytest.Monk
     assert torch.equal(seen["ids"][seen["text"][12:]], batch["negative_text"][1:, 0])
     drawn = list(zip(seen["image"][4:12].tolist(), seen["text"][4:12].tolist()))
     assert all(image != text for image, text in drawn)
+
+
+def test_false_captions_fill_their_places_and_no_more() -> None:
+    one = task(["itm"])
+    module = data(false_captions=20)  # more than any scene has
+    batch = batch_of(one, module)
+    pairs = module.train
+    assert isinstance(pairs, Scenes)
+    told = [[one.processor.decode(ids[mask].tolist()) for ids, mask in zip(*row) if mask.any()]
+            for row in zip(batch["negative_text"], batch["negative_mask"])]  # fmt: skip
+    assert batch["negative_text"].shape[:2] == (4, 20)
+    for image, false in zip(batch["image_id"].tolist(), told):
+        possible = [set(pairs.negatives(image, c)) for c in range(5)]
+        assert set(false) in possible and len(false) == len(set(false))
+
+
+def test_grey_pictures_keep_their_brightness_and_their_targets() -> None:
+    one = task(["itm"])
+    coloured, grey = batch_of(one), batch_of(one, data(grey=1.0))
+    assert torch.equal(coloured["target"], grey["target"])
+    pixels = (
+        one.processor.normalise(torch.zeros(3, 1, 1, dtype=torch.uint8)),
+        one.processor.normalise(torch.full((3, 1, 1), 255, dtype=torch.uint8)),
+    )
+    levels = (grey["image"] - pixels[0]) / (pixels[1] - pixels[0])
+    assert torch.allclose(levels[:, 0], levels[:, 1]) and torch.allclose(levels[:, 0], levels[:, 2])
+    luma = (
+        (coloured["image"] - pixels[0]) / (pixels[1] - pixels[0]) * torch.tensor([0.299, 0.587, 0.114]).view(3, 1, 1)
+    ).sum(1)
+    assert torch.allclose(levels[:, 0], luma, atol=0.6 / 255)
+    with pytest.raises(ValueError, match="grey=0.5 changes pictures, which a feature cache has already read"):
+        data(grey=0.5, feature_cache="features")
 
 
 def test_hard_neighbours_are_mined_and_stand_together(tmp_path: Path) -> None:
