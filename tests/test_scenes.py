@@ -58,10 +58,7 @@ def test_a_longer_split_begins_with_the_shorter(data, split: str, objects: int) 
 
 def test_the_stream_never_changes() -> None:
     """A data set that a checkpoint was trained on must be the same in every version."""
-    assert (
-        Scenes("train", count=1).captions(0)[0]
-        == "a little striped blue cross is over a big plain orange square."
-    )
+    assert Scenes("train", count=1).captions(0)[0] == "a little striped blue cross is over a big plain orange square."
     assert [Scenes(split, count=20).fingerprint() for split in SPLITS] == [
         "8ce01a058391c331",
         "c00e4549c971e0fc",

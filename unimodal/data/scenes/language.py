@@ -69,7 +69,8 @@ def sample_forms(rng: Random, objects: int, count: int = 5) -> list[Form]:
     templates = sorted(range(len(TEMPLATES[objects])), key=lambda _: rng.random())[:count]
     flag, two = (False, True), (0, 1)
     return [
-        Form(t, rng.random() < FROM_B, pick(rng, flag), pick(rng, two), pick(rng, two), pick(rng, two)) for t in templates
+        Form(t, rng.random() < FROM_B, pick(rng, flag), pick(rng, two), pick(rng, two), pick(rng, two))
+        for t in templates
     ]
 
 
