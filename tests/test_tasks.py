@@ -184,24 +184,6 @@ def test_false_captions_fill_their_places_and_no_more() -> None:
         assert set(false) in possible and len(false) == len(set(false))
 
 
-def test_grey_pictures_keep_their_brightness_and_their_targets() -> None:
-    one = task(["itm"])
-    coloured, grey = batch_of(one), batch_of(one, data(grey=1.0))
-    assert torch.equal(coloured["target"], grey["target"])
-    pixels = (
-        one.processor.normalise(torch.zeros(3, 1, 1, dtype=torch.uint8)),
-        one.processor.normalise(torch.full((3, 1, 1), 255, dtype=torch.uint8)),
-    )
-    levels = (grey["image"] - pixels[0]) / (pixels[1] - pixels[0])
-    assert torch.allclose(levels[:, 0], levels[:, 1]) and torch.allclose(levels[:, 0], levels[:, 2])
-    luma = (
-        (coloured["image"] - pixels[0]) / (pixels[1] - pixels[0]) * torch.tensor([0.299, 0.587, 0.114]).view(3, 1, 1)
-    ).sum(1)
-    assert torch.allclose(levels[:, 0], luma, atol=0.6 / 255)
-    with pytest.raises(ValueError, match="grey=0.5 changes pictures, which a feature cache has already read"):
-        data(grey=0.5, feature_cache="features")
-
-
 def test_hard_neighbours_are_mined_and_stand_together(tmp_path: Path) -> None:
     module = data(hard_neighbours=2)
     trainer(tmp_path, steps=1).fit(task(["itc"]), datamodule=module)

@@ -25,7 +25,7 @@ from rich.progress import track
 from rich.table import Table
 
 from unimodal import stages
-from unimodal.cli.finish import write_results
+from unimodal.cli.finish import METRICS, write_results
 from unimodal.config import nearest
 from unimodal.hub import Card, load_checkpoint, save_checkpoint
 from unimodal.tasks import Evaluation, Task
@@ -42,6 +42,7 @@ KEYS = (
     "stages",
     "checkpoint_every",
     "final",
+    "aims",
 )
 STAGE_KEYS = ("about", "model", "data", "trainer")
 console = Console()
@@ -75,6 +76,9 @@ def check_schedule(schedule: dict[str, Any]) -> None:
             raise ConfigError(
                 f"schedule: {key} is {schedule.get(key)!r}; expected a mapping of settings that all stages share"
             )
+    for name in schedule.get("aims", {}):
+        if name not in METRICS:
+            raise ConfigError(f"schedule: aims at an unknown measure {name!r}; {nearest(name, METRICS)}")
     if not schedule["stages"] or not isinstance(schedule["stages"], dict):
         raise ConfigError(
             f"schedule: stages is {schedule['stages']!r}; expected a mapping from stage name to its settings"
@@ -172,7 +176,7 @@ def _final_scores(
         "title": schedule.get("title", schedule.get("name", "A schedule of stages")),
         "summary": schedule.get("about", ""),
     }
-    content = write_results(output, task, pairs, evaluation, results, history, about)
+    content = write_results(output, task, pairs, evaluation, results, history, about, schedule.get("aims", {}))
     names = {"retrieval_first": "first stage", "retrieval_reranked": "reranked", "captions": "captions"}
     measured = [(name, results[key]) for key, name in names.items() if key in results]
     training = f"{about['summary']} Stages: " + "; ".join(

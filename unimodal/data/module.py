@@ -34,12 +34,6 @@ def as_targets(pixels: Tensor, size: int) -> Tensor:
     return targets
 
 
-def as_grey(pixels: Tensor) -> Tensor:
-    """Colours uint8 [..., 3, S, S] -> their luma (ITU-R BT.601) in all three channels."""
-    weights = torch.tensor([0.299, 0.587, 0.114]).view(3, 1, 1)
-    return (pixels * weights).sum(-3, keepdim=True).round().to(pixels.dtype).expand_as(pixels)
-
-
 class TrainingSamples(Dataset):
     """Samples by (epoch, index): one picture, one of its captions, false captions where the reader has them."""
 
@@ -53,10 +47,8 @@ class TrainingSamples(Dataset):
         target_size: int | None,
         cache: FeatureCache | None,
         false_captions: int = 1,
-        grey: float = 0.0,
     ):
-        self.pairs, self.processor, self.seed = pairs, processor, seed
-        self.false_captions, self.grey = false_captions, grey
+        self.pairs, self.processor, self.seed, self.false_captions = pairs, processor, seed, false_captions
         self.mirror, self.target_size, self.cache = mirror, target_size, cache
         self.arrays: dict[int, Tensor] = {}
 
@@ -81,7 +73,6 @@ class TrainingSamples(Dataset):
             "caption": caption,
             "false": draw.sample(false, min(self.false_captions, len(false))),
             "mirrored": mirrored,
-            "grey": draw.random() < self.grey,
         }
         if self.cache is None or self.target_size is not None:
             array = self.array(index)
@@ -110,8 +101,7 @@ class TrainingSamples(Dataset):
         if self.cache is not None:
             batch["image_features"] = self.cache.read([s["index"] for s in samples], [s["mirrored"] for s in samples])
         else:
-            shown = [as_grey(s["array"]) if s["grey"] else s["array"] for s in samples]
-            batch["image"] = self.processor.normalise(torch.stack(shown))
+            batch["image"] = self.processor.normalise(torch.stack([s["array"] for s in samples]))
         if self.target_size is not None:
             batch["target"] = as_targets(torch.stack([s["array"] for s in samples]), self.target_size)
         return batch
@@ -184,7 +174,6 @@ class PairData(pl.LightningDataModule):
         batch_size: images per step and rank, one caption each.
         seed: what every random choice of the data follows from.
         mirror: mirror pictures at random, except where the caption says left or right.
-        grey: share of training pictures shown in grey, so that shapes are learned apart from colours (as in SimCLR, arXiv 2002.05709).
         feature_cache: folder of the frozen image tower's cached tokens; None runs the tower each time.
         target_size: side of the picture to generate; None leaves the target out.
         false_captions: the reader's own false captions shown with each picture, where it has them.
@@ -201,7 +190,6 @@ class PairData(pl.LightningDataModule):
         batch_size: int = 64,
         seed: int = 0,
         mirror: bool = False,
-        grey: float = 0.0,
         feature_cache: str | None = None,
         target_size: int | None = None,
         false_captions: int = 1,
@@ -209,14 +197,10 @@ class PairData(pl.LightningDataModule):
         workers: int = 0,
     ) -> None:
         super().__init__()
-        if grey and feature_cache is not None:
-            raise ValueError(
-                f"grey={grey} changes pictures, which a feature cache has already read; set grey to 0 or feature_cache to null"
-            )
         self.train, self.val, self.test = train, val, test
         self.tokenizer, self.batch_size, self.seed, self.mirror = tokenizer, batch_size, seed, mirror
         self.feature_cache, self.target_size, self.workers = feature_cache, target_size, workers
-        self.false_captions, self.hard_neighbours, self.grey = false_captions, hard_neighbours, grey
+        self.false_captions, self.hard_neighbours = false_captions, hard_neighbours
         self.neighbours: Tensor | None = None
         self.processor: Processor | None = None
         self.caches: dict[str, FeatureCache] = {}
@@ -260,7 +244,6 @@ class PairData(pl.LightningDataModule):
             target_size=self.target_size,
             cache=self.caches.get("train"),
             false_captions=self.false_captions,
-            grey=self.grey,
         )
         if self.hard_neighbours and self.neighbours is None:
             raise RuntimeError("hard_neighbours asks for mined neighbours, which the task mines in its setup")

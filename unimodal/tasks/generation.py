@@ -43,10 +43,10 @@ class Flow(Objective):
 class Conditioning(Objective):
     """The generation queries read a caption and foresee what the image queries will read in its picture: regression, token by token.
 
-    A generator that is later conditioned on them meets objects in their places instead of words in their order. OmniBridge (arXiv
-    2509.19018) regresses its generation queries onto a text encoder's states, unCLIP's prior (arXiv 2204.06125) regresses text onto an image
-    embedding; here the target is the bridge's own reading of the image, which takes no gradient. A random share of the queries is replaced by
-    the caption's tokens, as at the start of `Flow`'s handover.
+    A generator that is later conditioned on them meets objects in their places instead of words in their order. OmniBridge regresses its
+    generation queries onto a text encoder's states (arXiv 2509.19018), unCLIP's prior regresses text onto an image embedding (arXiv
+    2204.06125); here the target is the bridge's own reading of the image, which takes no gradient. A random share of the queries is
+    replaced by the caption's tokens, as in `Flow`'s handover.
     """
 
     keys = ("image", "text", "text_mask")
