@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import fakehub
 import numpy as np
 import pytest
 import yaml
@@ -195,6 +196,16 @@ def test_generate_repeats_by_seed(model: Path, tmp_path: Path, capsys: pytest.Ca
         assert run(capsys, "generate", "a star", *options)[0] == 0
         drawn.append(Image.open(tmp_path / "x.png").tobytes())
     assert drawn[0] == drawn[1] != drawn[2]
+
+
+def test_doctor_asks_the_hub(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    with fakehub.running() as hub:
+        monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", hub.url)
+        status, output, _ = run(capsys, "doctor", "--hub")
+        assert status == 0 and "answers" in output
+    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", hub.url)  # nobody listens there any more
+    status, output, _ = run(capsys, "doctor", "--hub")
+    assert status == 1 and "does not" in output
 
 
 def test_doctor_replays(model: Path, capsys: pytest.CaptureFixture[str]) -> None:
