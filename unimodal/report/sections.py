@@ -1,5 +1,6 @@
 """The sections of a page, one function each: contents in, HTML out, every text escaped."""
 
+import re
 from collections.abc import Sequence
 from html import escape
 
@@ -44,7 +45,8 @@ def stage(place: int, data: Stage) -> str:
 
 
 def parts(title: str, groups: dict[str, int]) -> str:
-    rows = "".join(f"<li>{escape(name)} <b>{count(size)}</b></li>" for name, size in groups.items())
+    names = {name: re.sub(r"([._])", r"\1<wbr>", escape(name)) for name in groups}  # where a long name may break
+    rows = "".join(f"<li><span>{names[name]}</span> <b>{count(size)}</b></li>" for name, size in groups.items())
     return f"<div><h4>{title} <b>{count(sum(groups.values()))}</b></h4><ul>{rows or '<li>nothing</li>'}</ul></div>"
 
 
