@@ -32,14 +32,15 @@ ROOMS: dict[str, tuple[set[str], str]] = {
     ),
     "stages": ({"model", "config"}, "a stage sees a model's parameters, no losses and no data"),
     "hub": ({"model", "config", "data"}, "the hub saves and loads a model"),
+    "candidates": ({"model", "data"}, "choosing among candidates uses a model, it does not train one"),
     "tasks": (
-        {"model", "losses", "metrics", "diffusion", "stages", "data", "config", "hub"},
+        {"model", "losses", "metrics", "diffusion", "stages", "data", "config", "hub", "candidates"},
         "a task trains a model, it knows no command line",
     ),
     "search": ({"model", "hub", "data"}, "search uses a model, it does not train one"),
     "explain": ({"model", "hub", "data"}, "explaining uses a model, it does not train one"),
     "inference": (
-        {"model", "hub", "data", "search", "explain", "config"},
+        {"model", "hub", "data", "search", "explain", "config", "candidates"},
         "inference uses a model, it does not train one",
     ),
     "__main__": ({"cli"}, "it starts the command line"),

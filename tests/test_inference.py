@@ -285,6 +285,25 @@ def test_captions(model: Unimodal) -> None:
     assert isinstance(model.caption(IMAGES[0], num_beams=1, do_sample=True, top_p=0.9), str)
 
 
+def test_the_caption_that_agrees_most_is_chosen(model: Unimodal) -> None:
+    def write(images, candidates, **options):
+        generator = torch.Generator().manual_seed(3)
+        return model.caption(images, candidates=candidates, max_new_tokens=6, generator=generator, **options)
+
+    alone = write(IMAGES[:1], 1)
+    assert alone == write(IMAGES[:1], 1, match_scale=5.0)  # nothing to choose
+    generator = torch.Generator().manual_seed(3)
+    draws = [model.caption(IMAGES[:1], num_beams=1, do_sample=True, max_new_tokens=6, generator=generator) for _ in range(7)]
+    pool = [text for (text,) in [alone, *draws] if text]
+    for scale in (0.0, 3.0):
+        cosine = model.similarity(model.encode(IMAGES[:1]), model.encode(pool))[0]
+        logit = torch.as_tensor(model.predict([(IMAGES[0], text) for text in pool], activation_fn=lambda x: x))
+        assert write(IMAGES[:1], 8, match_scale=scale) == [pool[int((cosine + scale * logit).argmax())]]
+    assert len(set(pool)) > 1  # or there was nothing to choose from
+    with pytest.raises(ValueError, match="candidates: expected at least 1, got 0"):
+        write(IMAGES[:1], 0)
+
+
 def test_generated_images(model: Unimodal) -> None:
     def draw(prompt, **options):
         generator = torch.Generator().manual_seed(3)

@@ -19,6 +19,7 @@ from PIL import Image
 from torch import Tensor
 
 from unimodal import hub
+from unimodal.candidates import best_captions
 from unimodal.config import nearest
 from unimodal.data.items import Item, as_item, as_items, is_single
 from unimodal.data.processor import Processor
@@ -280,6 +281,8 @@ class Unimodal:
         images: Any,
         max_new_tokens: int = 30,
         num_beams: int = 3,
+        candidates: int = 1,
+        match_scale: float = 0.02,
         batch_size: int = 32,
         show_progress_bar: bool | None = None,
         **options: Any,
@@ -290,6 +293,9 @@ class Unimodal:
             images: one image or several.
             max_new_tokens: longest caption in tokens.
             num_beams: hypotheses kept; 1 is greedy.
+            candidates: captions written per image, of which the embedding and matching heads choose one: the decoder's own choice and
+                others drawn by their probability. 1 keeps the decoder's choice; more costs as many times the work.
+            match_scale: weight of the match logit beside the cosine when they choose.
             batch_size: images at a time.
             show_progress_bar: None shows one for several batches on a terminal.
             options: `do_sample`, `temperature`, `top_p`, `length_penalty`, `generator`: see `unimodal.heads.Decoding`.
@@ -312,8 +318,16 @@ class Unimodal:
         captions: list[str] = []
         for rows in progress(batches(len(items), batch_size), "Captioning", show_progress_bar):
             state = self.encoder.images([item.image for item in items[rows]])
-            ids = self.model.caption(state, max_new_tokens=max_new_tokens, num_beams=num_beams, **options)
-            captions += [self.processor.decode(row) for row in ids]
+            captions += best_captions(
+                self.model,
+                self.processor,
+                state,
+                candidates,
+                match_scale=match_scale,
+                max_new_tokens=max_new_tokens,
+                num_beams=num_beams,
+                **options,
+            )
         return captions[0] if is_single(images) else captions
 
     @torch.inference_mode()

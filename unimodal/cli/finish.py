@@ -44,6 +44,8 @@ def protocols(evaluation: Evaluation, results: dict[str, Any]) -> dict[str, str]
             )
     if "captions" in results:
         beams = f"{settings.num_beams} beams" if settings.num_beams > 1 else "greedy"
+        if settings.candidates > 1:
+            beams += f" and {settings.candidates - 1} drawn, the best by the model's own cosine + {settings.match_scale:g} match logit"
         out["caption_exact_attributes"] = (
             f"{where}; {len(results['written'])} images, {beams}; share of captions, parsed back to symbols, with every object's shape, "
             "colour, size and texture and the relation right and nothing invented"

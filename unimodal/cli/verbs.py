@@ -57,6 +57,7 @@ def parser() -> argparse.ArgumentParser:
     verb = verbs.add_parser("caption", parents=[model], help="caption images")
     verb.add_argument("paths", nargs="+", metavar="PATH", help="pictures, or folders of pictures")
     verb.add_argument("--num_beams", type=int, default=3, help="hypotheses kept; 1 is greedy")
+    verb.add_argument("--candidates", type=int, default=1, help="captions written, of which the model's own match score chooses one")
     verb.add_argument("--max_new_tokens", type=int, default=30, help="longest caption")
 
     verb = verbs.add_parser("generate", parents=[model], help="draw a picture from a text")
@@ -131,7 +132,13 @@ def rank(options: argparse.Namespace) -> None:
 def caption(options: argparse.Namespace) -> None:
     paths = _readable([Path(path) for path in _expand(options.paths)])
     model = _load(options)
-    captions = model.caption(paths, num_beams=options.num_beams, max_new_tokens=options.max_new_tokens)
+    captions = model.caption(
+        paths,
+        num_beams=options.num_beams,
+        candidates=options.candidates,
+        max_new_tokens=options.max_new_tokens,
+        generator=torch.Generator(model.device).manual_seed(0),
+    )
     for path, text in zip(paths, captions):
         print(f"{path}: {text}")
 

@@ -10,6 +10,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from unimodal.candidates import best_captions
 from unimodal.data.batch import Batch
 from unimodal.data.pairs import Pairs
 from unimodal.data.processor import Processor
@@ -26,9 +27,10 @@ class EvaluationSettings:
     Args:
         rerank_k: candidates per query that the matching head scores.
         combine: whether its score replaces the embedding's or is added to it.
-        match_scale: what the match logit is multiplied by before it is added (`sum` only).
+        match_scale: what the match logit is multiplied by before it is added to a cosine: under `sum`, and to choose a caption.
         captions: images to caption, from the start of the split; 0 for none.
         num_beams: beams of the captions.
+        candidates: captions written per image, of which the embedding and matching heads choose one; see `unimodal.candidates`.
         pictures: pictures to generate, for the first caption of as many images; 0 for none.
         steps: sampling steps of a picture.
         guidance_scale: classifier-free guidance of a picture.
@@ -40,6 +42,7 @@ class EvaluationSettings:
     match_scale: float = 1.0
     captions: int = 200
     num_beams: int = 1
+    candidates: int = 1
     pictures: int = 64
     steps: int = 20
     guidance_scale: float = 2.0
@@ -211,8 +214,16 @@ class Evaluation:
         for state in self.images:
             if len(written) >= count:
                 break
-            ids = self.model.caption(state, num_beams=self.settings.num_beams, max_new_tokens=length - 1)
-            written += [self.processor.decode(row) for row in ids]
+            written += best_captions(
+                self.model,
+                self.processor,
+                state,
+                self.settings.candidates,
+                match_scale=self.settings.match_scale,
+                generator=torch.Generator(self.image.bridged.device).manual_seed(len(written)),
+                num_beams=self.settings.num_beams,
+                max_new_tokens=length - 1,
+            )
         written = written[:count]
         protocol = replace(
             self.protocol(), images=count, captions=sum(len(self.pairs.captions(i)) for i in range(count))

@@ -1,0 +1,68 @@
+"""Best of several: one head writes candidates, the embedding and matching heads of the same model choose among them.
+
+DALL-E ranked its drawings by a second model, CLIP (Ramesh et al. 2021, arXiv 2102.12092, section 2.6), and BLIP filtered
+captions by its image-text match (Li et al. 2022, arXiv 2201.12086, section 3.3). Here writer and judge share one checkpoint.
+
+Legend: B images, K candidates, E embedding width.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from unimodal.data.processor import Processor
+from unimodal.model import ImageState, TextState, UnimodalModel
+
+
+@torch.no_grad()
+def agreement(model: UnimodalModel, image: ImageState, text: TextState, match_scale: float) -> Tensor:
+    """How well image b agrees with text b, [B] float32: cosine + match_scale * match logit, or the cosine alone without a matching head."""
+    images, texts = model.image_embedding(image).float(), model.text_embedding(text).float()
+    images = images if images.ndim == 3 else images[:, None]  # [B, 1 or N, E]
+    score = (images * texts[:, None]).sum(-1).amax(1)
+    if "matching" in model.heads:
+        row = torch.arange(len(score), device=score.device)
+        score = score + match_scale * model.match(image, text, row, row).float()
+    return score
+
+
+@torch.no_grad()
+def best_captions(
+    model: UnimodalModel,
+    processor: Processor,
+    image: ImageState,
+    candidates: int,
+    *,
+    match_scale: float,
+    generator: torch.Generator | None = None,
+    **settings: Any,
+) -> list[str]:
+    """One caption per image: the best of the decoder's own choice and K - 1 that are drawn by their probability.
+
+    Args:
+        candidates: K; 1 leaves nothing to choose.
+        match_scale: see `agreement`.
+        generator: source of randomness of the draws.
+        settings: see `unimodal.heads.Decoding`; those of a beam search hold for the first candidate only.
+
+    Raises:
+        ValueError: K below 1.
+    """
+    if candidates < 1:
+        raise ValueError(f"candidates: expected at least 1, got {candidates}")
+    drawn = {key: value for key, value in settings.items() if key not in ("num_beams", "length_penalty")}
+    ways = [settings] + [{**drawn, "do_sample": True}] * (candidates - 1)
+    written = [  # [K, B]
+        [processor.decode(ids) for ids in model.caption(image, generator=generator, **way)] for way in ways
+    ]
+    if candidates == 1:
+        return written[0]
+    scores = []
+    for captions in written:
+        ids, mask = processor.texts([caption or "." for caption in captions])  # an empty one cannot be read, and loses
+        text = model.encode_text(ids.to(image.tokens.device), mask.to(image.tokens.device))
+        empty = torch.tensor([not caption for caption in captions], device=image.tokens.device)
+        scores.append(agreement(model, image, text, match_scale).masked_fill(empty, -torch.inf))
+    best = torch.stack(scores).argmax(0).tolist()  # [B]
+    return [written[k][i] for i, k in enumerate(best)]
