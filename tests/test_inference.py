@@ -293,7 +293,9 @@ def test_the_caption_that_agrees_most_is_chosen(model: Unimodal) -> None:
     alone = write(IMAGES[:1], 1)
     assert alone == write(IMAGES[:1], 1, match_scale=5.0)  # nothing to choose
     generator = torch.Generator().manual_seed(3)
-    draws = [model.caption(IMAGES[:1], num_beams=1, do_sample=True, max_new_tokens=6, generator=generator) for _ in range(7)]
+    draws = [
+        model.caption(IMAGES[:1], num_beams=1, do_sample=True, max_new_tokens=6, generator=generator) for _ in range(7)
+    ]
     pool = [text for (text,) in [alone, *draws] if text]
     for scale in (0.0, 3.0):
         cosine = model.similarity(model.encode(IMAGES[:1]), model.encode(pool))[0]

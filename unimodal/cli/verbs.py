@@ -57,7 +57,9 @@ def parser() -> argparse.ArgumentParser:
     verb = verbs.add_parser("caption", parents=[model], help="caption images")
     verb.add_argument("paths", nargs="+", metavar="PATH", help="pictures, or folders of pictures")
     verb.add_argument("--num_beams", type=int, default=3, help="hypotheses kept; 1 is greedy")
-    verb.add_argument("--candidates", type=int, default=1, help="captions written, of which the model's own match score chooses one")
+    verb.add_argument(
+        "--candidates", type=int, default=1, help="captions written, of which the model's own match score chooses one"
+    )
     verb.add_argument("--max_new_tokens", type=int, default=30, help="longest caption")
 
     verb = verbs.add_parser("generate", parents=[model], help="draw a picture from a text")

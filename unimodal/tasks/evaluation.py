@@ -222,7 +222,7 @@ class Evaluation:
                 match_scale=self.settings.match_scale,
                 generator=torch.Generator(self.image.bridged.device).manual_seed(len(written)),
                 num_beams=self.settings.num_beams,
-                max_new_tokens=length - 1,
+                max_new_tokens=length - 2,  # with start and end it can be read again
             )
         written = written[:count]
         protocol = replace(
