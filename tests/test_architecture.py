@@ -37,6 +37,7 @@ ROOMS: dict[str, tuple[set[str], str]] = {
         {"model", "losses", "metrics", "diffusion", "stages", "data", "config", "hub", "candidates"},
         "a task trains a model, it knows no command line",
     ),
+    "merge": (set(), "merging takes state dicts"),
     "search": ({"model", "hub", "data"}, "search uses a model, it does not train one"),
     "explain": ({"model", "hub", "data"}, "explaining uses a model, it does not train one"),
     "inference": (
@@ -45,7 +46,20 @@ ROOMS: dict[str, tuple[set[str], str]] = {
     ),
     "__main__": ({"cli"}, "it starts the command line"),
     "cli": (
-        {"config", "tasks", "recipes", "data", "inference", "search", "explain", "hub", "metrics", "report", "stages"},
+        {
+            "config",
+            "tasks",
+            "recipes",
+            "data",
+            "inference",
+            "search",
+            "explain",
+            "hub",
+            "metrics",
+            "report",
+            "stages",
+            "merge",
+        },
         "the command line is the only entry point",
     ),
 }

@@ -24,7 +24,7 @@ from unimodal.losses.language import caption_loss
 from unimodal.losses.masked import masked_info_nce
 from unimodal.losses.matching import matching_loss, sample_hard_negatives
 from unimodal.losses.matryoshka import matryoshka
-from unimodal.losses.quantisation import initial_step, lsq, one_bit, quantised
+from unimodal.losses.quantisation import lsq, one_bit, quantised
 
 __all__ = [
     "Wrong",
@@ -33,7 +33,6 @@ __all__ = [
     "distillation_loss",
     "flow_matching_loss",
     "info_nce",
-    "initial_step",
     "lsq",
     "masked_info_nce",
     "matching_loss",

@@ -160,8 +160,8 @@ def sigmoid_loss(
         sign = torch.where(image_id[part, None] == other_id[None, :], 1.0, -1.0)  # [rows, T]
         return -F.logsigmoid(sign * (scale * similarity(image[part], others) + bias)).sum()
 
-    for block in distributed.ring_exchange(text, text_id) if gather else [(text, text_id)]:
-        total = total + _by_rows(partial(pairs, *block), len(image), rows)
+    for others, other_id in distributed.ring_exchange(text, text_id) if gather else [(text, text_id)]:
+        total = total + _by_rows(partial(pairs, others, other_id), len(image), rows)
     return total / image.shape[0]
 
 

@@ -17,11 +17,6 @@ from unimodal.losses.numerics import at_least_float32
 LEVELS = 127  # Q of a symmetric int8 code
 
 
-def initial_step(levels: int = LEVELS) -> float:
-    """LSQ's first step, `2 E|x| / sqrt(Q)`, for coordinates of unit variance and normal shape."""
-    return 2 * math.sqrt(2 / math.pi) / math.sqrt(levels)
-
-
 def lsq(x: Tensor, step: Tensor, levels: int = LEVELS) -> Tensor:
     """`clip(round(x / step), -Q, Q) * step`, with the gradients of LSQ; the shape of x [..., E].
 
