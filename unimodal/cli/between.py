@@ -6,12 +6,10 @@ from typing import Any, Literal
 
 from unimodal.cli.messages import ConfigError
 from unimodal.config import nearest
-from unimodal.data.module import PairData
 from unimodal.data.negatives import write_negatives
 from unimodal.hub import load_checkpoint, save_checkpoint
 from unimodal.merge import merge_weights
 from unimodal.search import Encoder, mine_negatives
-from unimodal.tasks import Task
 
 NEGATIVES = "negatives.jsonl"
 MINING = tuple(name for name in inspect.signature(mine_negatives).parameters if name not in ("encoder", "pairs"))
@@ -60,6 +58,8 @@ def check(stages: dict[str, dict[str, Any]]) -> None:
         if not any(stage[what].values()):
             raise ConfigError(f"{where}: merge gives no stage a weight above 0")
         models.append(name)
+    if what == "mine":
+        raise ConfigError(f"{where}: the last stage must leave weights to score; train or merge after mining")
 
 
 def merge_stages(weights: dict[str, float], folder: Path) -> None:
@@ -70,10 +70,11 @@ def merge_stages(weights: dict[str, float], folder: Path) -> None:
     save_checkpoint(model, processor, folder / "model")
 
 
-def mine_stage(settings: dict[str, Any], task: Task, data: PairData, folder: Path) -> dict[str, str]:
-    """Write the hard negatives of the training split; returns for how many queries there are some."""
-    assert data.train is not None
+def mine_stage(settings: dict[str, Any], cli: Any, folder: Path) -> dict[str, str]:
+    """Write the hard negatives of the training split of what `cli` built; returns for how many queries there are some."""
+    task, data = cli.model, cli.datamodule
     processor = data.bind(task.config, task.model.backbone)
-    header, rows = mine_negatives(Encoder(task.model, processor), data.train, **settings)
+    encoder = Encoder(task.model.to(cli.trainer.strategy.root_device), processor)
+    header, rows = mine_negatives(encoder, data.train, **settings)
     write_negatives(folder / NEGATIVES, header, rows)
     return header["kept"]

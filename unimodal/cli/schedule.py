@@ -20,6 +20,7 @@ import resource
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -153,7 +154,7 @@ def run_schedule(schedule: dict[str, Any], build: Callable[[dict[str, Any]], Any
         if done.exists():
             console.print(f"stage {name}: finished before, in {folder}")
         elif kind is not None:
-            cli = _run_between(kind, stage, name, folder, lambda config=config: build(config))
+            cli = _run_between(kind, stage, name, folder, partial(build, config))
         else:
             cli = build(config)
             _run_stage(cli, name, stage.get("about", ""), folder)
@@ -294,7 +295,7 @@ def _run_between(kind: str, stage: dict[str, Any], name: str, folder: Path, buil
         scores, proof = _scores(cli.model, cli.datamodule), "the weights are an average; nothing was trained"
     else:
         cli = build()
-        kept = between.mine_stage(stage["mine"], cli.model, cli.datamodule, folder)
+        kept = between.mine_stage(stage["mine"], cli, folder)
         scores, proof = (
             {},
             f"the weights are those before; negatives for {kept['images']} images, {kept['captions']} captions",

@@ -61,5 +61,5 @@ def masked_info_nce(
     if wrong is not None:
         blocks.append((row_similarity(query, wrong.embedding), wrong.given))
     limit = positive.detach() + margin
-    columns = [scale * s.masked_fill(~counts | (s.detach() > limit), float("-inf")) for s, counts in blocks]
+    columns = [(scale * s).masked_fill(~counts | (s.detach() > limit), float("-inf")) for s, counts in blocks]
     return (torch.cat([scale * positive, *columns], dim=1).logsumexp(dim=1) - scale * positive[:, 0]).mean()

@@ -101,8 +101,8 @@ def mine_negatives(
                 other.append(both)
                 place.append(torch.full_like(both, row))
             query, item = torch.cat(place), torch.cat(other)
-            pair = (query + rows.start, item)
-            judged = iter(scores(*(pair if of_images else pair[::-1]), cosine=cosine[query, item]))
+            image_rows, text_rows = (query + rows.start, item) if of_images else (item, query + rows.start)
+            judged = iter(scores(image_rows, text_rows, cosine[query, item]))
             for row, (positive, both) in enumerate(zip(same, other)):
                 scored = [(int(j), round(next(judged), 6)) for j in both]
                 right = [(j, score) for j, score in scored if positive[j]]
