@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from unimodal import stages
+from unimodal.chunks import by_chunks, refuse_coupled_rows
 from unimodal.config import ModelConfig
 from unimodal.data.batch import Batch, check_batch
 from unimodal.data.pairs import Pairs
@@ -22,7 +23,6 @@ from unimodal.data.processor import Processor
 from unimodal.hub import load_checkpoint
 from unimodal.losses import Wrong
 from unimodal.model import ImageState, TextState, UnimodalModel
-from unimodal.tasks.chunks import by_chunks, refuse_coupled_rows
 from unimodal.tasks.evaluation import Evaluation, EvaluationSettings
 from unimodal.tasks.mining import mine_neighbours
 from unimodal.tasks.optimizer import OptimizerSettings, build_optimizer
@@ -38,7 +38,7 @@ class Step:
         model: what reads.
         batch: what is read.
         progress: how far the stage is, from 0 to 1.
-        mini_batch_size: rows read at a time (GradCache, `unimodal.tasks.chunks`); None reads the whole batch at once.
+        mini_batch_size: rows read at a time (GradCache, `unimodal.chunks`); None reads the whole batch at once.
         states: whether an objective asks for more than embeddings. If none does, chunks leave nothing but embeddings.
     """
 
