@@ -34,9 +34,11 @@ ROOMS: dict[str, tuple[set[str], str]] = {
     "hub": ({"model", "config", "data"}, "the hub saves and loads a model"),
     "candidates": ({"model", "data"}, "choosing among candidates uses a model, it does not train one"),
     "tasks": (
-        {"model", "losses", "metrics", "diffusion", "stages", "data", "config", "hub", "candidates"},
+        {"model", "losses", "metrics", "diffusion", "stages", "data", "config", "hub", "candidates", "chunks"},
         "a task trains a model, it knows no command line",
     ),
+    "merge": (set(), "merging takes state dicts"),
+    "chunks": (set(), "reading in chunks takes a function and tensors"),
     "search": ({"model", "hub", "data"}, "search uses a model, it does not train one"),
     "explain": ({"model", "hub", "data"}, "explaining uses a model, it does not train one"),
     "inference": (
@@ -45,7 +47,20 @@ ROOMS: dict[str, tuple[set[str], str]] = {
     ),
     "__main__": ({"cli"}, "it starts the command line"),
     "cli": (
-        {"config", "tasks", "recipes", "data", "inference", "search", "explain", "hub", "metrics", "report", "stages"},
+        {
+            "config",
+            "tasks",
+            "recipes",
+            "data",
+            "inference",
+            "search",
+            "explain",
+            "hub",
+            "metrics",
+            "report",
+            "stages",
+            "merge",
+        },
         "the command line is the only entry point",
     ),
 }

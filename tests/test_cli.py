@@ -91,7 +91,10 @@ def test_wrong_settings(place, value, messages, tmp_path: Path, capsys: pytest.C
             "--aims.t2i_r1_frist=0.9",
             "schedule: aims at an unknown measure 't2i_r1_frist'; did you mean 't2i_r1_first'?",
         ),
-        ("--stages.second=3", "schedule stage 'second': expected a mapping of about, model, data, trainer, got 3"),
+        (
+            "--stages.second=3",
+            "schedule stage 'second': expected a mapping of about, model, data, trainer, mine, merge, got 3",
+        ),
         ("word", "unexpected argument 'word'; overrides read --key.key value"),
     ],
 )

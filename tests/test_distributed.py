@@ -17,13 +17,19 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from unimodal import distributed as ours
+from unimodal.chunks import by_chunks
 from unimodal.losses import (
+    Wrong,
     caption_loss,
     conditioning_loss,
+    distillation_loss,
     flow_matching_loss,
     info_nce,
+    masked_info_nce,
     matching_loss,
     matryoshka,
+    quantised,
+    row_similarity,
     sample_hard_negatives,
     sigmoid_loss,
     similarity,
@@ -42,6 +48,7 @@ class TwoTowers(nn.Module):
         self.text = nn.Linear(WIDTH, WIDTH)
         self.words = nn.Linear(WIDTH, LENGTH * VOCABULARY)
         self.logit_scale, self.logit_bias = nn.Parameter(torch.tensor(1.5)), nn.Parameter(torch.tensor(-2.0))
+        self.int8_step = nn.Parameter(torch.tensor(0.14))
         self.double()
 
     def forward(self, case: str, batch: dict[str, Tensor]) -> Tensor:
@@ -61,6 +68,8 @@ def whole_batch() -> dict[str, Tensor]:
         "image": image,
         "text": text,
         "target": torch.randn(ROWS, QUERIES, WIDTH, generator=generator, dtype=torch.float64),
+        "wrong": torch.randn(ROWS, 2, WIDTH, generator=generator, dtype=torch.float64),
+        "wrong_mask": torch.tensor([[1, 1], [0, 0], [1, 0], [0, 1], [0, 0], [0, 0]]).bool(),  # some ranks have none
         "image_id": torch.tensor([4, 2, 9, 4, 2, 7]),  # the same image on several ranks
         "ids": torch.randint(VOCABULARY, (ROWS, LENGTH), generator=generator),
         # The first rank has long captions, the last one short ones.
@@ -110,6 +119,48 @@ def prefix_loss(model: TwoTowers, batch: dict[str, Tensor]) -> Tensor:
     return matryoshka(base, *model.vectors(batch), dims=[2, WIDTH])
 
 
+def wrong_items(model: TwoTowers, batch: dict[str, Tensor]) -> Wrong:
+    return Wrong(F.normalize(model.text(batch["wrong"]), dim=-1), batch["wrong_mask"])
+
+
+def explicit_loss(model: TwoTowers, batch: dict[str, Tensor]) -> Tensor:
+    wrong, scale = wrong_items(model, batch), model.logit_scale.exp()
+    both = {"wrong_text": wrong, "wrong_image": wrong}
+    return info_nce(*model.vectors(batch), batch["image_id"], scale=scale, rows=2, **both)
+
+
+def explicit_pairwise_loss(model: TwoTowers, batch: dict[str, Tensor]) -> Tensor:
+    wrong, settings = wrong_items(model, batch), {"scale": model.logit_scale.exp(), "bias": model.logit_bias}
+    return sigmoid_loss(*model.vectors(batch), batch["image_id"], wrong_text=wrong, rows=2, **settings)
+
+
+def masked_loss(model: TwoTowers, batch: dict[str, Tensor]) -> Tensor:
+    settings = {"scale": model.logit_scale.exp(), "within": True, "wrong": wrong_items(model, batch)}
+    return masked_info_nce(*model.vectors(batch), batch["image_id"], **settings)
+
+
+def distilled_loss(model: TwoTowers, batch: dict[str, Tensor]) -> Tensor:
+    image, text = model.vectors(batch)
+    wrong = wrong_items(model, batch)
+    logits = model.logit_scale.exp() * row_similarity(image, torch.cat([text[:, None], wrong.embedding], dim=1))
+    given = torch.cat([torch.ones_like(wrong.given[:, :1]), wrong.given], dim=1)
+    return distillation_loss(logits, batch["target"][..., 0], given)
+
+
+def few_bits_loss(model: TwoTowers, batch: dict[str, Tensor]) -> Tensor:
+    base = partial(info_nce, image_id=batch["image_id"], scale=model.logit_scale.exp())
+    return quantised(base, *model.vectors(batch), step=model.int8_step)
+
+
+def chunked_loss(model: TwoTowers, batch: dict[str, Tensor]) -> Tensor:
+    """GradCache: the towers read a row at a time, and once more inside the backward."""
+    image = by_chunks(lambda x: model.vectors({"image": x, "text": x})[0], batch["image"], size=1)
+    text = by_chunks(lambda x: model.vectors({"image": x, "text": x})[1], batch["text"], size=1)
+    scale, bias = model.logit_scale.exp(), model.logit_bias
+    soft = info_nce(image, text, batch["image_id"], scale=scale, rows=2)
+    return soft + sigmoid_loss(image, text, batch["image_id"], scale=scale, bias=bias, rows=1)
+
+
 def velocity_loss(model: TwoTowers, batch: dict[str, Tensor]) -> Tensor:
     return flow_matching_loss(model.queries(batch), batch["target"], weight=batch["image_id"].double())
 
@@ -125,6 +176,12 @@ CASES = {
     "matching with hard negatives": pair_loss,
     "caption": next_word_loss,
     "matryoshka": prefix_loss,
+    "info_nce with wrong items": explicit_loss,
+    "sigmoid with wrong items": explicit_pairwise_loss,
+    "masked": masked_loss,
+    "distillation": distilled_loss,
+    "quantised": few_bits_loss,
+    "by chunks": chunked_loss,
     "flow": velocity_loss,
     "conditioning": state_loss,
 }

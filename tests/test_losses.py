@@ -11,12 +11,19 @@ from torch import Tensor
 from torch.autograd import gradcheck
 
 from unimodal.losses import (
+    Wrong,
     caption_loss,
     conditioning_loss,
+    distillation_loss,
     flow_matching_loss,
     info_nce,
+    lsq,
+    masked_info_nce,
     matching_loss,
     matryoshka,
+    one_bit,
+    quantised,
+    row_similarity,
     sample_hard_negatives,
     sigmoid_loss,
     similarity,
@@ -181,6 +188,189 @@ def test_sigmoid_gradient():
         lambda image, text, scale, bias: sigmoid_loss(image, text, IDS, scale=scale, bias=bias),
         [x.requires_grad_() for x in inputs],
     )
+
+
+# --- Items that are wrong for one row ---------------------------------------------------------------------------------
+
+GIVEN = torch.tensor([[1, 1], [1, 0], [0, 0], [0, 1]]).bool()
+
+
+def loop_own(row: Tensor, wrong: Wrong, i: int) -> list[float]:
+    """Similarities of row i with its own wrong items that are there."""
+    return [loop_scores(row[i : i + 1], wrong.embedding[i, k : k + 1])[0][0] for k in range(2) if wrong.given[i, k]]
+
+
+@pytest.mark.parametrize("shape", [(4, 6), (4, 3, 6)], ids=["vector", "per-query"])
+def test_row_similarity_equals_the_loop(shape):
+    image, texts = unit(*shape), unit(4, 2, 6)
+    text, images = unit(4, 6), unit(4, 2, *shape[1:])
+    for i in range(4):
+        for k in range(2):
+            assert close(row_similarity(image, texts)[i, k], loop_scores(image[i : i + 1], texts[i, k : k + 1])[0][0])
+            assert close(row_similarity(text, images)[i, k], loop_scores(images[i, k : k + 1], text[i : i + 1])[0][0])
+
+
+@pytest.mark.parametrize("rows", [None, 3])
+def test_info_nce_with_wrong_items_equals_the_loop(rows):
+    image, text = unit(4, 6), unit(4, 6)
+    wrong_text, wrong_image = Wrong(unit(4, 2, 6), GIVEN), Wrong(unit(4, 2, 6), GIVEN.flip(0))
+    scores, expected = loop_scores(image, text), 0.0
+    for row, wrong, score in (
+        (image, wrong_text, lambda i, j: scores[i][j]),
+        (text, wrong_image, lambda i, j: scores[j][i]),
+    ):
+        for i in range(4):
+            columns = [score(i, j) for j in range(4)] + loop_own(row, wrong, i)
+            log_sum = math.log(sum(math.exp(9.0 * s) for s in columns))
+            positive = [score(i, j) for j in range(4) if IDS[i] == IDS[j]]
+            target = 0.9 * sum(positive) / len(positive) + 0.1 * sum(score(i, j) for j in range(4)) / 4
+            expected += (log_sum - 9.0 * target) / 4 / 2
+    settings = {"scale": 9.0, "label_smoothing": 0.1, "wrong_text": wrong_text, "wrong_image": wrong_image}
+    assert close(info_nce(image, text, IDS, rows=rows, **settings), expected)
+
+
+@pytest.mark.parametrize("rows", [None, 3])
+def test_sigmoid_with_wrong_items_equals_the_loop(rows):
+    image, text = unit(4, 3, 6), unit(4, 6)
+    wrong_text, wrong_image = Wrong(unit(4, 2, 6), GIVEN), Wrong(unit(4, 2, 3, 6), GIVEN.flip(0))
+    expected = 4 * float(sigmoid_loss(image, text, IDS, scale=10.0, bias=-2.0))
+    for i in range(4):
+        images = [loop_scores(wrong_image.embedding[i, k : k + 1], text[i : i + 1])[0][0] for k in range(2)]
+        found = loop_own(image, wrong_text, i) + [s for k, s in enumerate(images) if wrong_image.given[i, k]]
+        expected += sum(math.log(1 + math.exp(10 * s - 2)) for s in found)
+    settings = {"scale": 10.0, "bias": -2.0, "wrong_text": wrong_text, "wrong_image": wrong_image}
+    assert close(sigmoid_loss(image, text, IDS, rows=rows, **settings), expected / 4)
+
+
+@pytest.mark.parametrize("loss", [info_nce, partial(sigmoid_loss, bias=-1.0)], ids=["softmax", "sigmoid"])
+@pytest.mark.parametrize("rows", [None, 2])
+def test_gradient_with_wrong_items(loss, rows):
+    """Row by row, too, and into the scale although some logits are minus infinity."""
+
+    def value(image, text, texts, images, scale):
+        wrong = {"wrong_text": Wrong(texts, GIVEN), "wrong_image": Wrong(images, GIVEN)}
+        return loss(image, text, IDS, scale=scale, rows=rows, **wrong)
+
+    inputs = (unit(4, 3), unit(4, 3), unit(4, 2, 3), unit(4, 2, 3), torch.tensor(3.0).double())
+    assert gradcheck(value, [x.requires_grad_() for x in inputs])
+
+
+def test_wrong_items_of_other_shape_are_named():
+    with pytest.raises(
+        ValueError, match=r"wrong items \(3, 2, 6\) with a mask \(3, 2\) for 4 rows; expected \[B, K, E\]"
+    ):
+        info_nce(unit(4, 6), unit(4, 6), IDS, scale=1.0, wrong_text=Wrong(unit(3, 2, 6), GIVEN[:3]))
+
+
+# --- Contrast with masked false negatives -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("within", [True, False])
+def test_masked_info_nce_equals_the_loop(within):
+    query, document, wrong = unit(4, 3), unit(4, 3), Wrong(unit(4, 2, 3), GIVEN)
+    found = [loop_scores(a, b) for a, b in ((query, document), (query, query), (document, document))]
+    expected, left_out = 0.0, 0
+    for i in range(4):
+        positive = found[0][i][i]
+        others = [s[i][j] for s in (found if within else found[:1]) for j in range(4) if IDS[i] != IDS[j]]
+        others += loop_own(query, wrong, i)
+        kept = [s for s in others if s <= positive + 0.1]
+        left_out += len(others) - len(kept)
+        expected += math.log(math.exp(5 * positive) + sum(math.exp(5 * s) for s in kept)) - 5 * positive
+    assert 0 < left_out < 20
+    assert close(masked_info_nce(query, document, IDS, scale=5.0, wrong=wrong, margin=0.1, within=within), expected / 4)
+
+
+def test_later_stages_drop_exactly_two_sums():
+    """Orthogonal pairs at scale 2: Z is e^2 + 1 without and e^2 + 3 with the sums within a modality."""
+    eye, ids = torch.eye(2, dtype=torch.float64), torch.arange(2)
+    assert close(masked_info_nce(eye, eye, ids, scale=2.0), math.log(1 + math.exp(-2)))
+    assert close(masked_info_nce(eye, eye, ids, scale=2.0, within=True), math.log(1 + 3 * math.exp(-2)))
+    assert masked_info_nce(eye, eye, torch.zeros(2), scale=2.0) == 0  # a duplicate is no negative
+
+
+def test_masked_info_nce_gradient():
+    inputs = (unit(4, 3), unit(4, 3), unit(4, 2, 3), torch.tensor(3.0).double())
+    assert gradcheck(
+        lambda q, d, w, scale: masked_info_nce(q, d, IDS, scale=scale, wrong=Wrong(w, GIVEN), within=True),
+        [x.requires_grad_() for x in inputs],
+    )
+
+
+def test_masked_info_nce_needs_one_vector_per_item():
+    with pytest.raises(ValueError, match=r"queries \(4, 3, 6\).*one vector per item"):
+        masked_info_nce(unit(4, 3, 6), unit(4, 6), IDS, scale=1.0)
+
+
+# --- Distillation -----------------------------------------------------------------------------------------------------
+
+
+def test_distillation_equals_the_loop():
+    logits, teacher = torch.randn(4, 3, dtype=torch.float64), torch.randn(4, 3, dtype=torch.float64)
+    given = torch.cat([torch.ones(4, 1).bool(), GIVEN], dim=1)
+    teacher = teacher.masked_fill(~given, math.nan)  # nobody knows what a teacher says of nothing
+    expected = 0.0
+    for i in range(4):
+        there = [c for c in range(3) if given[i, c]]
+        sums = [sum(math.exp(float(x[i, c]) / t) for c in there) for x, t in ((teacher, 2.0), (logits, 1.0))]
+        for c in there:
+            expected -= math.exp(float(teacher[i, c]) / 2) / sums[0] * (float(logits[i, c]) - math.log(sums[1]))
+    assert close(distillation_loss(logits, teacher, given, temperature=2.0), expected / 4)
+    assert close(distillation_loss(logits[:, :1], teacher[:, :1]), 0.0)  # nothing to order
+
+
+def test_distillation_gradient_reaches_the_student_alone():
+    student, teacher = (torch.randn(3, 4, dtype=torch.float64, requires_grad=True) for _ in range(2))
+    assert gradcheck(lambda x: distillation_loss(x, teacher), [student])
+    distillation_loss(student, teacher).backward()
+    assert teacher.grad is None
+    expected = (student.softmax(1) - teacher.softmax(1)) / 3  # of a cross-entropy
+    assert torch.allclose(student.grad, expected)
+    with pytest.raises(ValueError, match=r"logits \(3, 4\), teacher \(3, 3\)"):
+        distillation_loss(student, teacher[:, :3])
+    with pytest.raises(ValueError, match="Query 1 has no candidate"):
+        distillation_loss(student, teacher, torch.tensor([True, False, True])[:, None].expand(3, 4))
+
+
+# --- Few bits ---------------------------------------------------------------------------------------------------------
+
+
+def test_lsq_equals_the_loop_in_value_and_gradient():
+    """Against the rule of the paper: inside, x passes and the step gets round(x/s) - x/s; beyond, x stops and it gets -Q or Q."""
+    x = (2 * torch.randn(5, 4, dtype=torch.float64)).requires_grad_()
+    step, levels = torch.tensor(0.4, dtype=torch.float64, requires_grad=True), 3
+    weight = torch.randn(5, 4, dtype=torch.float64)
+    out = lsq(x, step, levels)
+    (out * weight).sum().backward()
+    expected_step, clipped = 0.0, 0
+    for value, w, code, grad in zip(*(t.flatten().tolist() for t in (x, weight, out, x.grad))):
+        ratio = value / 0.4
+        inside = abs(ratio) <= levels
+        clipped += not inside
+        level = round(ratio) if inside else math.copysign(levels, ratio)
+        assert close(code, level * 0.4) and close(grad, w if inside else 0.0)
+        expected_step += w * (level - ratio if inside else level)
+    assert 0 < clipped < 20
+    assert close(step.grad, expected_step / math.sqrt(4 * levels))
+
+
+def test_one_bit_is_the_sign_with_the_gradient_of_the_identity():
+    x = torch.tensor([0.3, -0.2, 0.0, 2.0], dtype=torch.float64, requires_grad=True)
+    out = one_bit(x)
+    (out * torch.arange(4)).sum().backward()
+    assert out.tolist() == [1, -1, -1, 1] and x.grad.tolist() == [0, 1, 2, 3]
+
+
+def test_quantised_is_the_mean_over_three_precisions():
+    image, text, step = unit(4, 16), unit(4, 16), torch.tensor(0.14, dtype=torch.float64)
+    loss = partial(info_nce, image_id=IDS, scale=9.0)
+    signs = [torch.where(x > 0, 1.0, -1.0).double() / 4 for x in (image, text)]
+    codes = [F.normalize((x * 4 / 0.14).round().clamp(-127, 127), dim=-1) for x in (image, text)]
+    assert close(quantised(loss, image, text, step=step), (loss(image, text) + loss(*codes) + loss(*signs)) / 3)
+    # Around it, Matryoshka quantises prefixes at the same step, in units of their own root mean square.
+    both = matryoshka(partial(quantised, loss, step=step), image, text, dims=[4, 16])
+    prefix = [F.normalize(x[:, :4], dim=-1) for x in (image, text)]
+    assert close(both, (quantised(loss, *prefix, step=step) + quantised(loss, image, text, step=step)) / 2)
 
 
 # --- Matching ---------------------------------------------------------------------------------------------------------

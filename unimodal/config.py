@@ -110,6 +110,8 @@ class EmbeddingConfig:
         gate: whether a learned gate mixes in the pooled backbone tokens (OmniBridge, arXiv 2509.19018).
         matryoshka: prefix widths that also serve as embeddings (the full width is always one).
         scale: initial inverse temperature.
+        bias: initial bias of the sigmoid loss (SigLIP starts at -10); None has no such parameter.
+        quantise: whether the model learns the step of its int8 codes (LSQ, arXiv 1902.08153), for training in few bits.
     """
 
     dim: int = 256
@@ -117,6 +119,8 @@ class EmbeddingConfig:
     gate: bool = True
     matryoshka: tuple[int, ...] = ()
     scale: float = 20.0
+    bias: float | None = None
+    quantise: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -16,6 +16,9 @@ from unimodal.bridge import QFormer
 from unimodal.config import ModelConfig
 from unimodal.layers import KeyValues
 
+# LSQ's `2 E|x| / sqrt(Q)` at Q = 127 for normal coordinates of unit variance.
+FIRST_INT8_STEP = 2 * math.sqrt(2 / math.pi) / math.sqrt(127)
+
 
 class ImageState(NamedTuple):
     """What the model read from B images: backbone tokens [B, T, D], their mask, bridged tokens [B, N, W], and, where the bridge writes the
@@ -29,6 +32,11 @@ class ImageState(NamedTuple):
     def select(self, index: Tensor) -> "ImageState":
         """Rows `index` [P], without what a captioner needs of them."""
         return ImageState(self.tokens[index], self.mask[index], self.bridged[index])
+
+    def append(self, other: "ImageState") -> "ImageState":
+        """These images, then `other`'s, without what a captioner needs of them."""
+        tokens, mask, bridged = (torch.cat(parts) for parts in zip(self[:3], other[:3], strict=True))
+        return ImageState(tokens, mask, bridged)
 
 
 class TextState(NamedTuple):
@@ -89,6 +97,8 @@ class UnimodalModel(nn.Module):
             pool="attention" if embedding.pool == "query" else embedding.pool, **shared
         )
         self.log_scale = nn.Parameter(torch.tensor(math.log(embedding.scale)))
+        self.pair_bias = None if embedding.bias is None else nn.Parameter(torch.tensor(float(embedding.bias)))
+        self.int8_step = nn.Parameter(torch.tensor(FIRST_INT8_STEP)) if embedding.quantise else None
         if (matching := config.matching) is not None:
             if matching.kind == "bridge":
                 self.heads["matching"] = heads.BridgeMatchingHead(width=bridge.width)
@@ -163,6 +173,22 @@ class UnimodalModel(nn.Module):
     def scale(self) -> Tensor:
         """The learned inverse temperature, at most 100 (CLIP, arXiv 2103.00020)."""
         return self.log_scale.clamp(max=math.log(100.0)).exp()
+
+    @property
+    def bias(self) -> Tensor:
+        """The learned bias of the sigmoid loss (SigLIP, arXiv 2303.15343)."""
+        if self.pair_bias is None:
+            raise ValueError(
+                "the sigmoid loss learns a bias and this model has none; set embedding.bias, for example to -10"
+            )
+        return self.pair_bias
+
+    @property
+    def step(self) -> Tensor:
+        """The learned step of int8 codes (LSQ, arXiv 1902.08153), in units of the root mean square coordinate."""
+        if self.int8_step is None:
+            raise ValueError("training in few bits learns a step and this model has none; set embedding.quantise")
+        return self.int8_step
 
     # Matching.
 

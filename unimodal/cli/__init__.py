@@ -18,6 +18,7 @@ VERBS = {
     "rank": ("verbs", "rank", "rank images against a text, or texts against an image"),
     "caption": ("verbs", "caption", "caption images"),
     "generate": ("verbs", "generate", "draw a picture from a text"),
+    "mine": ("verbs", "mine", "mine hard negatives of a split into a .jsonl file"),
     "push": ("verbs", "push", "push a checkpoint folder to the Hub"),
     "doctor": ("verbs", "doctor", "report versions, devices and, for a checkpoint, whether it replays"),
 }

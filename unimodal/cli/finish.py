@@ -174,14 +174,15 @@ def _metrics(numbers: dict[str, float], lines: dict[str, str], aims: dict[str, f
 
 def _stage(output: Path, name: str, stage: dict[str, Any]) -> Stage:
     losses: dict[str, list[tuple[int, float]]] = {}
-    rows = [json.loads(line) for line in (output / name / "losses.jsonl").read_text().splitlines()]
+    log = output / name / "losses.jsonl"
+    rows = [json.loads(line) for line in log.read_text().splitlines()] if log.exists() else []  # it may train nothing
     span = max(1, len(rows) // 120)  # mean of so many steps per point of the curve
     for start in range(0, len(rows), span):
         part = rows[start : start + span]
         for key in part[0]:
             if key != "step" and "/" not in key:
                 losses.setdefault(key, []).append((part[-1]["step"], float(np.mean([row[key] for row in part]))))
-    untouched = ", ".join(stage["untouched_heads"]) or "none"
+    untouched = ", ".join(stage.get("untouched_heads", ())) or "none"
     return Stage(
         name=name,
         goal=stage["about"],
@@ -191,7 +192,9 @@ def _stage(output: Path, name: str, stage: dict[str, Any]) -> Stage:
             for row in stage["parts"]
             if row["trained"] < row["parameters"]
         },
-        proof=f"frozen tensors bit-identical at the end; heads with bit-identical outputs: {untouched}",
+        proof=stage.get(
+            "proof", f"frozen tensors bit-identical at the end; heads with bit-identical outputs: {untouched}"
+        ),
         steps=stage["steps"],
         seconds=stage["seconds"],
         losses=losses,

@@ -10,6 +10,11 @@ from pytorch_lightning import Trainer
 from unimodal import config, tasks
 from unimodal.data.module import PairData
 
+
+class ConfigError(ValueError):
+    """A configuration that cannot be run; the message says which setting, and what to do."""
+
+
 NOISE = re.compile(
     r"Given value( type)?:|Subtypes:|Errors:|Does not validate against any of the Union|- Expected a <class 'NoneType'>|- None\b"
 )

@@ -6,6 +6,10 @@ starts from the weights of the stage before it, and leaves a folder of its own:
     <output>/<stage>/model/         the weights it ends with, as a shareable checkpoint
     <output>/<stage>/done.json      what it trained, how long it took, and every task's score after it
 
+A stage that trains nothing stands between others: `mine: {...}` writes hard negatives of the training split, found by the
+weights so far, as <stage>/negatives.jsonl, which later stages name in `data.negatives`; `merge: {a: 0.5, b: 0.5}` leaves
+the weighted average of earlier stages' weights.
+
 The same command again skips finished stages and goes on inside the interrupted one.
 """
 
@@ -16,6 +20,7 @@ import resource
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +30,9 @@ from rich.progress import track
 from rich.table import Table
 
 from unimodal import stages
+from unimodal.cli import between
 from unimodal.cli.finish import METRICS, write_results
+from unimodal.cli.messages import ConfigError
 from unimodal.config import nearest
 from unimodal.hub import Card, load_checkpoint, save_checkpoint
 from unimodal.tasks import Evaluation, Task
@@ -44,12 +51,8 @@ KEYS = (
     "final",
     "aims",
 )
-STAGE_KEYS = ("about", "model", "data", "trainer")
+STAGE_KEYS = ("about", "model", "data", "trainer", "mine", "merge")
 console = Console()
-
-
-class ConfigError(ValueError):
-    """A configuration that cannot be run; the message says which setting, and what to do."""
 
 
 def merge(base: Any, overlay: Any) -> Any:
@@ -89,6 +92,7 @@ def check_schedule(schedule: dict[str, Any]) -> None:
         for key in stage:
             if key not in STAGE_KEYS:
                 raise ConfigError(f"schedule stage {name!r}: unknown key {key!r}; {nearest(key, STAGE_KEYS)}")
+    between.check(schedule["stages"])
 
 
 def peak_memory_mb() -> float:
@@ -143,13 +147,17 @@ def run_schedule(schedule: dict[str, Any], build: Callable[[dict[str, Any]], Any
     history: dict[str, dict[str, Any]] = {}
     cli = None
     for name, folder, config in stage_configs(schedule):
-        _refuse_other_settings(folder, config)
+        stage = schedule["stages"][name]
+        kind = between.kind(stage)
+        _refuse_other_settings(folder, config if kind is None else {**config, kind: stage[kind]})
         done = folder / "done.json"
         if done.exists():
             console.print(f"stage {name}: finished before, in {folder}")
+        elif kind is not None:
+            cli = _run_between(kind, stage, name, folder, partial(build, config))
         else:
             cli = build(config)
-            _run_stage(cli, name, schedule["stages"][name].get("about", ""), folder)
+            _run_stage(cli, name, stage.get("about", ""), folder)
         history[name] = json.loads(done.read_text())
         print_history({stage: row["scores"] for stage, row in history.items()}, "validation after each stage")
     _final_scores(schedule, folder.parent, folder / "model", cli or build(config), history)
@@ -203,9 +211,16 @@ def stage_configs(schedule: dict[str, Any]) -> Iterator[tuple[str, Path, dict[st
     check_schedule(schedule)
     output = Path(schedule.get("output", f"checkpoints/{schedule.get('name', 'schedule')}"))
     previous: Path | None = None
+    trained: dict[str, Any] = {}
     for name, overlay in schedule["stages"].items():
-        yield name, output / name, _stage_config(schedule, overlay, output / name, previous)
-        previous = output / name / "model"
+        if between.kind(overlay) is None:
+            trained = overlay
+        if between.kind(overlay) == "merge":
+            previous = output / name / "model"  # it begins with what it makes
+        # A stage between others is built, and scored, as the trained stage before it was.
+        yield name, output / name, _stage_config(schedule, trained, output / name, previous)
+        if between.kind(overlay) is None:
+            previous = output / name / "model"
 
 
 def _stage_config(
@@ -213,6 +228,9 @@ def _stage_config(
 ) -> dict[str, Any]:
     config = {key: schedule[key] for key in ("seed_everything", "model", "data", "trainer") if key in schedule}
     config = merge(config, {key: overlay[key] for key in ("model", "data", "trainer") if key in overlay})
+    given = config["data"].get("negatives")
+    if isinstance(given, str) and given in schedule["stages"]:
+        config["data"]["negatives"] = str(folder.parent / given / between.NEGATIVES)
     config.setdefault("trainer", {})["default_root_dir"] = str(folder)
     resume = {
         "class_path": "pytorch_lightning.callbacks.ModelCheckpoint",
@@ -252,16 +270,7 @@ def _run_stage(cli: Any, name: str, about: str, folder: Path) -> None:
     trainer.callbacks.append(_Clock(clock, spent, started))
     trainer.fit(task, datamodule=data, ckpt_path=str(resume) if resume.exists() else None)
     task.model.eval()
-    scorer = pl.Trainer(
-        logger=False,
-        enable_checkpointing=False,
-        enable_model_summary=False,
-        enable_progress_bar=False,
-        devices=1,
-        accelerator="auto",
-    )
-    scorer.validate(task, datamodule=data, verbose=False)
-    scores = {key.removeprefix("val/"): float(value) for key, value in scorer.callback_metrics.items()}
+    scores = _scores(task, data)
     save_stage(task, folder)
     done = {
         "about": about,
@@ -274,6 +283,49 @@ def _run_stage(cli: Any, name: str, about: str, folder: Path) -> None:
     }
     (folder / "done.json").write_text(json.dumps(done, indent=1))
     resume.unlink(missing_ok=True)
+
+
+def _run_between(kind: str, stage: dict[str, Any], name: str, folder: Path, build: Callable[[], Any]) -> Any:
+    """Run a stage that trains nothing; returns what was built to score or to mine with."""
+    about, started = stage.get("about", ""), time.monotonic()
+    console.print(f"stage {name}: {about}")
+    if kind == "merge":
+        between.merge_stages(stage["merge"], folder)
+        cli = build()  # starts from the merged weights
+        scores, proof = _scores(cli.model, cli.datamodule), "the weights are an average; nothing was trained"
+    else:
+        cli = build()
+        kept = between.mine_stage(stage["mine"], cli, folder)
+        scores, proof = (
+            {},
+            f"the weights are those before; negatives for {kept['images']} images, {kept['captions']} captions",
+        )
+        console.print(proof)
+    done = {
+        "about": about,
+        "steps": 0,
+        "seconds": time.monotonic() - started,
+        "peak_memory_mb": peak_memory_mb(),
+        "scores": scores,
+        "parts": [],
+        "proof": proof,
+    }
+    (folder / "done.json").write_text(json.dumps(done, indent=1))
+    return cli
+
+
+def _scores(task: Task, data: Any) -> dict[str, float]:
+    """Every task's score on the validation split."""
+    scorer = pl.Trainer(
+        logger=False,
+        enable_checkpointing=False,
+        enable_model_summary=False,
+        enable_progress_bar=False,
+        devices=1,
+        accelerator="auto",
+    )
+    scorer.validate(task, datamodule=data, verbose=False)
+    return {key.removeprefix("val/"): float(value) for key, value in scorer.callback_metrics.items()}
 
 
 class _Clock(pl.Callback):

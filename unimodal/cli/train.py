@@ -11,8 +11,8 @@ import yaml
 from pytorch_lightning import Trainer
 from pytorch_lightning.cli import LightningCLI
 
-from unimodal.cli.messages import short
-from unimodal.cli.schedule import ConfigError, merge, run_schedule, save_stage, stage_configs
+from unimodal.cli.messages import ConfigError, short
+from unimodal.cli.schedule import merge, run_schedule, save_stage, stage_configs
 from unimodal.data.module import PairData
 from unimodal.recipes import recipe
 from unimodal.tasks import LossLog, StageProof, Task

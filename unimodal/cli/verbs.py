@@ -1,4 +1,4 @@
-"""The verbs that use a model: `unimodal embed|search|rank|caption|generate|push`, and the one parser of them all.
+"""The verbs that use a model: `unimodal embed|search|rank|caption|generate|mine|push`, and the one parser of them all.
 
 Results go to standard output, messages to standard error. What a user can get wrong is one line and status 1; a file
 that cannot be read is named and left out, and the others are done.
@@ -18,6 +18,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from unimodal.cli import mine as mining
 from unimodal.cli.doctor import examine
 from unimodal.data.images import load_image
 from unimodal.data.items import SUFFIXES
@@ -70,6 +71,9 @@ def parser() -> argparse.ArgumentParser:
     verb.add_argument(
         "--guidance_scale", type=float, default=2.0, help="1 follows the text as learned, more overdoes it"
     )
+
+    verb = verbs.add_parser("mine", parents=[model], help="mine hard negatives of a split into a .jsonl file")
+    mining.add_arguments(verb)
 
     verb = verbs.add_parser("push", help="push a checkpoint folder to the Hub")
     verb.add_argument("folder", type=Path, help=f"a checkpoint, for example {DEFAULT_MODEL}")
@@ -156,6 +160,11 @@ def generate(options: argparse.Namespace) -> None:
     )
     drawn.images[0].save(options.out)
     print(options.out)
+
+
+@_verb
+def mine(options: argparse.Namespace) -> None:
+    mining.mine(options, _load(options).encoder)
 
 
 @_verb

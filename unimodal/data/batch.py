@@ -19,6 +19,12 @@ KEYS = {
     "text_id": "long [B], the caption",
     "negative_text": "long [B, K, L], token ids of captions that are wrong for the image (a swapped attribute or relation)",
     "negative_mask": "bool [B, K, L], True on real tokens; all False in place of a caption that the reader does not have",
+    "negative_text_logit": "float [B, K], mined match logits of the image with those captions; NaN where there is none",
+    "negative_image": "float [B, K, 3, S, S], pictures that are wrong for the caption; zeros in place of one that is not there",
+    "negative_image_features": "float [B, K, T, C], their cached features (instead of negative_image)",
+    "negative_image_mask": "bool [B, K], which of them are there",
+    "negative_image_logit": "float [B, K], mined match logits of the caption with those pictures; NaN where there is none",
+    "match_logit": "float [B], mined match logit of the image with its own caption, from a file that a matching head judged",
     "target": "float [B, 3, S, S] in [-1, 1], the picture to generate",
 }
 

@@ -4,6 +4,7 @@ Everything random about a training sample (its place in the epoch, its caption, 
 resumed run sees exactly the batches that an uninterrupted one would have seen.
 """
 
+import math
 import random
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,6 +20,7 @@ from unimodal.backbones import TwoTowers
 from unimodal.config import ModelConfig
 from unimodal.data.batch import Batch
 from unimodal.data.features import FeatureCache
+from unimodal.data.negatives import Negatives, read_negatives
 from unimodal.data.pairs import Pairs
 from unimodal.data.processor import Processor, scenes_tokenizer
 from unimodal.data.sampler import hard_batches, random_batches
@@ -35,7 +37,7 @@ def as_targets(pixels: Tensor, size: int) -> Tensor:
 
 
 class TrainingSamples(Dataset):
-    """Samples by (epoch, index): one picture, one of its captions, false captions where the reader has them."""
+    """Samples by (epoch, index): one picture, one of its captions, false captions where the reader has them, mined wrong ones."""
 
     def __init__(
         self,
@@ -47,7 +49,11 @@ class TrainingSamples(Dataset):
         target_size: int | None,
         cache: FeatureCache | None,
         false_captions: int = 1,
+        mined: Negatives | None = None,
+        hard_texts: int = 1,
+        hard_images: int = 1,
     ):
+        self.mined, self.hard_texts, self.hard_images = mined, hard_texts, hard_images
         self.pairs, self.processor, self.seed, self.false_captions = pairs, processor, seed, false_captions
         self.mirror, self.target_size, self.cache = mirror, target_size, cache
         self.arrays: dict[int, Tensor] = {}
@@ -74,6 +80,14 @@ class TrainingSamples(Dataset):
             "false": draw.sample(false, min(self.false_captions, len(false))),
             "mirrored": mirrored,
         }
+        sample["false_logits"] = [math.nan] * len(sample["false"])
+        if self.mined is not None:
+            texts, images = self.mined.texts.get(index, []), self.mined.images.get((index, chosen), [])
+            for j, c, score in draw.sample(texts, min(self.hard_texts, len(texts))):
+                sample["false"].append(self.pairs.captions(j)[c])
+                sample["false_logits"].append(score)
+            sample["wrong"] = draw.sample(images, min(self.hard_images, len(images)))
+            sample["match_logit"] = self.mined.own.get((index, chosen), 0.0)  # nobody asks where there is no negative
         if self.cache is None or self.target_size is not None:
             array = self.array(index)
             sample["array"] = array.flip(-1) if mirrored else array
@@ -93,11 +107,19 @@ class TrainingSamples(Dataset):
             "text": ids[: len(samples)],
             "text_mask": mask[: len(samples)],
         }
-        if false:
-            given = torch.tensor([[k < len(s["false"]) for k in range(self.false_captions)] for s in samples])  # [B, K]
+        places = self.false_captions + (self.hard_texts if self.mined is not None else 0)
+        if false or (self.mined is not None and places):
+            given = torch.tensor([[k < len(s["false"]) for k in range(places)] for s in samples])  # [B, K]
             batch["negative_text"] = ids.new_zeros(*given.shape, ids.shape[1])  # [B, K, L]
             batch["negative_mask"] = mask.new_zeros(batch["negative_text"].shape)
             batch["negative_text"][given], batch["negative_mask"][given] = ids[len(samples) :], mask[len(samples) :]
+        if self.mined is not None:
+            batch |= self._mined_images(samples)
+            if self.mined.judged_by_match:
+                batch["match_logit"] = torch.tensor([s["match_logit"] for s in samples])
+                if places:
+                    batch["negative_text_logit"] = torch.full(given.shape, math.nan)
+                    batch["negative_text_logit"][given] = torch.tensor([x for s in samples for x in s["false_logits"]])
         if self.cache is not None:
             batch["image_features"] = self.cache.read([s["index"] for s in samples], [s["mirrored"] for s in samples])
         else:
@@ -105,6 +127,30 @@ class TrainingSamples(Dataset):
         if self.target_size is not None:
             batch["target"] = as_targets(torch.stack([s["array"] for s in samples]), self.target_size)
         return batch
+
+    def _mined_images(self, samples: list[dict[str, Any]]) -> Batch:
+        """The pictures that are wrong for each caption, [B, K, ...], with what is known of them."""
+        assert self.mined is not None
+        if not self.hard_images:
+            return {}
+        given = torch.tensor([[k < len(s["wrong"]) for k in range(self.hard_images)] for s in samples])  # [B, K]
+        shape: tuple[int, ...]
+        rows = [j for s in samples for j, _ in s["wrong"]]
+        out: Batch = {"negative_image_mask": given}
+        if self.cache is not None:
+            pictures = self.cache.read(rows)
+            key, shape = "negative_image_features", tuple(self.cache.shape[2:])
+        else:
+            arrays = [self.array(j) for j in rows]
+            pictures = self.processor.normalise(torch.stack(arrays)) if rows else torch.empty(0)
+            key, shape = "negative_image", (3, self.processor.image_size, self.processor.image_size)
+        out[key] = torch.zeros(*given.shape, *shape)
+        if rows:
+            out[key][given] = pictures
+        if self.mined.judged_by_match:
+            out["negative_image_logit"] = torch.full(given.shape, math.nan)
+            out["negative_image_logit"][given] = torch.tensor([score for s in samples for _, score in s["wrong"]])
+        return out
 
 
 class TrainingLoader:
@@ -178,6 +224,9 @@ class PairData(pl.LightningDataModule):
         target_size: side of the picture to generate; None leaves the target out.
         false_captions: the reader's own false captions shown with each picture, where it has them.
         hard_neighbours: mined neighbours that stand beside each image in its batch; 0 draws batches at random.
+        negatives: file of hard negatives of the training split (`unimodal mine`); in a schedule also the name of a stage that mines.
+        hard_texts: captions of that file shown with each picture, drawn anew in every epoch.
+        hard_images: pictures of that file shown with each caption.
         workers: loader processes.
     """
 
@@ -194,6 +243,9 @@ class PairData(pl.LightningDataModule):
         target_size: int | None = None,
         false_captions: int = 1,
         hard_neighbours: int = 0,
+        negatives: str | None = None,
+        hard_texts: int = 1,
+        hard_images: int = 1,
         workers: int = 0,
     ) -> None:
         super().__init__()
@@ -201,6 +253,7 @@ class PairData(pl.LightningDataModule):
         self.tokenizer, self.batch_size, self.seed, self.mirror = tokenizer, batch_size, seed, mirror
         self.feature_cache, self.target_size, self.workers = feature_cache, target_size, workers
         self.false_captions, self.hard_neighbours = false_captions, hard_neighbours
+        self.negatives, self.hard_texts, self.hard_images = negatives, hard_texts, hard_images
         self.neighbours: Tensor | None = None
         self.processor: Processor | None = None
         self.caches: dict[str, FeatureCache] = {}
@@ -244,6 +297,9 @@ class PairData(pl.LightningDataModule):
             target_size=self.target_size,
             cache=self.caches.get("train"),
             false_captions=self.false_captions,
+            mined=None if self.negatives is None else read_negatives(self.negatives, self.train),
+            hard_texts=self.hard_texts,
+            hard_images=self.hard_images,
         )
         if self.hard_neighbours and self.neighbours is None:
             raise RuntimeError("hard_neighbours asks for mined neighbours, which the task mines in its setup")

@@ -8,7 +8,7 @@ from unimodal.tasks.generation import Conditioning, Flow, Generation
 from unimodal.tasks.joint import Joint
 from unimodal.tasks.matching import ITM, Matching
 from unimodal.tasks.optimizer import OptimizerSettings
-from unimodal.tasks.retrieval import ITC, Retrieval
+from unimodal.tasks.retrieval import ITC, Distillation, EmbeddingObjective, MaskedITC, Retrieval, SigmoidITC
 
 __all__ = [
     "EMA",
@@ -17,16 +17,20 @@ __all__ = [
     "ITM",
     "Captioning",
     "Conditioning",
+    "Distillation",
+    "EmbeddingObjective",
     "Evaluation",
     "EvaluationSettings",
     "Flow",
     "Generation",
     "Joint",
     "LossLog",
+    "MaskedITC",
     "Matching",
     "Objective",
     "OptimizerSettings",
     "Retrieval",
+    "SigmoidITC",
     "StageProof",
     "Step",
     "Task",

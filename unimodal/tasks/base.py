@@ -15,11 +15,13 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from unimodal import stages
+from unimodal.chunks import by_chunks, refuse_coupled_rows
 from unimodal.config import ModelConfig
 from unimodal.data.batch import Batch, check_batch
 from unimodal.data.pairs import Pairs
 from unimodal.data.processor import Processor
 from unimodal.hub import load_checkpoint
+from unimodal.losses import Wrong
 from unimodal.model import ImageState, TextState, UnimodalModel
 from unimodal.tasks.evaluation import Evaluation, EvaluationSettings
 from unimodal.tasks.mining import mine_neighbours
@@ -32,33 +34,138 @@ Report = dict[str, Tensor]
 class Step:
     """One training step's reads of a batch, each made once, when an objective first asks for it.
 
-    `progress` runs from 0 to 1 over the stage.
+    Args:
+        model: what reads.
+        batch: what is read.
+        progress: how far the stage is, from 0 to 1.
+        mini_batch_size: rows read at a time (GradCache, `unimodal.chunks`); None reads the whole batch at once.
+        states: whether an objective asks for more than embeddings. If none does, chunks leave nothing but embeddings.
     """
 
-    def __init__(self, model: UnimodalModel, batch: Batch, progress: float) -> None:
+    def __init__(
+        self,
+        model: UnimodalModel,
+        batch: Batch,
+        progress: float,
+        mini_batch_size: int | None = None,
+        states: bool = True,
+    ) -> None:
         self.model, self.batch, self.progress = model, batch, progress
+        self.mini_batch_size, self.states = mini_batch_size, states
+
+    # Token states.
+
+    def _read_image(self, pixels: Tensor | None, features: Tensor | None) -> ImageState:
+        return self.model.encode_image(pixels, features=features)
 
     @cached_property
     def image(self) -> ImageState:
-        return self.model.encode_image(self.batch.get("image"), features=self.batch.get("image_features"))
+        pixels, features = self.batch.get("image"), self.batch.get("image_features")
+        return by_chunks(self._read_image, pixels, features, size=self.mini_batch_size)
 
     @cached_property
     def text(self) -> TextState:
-        return self.model.encode_text(self.batch["text"], self.batch["text_mask"])
+        return by_chunks(self.model.encode_text, self.batch["text"], self.batch["text_mask"], size=self.mini_batch_size)
+
+    @cached_property
+    def negative_text(self) -> TextState:
+        """The false captions that are there, in the order of `negative_text_given`; at least one must be."""
+        return by_chunks(self.model.encode_text, *self._negative_ids, size=self.mini_batch_size)
+
+    @cached_property
+    def negative_image(self) -> ImageState:
+        """The wrong pictures that are there, in the order of `negative_image_given`; at least one must be."""
+        return by_chunks(self._read_image, *self._negative_pixels, size=self.mini_batch_size)
+
+    # Embeddings.
 
     @cached_property
     def image_embedding(self) -> Tensor:
-        return self.model.image_embedding(self.image)
+        return self._embed_images(self.batch.get("image"), self.batch.get("image_features"), "image")
 
     @cached_property
     def text_embedding(self) -> Tensor:
-        return self.model.text_embedding(self.text)
+        return self._embed_texts(self.batch["text"], self.batch["text_mask"], "text")
+
+    @cached_property
+    def wrong_text(self) -> Wrong | None:
+        """Embeddings [B, K, E] of the false captions of each picture; None where the batch has none."""
+        given = self.negative_text_given
+        if given is None or not given.any():
+            return None if given is None else self._nothing_wrong(given, self.text_embedding)
+        return _spread(self._embed_texts(*self._negative_ids, "negative_text"), given)
+
+    @cached_property
+    def wrong_image(self) -> Wrong | None:
+        """Embeddings [B, K, E] or [B, K, N, E] of the wrong pictures of each caption; None where the batch has none."""
+        given = self.negative_image_given
+        if given is None or not given.any():
+            return None if given is None else self._nothing_wrong(given, self.image_embedding)
+        return _spread(self._embed_images(*self._negative_pixels, "negative_image"), given)
+
+    @property
+    def negative_text_given(self) -> Tensor | None:
+        """Which false captions are there, [B, K]; None where the batch has no such key."""
+        return self.batch["negative_mask"].any(dim=-1) if "negative_text" in self.batch else None
+
+    @property
+    def negative_image_given(self) -> Tensor | None:
+        """Which wrong pictures are there, [B, K]; None where the batch has no such key."""
+        return self.batch.get("negative_image_mask")
+
+    @property
+    def _negative_ids(self) -> tuple[Tensor, Tensor]:
+        given = self.negative_text_given
+        return self.batch["negative_text"][given], self.batch["negative_mask"][given]
+
+    @property
+    def _negative_pixels(self) -> tuple[Tensor | None, Tensor | None]:
+        given = self.batch["negative_image_mask"]
+        pixels, features = self.batch.get("negative_image"), self.batch.get("negative_image_features")
+        return None if pixels is None else pixels[given], None if features is None else features[given]
+
+    def _embed_images(self, pixels: Tensor | None, features: Tensor | None, state: str) -> Tensor:
+        if self.states or self.mini_batch_size is None:
+            return self.model.image_embedding(getattr(self, state))
+        return by_chunks(
+            lambda *chunk: self.model.image_embedding(self._read_image(*chunk)),
+            pixels,
+            features,
+            size=self.mini_batch_size,
+        )
+
+    def _embed_texts(self, ids: Tensor, mask: Tensor, state: str) -> Tensor:
+        if self.states or self.mini_batch_size is None:
+            return self.model.text_embedding(getattr(self, state))
+        return by_chunks(
+            lambda *chunk: self.model.text_embedding(self.model.encode_text(*chunk)),
+            ids,
+            mask,
+            size=self.mini_batch_size,
+        )
+
+    def _nothing_wrong(self, given: Tensor, like: Tensor) -> Wrong:
+        """No wrong item in any row: other ranks may have some, and all ranks exchange alike."""
+        return Wrong(like.new_zeros(*given.shape, *like.shape[1:]), given)
+
+
+def _spread(embedding: Tensor, given: Tensor) -> Wrong:
+    """Rows [G, ...] to the G places that are True in `given` [B, K], zeros elsewhere."""
+    out = embedding.new_zeros(*given.shape, *embedding.shape[1:])
+    out[given] = embedding
+    return Wrong(out, given)
 
 
 class Objective:
-    """A loss with its weight and the batch keys it reads. Subclasses compute it from a `Step`."""
+    """A loss with its weight and the batch keys it reads. Subclasses compute it from a `Step`.
+
+    Attributes:
+        keys: what the batch must have.
+        states: whether it reads token states, beyond embeddings.
+    """
 
     keys: tuple[str, ...] = ()
+    states = True
 
     def __init__(self, weight: float = 1.0) -> None:
         self.weight = weight
@@ -79,6 +186,8 @@ class Task(pl.LightningModule):
         init_from: a checkpoint folder or Hub id whose weights the stage starts from. Not for resuming: that is `--ckpt_path`.
         pretrained: without `init_from`, start the towers from the sources that `config` names.
         seed: what the randomness of every step follows from.
+        mini_batch_size: rows read at a time, so that the memory of a large batch is that of a small one (GradCache,
+            arXiv 2101.06983) at the price of a second reading. None reads the whole batch at once.
     """
 
     def __init__(
@@ -91,8 +200,14 @@ class Task(pl.LightningModule):
         init_from: str | None = None,
         pretrained: bool = True,
         seed: int = 0,
+        mini_batch_size: int | None = None,
     ) -> None:
         super().__init__()
+        if mini_batch_size is not None and mini_batch_size < 1:
+            raise ValueError(
+                f"mini_batch_size: expected at least 1, or None for the whole batch, got {mini_batch_size}"
+            )
+        self.mini_batch_size = mini_batch_size
         torch.manual_seed(seed)  # the first weights, too, follow from the seed
         self.config, self.objectives, self.trainable = config, objectives, trainable or {"*": 1.0}
         self.optimizer, self.settings, self.init_from, self.seed = optimizer, evaluation, init_from, seed
@@ -121,7 +236,10 @@ class Task(pl.LightningModule):
     def training_forward(self, batch: Batch) -> tuple[Losses, Report]:
         """Losses by objective name (unweighted), and what else is worth logging."""
         total = self.trainer.estimated_stepping_batches if self._trainer is not None else 1
-        step = Step(self.model, batch, self.global_step / total)
+        if self.mini_batch_size is not None:
+            refuse_coupled_rows(self.model.named_modules())
+        states = any(objective.states for objective in self.objectives.values())
+        step = Step(self.model, batch, self.global_step / total, self.mini_batch_size, states)
         losses: Losses = {}
         report: Report = {}
         for name, objective in self.objectives.items():

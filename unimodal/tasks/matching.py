@@ -14,14 +14,15 @@ class ITM(Objective):
     """Does this text describe this image? One true pair and hard negatives per image (ALBEF, arXiv 2107.07651; BLIP-2, arXiv 2301.12597).
 
     Negatives are drawn from the rank's own batch by softmax(hardness * scale * cosine), never of the same image: one text for each image
-    and one image for each text; and the reader's own false captions (`negative_text`), where it has them. The hardness rises linearly over
-    the first part of the stage, since negatives mined by an embedding that already fits the training set teach nothing at first.
+    and one image for each text; and the batch's own wrong items, where it has them: false captions (`negative_text`) of the reader or
+    mined ones, and mined pictures (`negative_image`). The hardness rises linearly over the first part of the stage, since negatives drawn
+    by an embedding that already fits the training set teach nothing at first.
 
     Args:
         weight: weight in the sum of losses.
         hardness: exponent of the draw at the end of the ramp; 0 draws uniformly.
         ramp: share of the stage over which the hardness rises from 0.
-        false_captions: also use the reader's false captions.
+        false_captions: also use the batch's own wrong items.
     """
 
     keys = ("image", "text", "text_mask", "image_id")
@@ -33,7 +34,7 @@ class ITM(Objective):
         self.hardness, self.ramp, self.false_captions = hardness, ramp, false_captions
 
     def __call__(self, step: Step) -> tuple[Tensor, Report]:
-        model, batch, ids = step.model, step.batch, step.batch["image_id"]
+        model, ids = step.model, step.batch["image_id"]
         hardness = self.hardness * (min(1.0, step.progress / self.ramp) if self.ramp else 1.0)
         # Read with gradient, even if first asked for here: other objectives share these reads.
         image_embedding, text_embedding = step.image_embedding, step.text_embedding
@@ -41,16 +42,19 @@ class ITM(Objective):
             scores = hardness * model.scale * similarity(image_embedding, text_embedding)
             wrong_text, wrong_image = sample_hard_negatives(scores, ids, ids)
         rows = torch.arange(len(ids), device=ids.device)
-        text = step.text
+        image, text = step.image, step.text
         image_index = [rows, rows, wrong_image]
         text_index = [rows, wrong_text, rows]
-        if self.false_captions and "negative_text" in batch:
-            given = batch["negative_mask"].any(dim=-1)  # [B, K]
-            text = text.append(model.encode_text(batch["negative_text"][given], batch["negative_mask"][given]))
+        if self.false_captions and (given := step.negative_text_given) is not None and given.any():  # [B, K]
+            text = text.append(step.negative_text)
             image_index.append(given.nonzero()[:, 0])
             text_index.append(torch.arange(len(ids), len(text.ids), device=ids.device))
+        if self.false_captions and (given := step.negative_image_given) is not None and given.any():
+            image = image.append(step.negative_image)
+            image_index.append(torch.arange(len(ids), len(image.tokens), device=ids.device))
+            text_index.append(given.nonzero()[:, 0])
         pairs = torch.cat(image_index)
-        logits = model.match(step.image, text, pairs, torch.cat(text_index))
+        logits = model.match(image, text, pairs, torch.cat(text_index))
         labels = (torch.arange(len(pairs), device=ids.device) < len(ids)).long()
         correct = (logits.detach() > 0).long() == labels
         # Balanced: two negatives per positive make 2/3 of "always no" right.
