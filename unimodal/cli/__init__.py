@@ -19,6 +19,7 @@ VERBS = {
     "caption": ("verbs", "caption", "caption images"),
     "generate": ("verbs", "generate", "draw a picture from a text"),
     "push": ("verbs", "push", "push a checkpoint folder to the Hub"),
+    "data": ("verbs", "data", "check a data set before training: unimodal data check PATH"),
     "doctor": ("verbs", "doctor", "report versions, devices and, for a checkpoint, whether it replays"),
 }
 

@@ -1,4 +1,4 @@
-"""The verbs that use a model: `unimodal embed|search|rank|caption|generate|push`, and the one parser of them all.
+"""The verbs that use a model: `unimodal embed|search|rank|caption|generate|push`, and the one parser of all that do not train.
 
 Results go to standard output, messages to standard error. What a user can get wrong is one line and status 1; a file
 that cannot be read is named and left out, and the others are done.
@@ -18,6 +18,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from unimodal.cli.data import add_parser, check_data
 from unimodal.cli.doctor import examine
 from unimodal.data.images import load_image
 from unimodal.data.items import SUFFIXES
@@ -77,6 +78,8 @@ def parser() -> argparse.ArgumentParser:
     verb.add_argument("--private", action="store_true", default=None, help="make a new repository private")
     verb.add_argument("--revision", help="the branch to commit to")
     verb.add_argument("--create_pr", action="store_true", help="open a pull request")
+
+    add_parser(verbs)
 
     verb = verbs.add_parser("doctor", help="report versions, devices and, for a checkpoint, whether it replays")
     verb.add_argument("--model", type=Path, help="a checkpoint folder, whose stored example is computed again")
@@ -170,6 +173,11 @@ def push(options: argparse.Namespace) -> None:
         create_pr=options.create_pr,
     )
     print(commit.pr_url or commit.commit_url)
+
+
+@_verb
+def data(options: argparse.Namespace) -> int:
+    return check_data(options)
 
 
 @_verb

@@ -21,7 +21,7 @@ class WebDatasetTars(Listed):
     shards cannot.
 
     Args:
-        pattern: the shards, with wildcards: "data/train-*.tar". They are read in the order of their names.
+        pattern: the shards, with wildcards: "data/train-*.tar"; or a list of files. They are read in the order of their names.
         split: what this split is called.
         on_error: as for `KarpathyJson`.
 
@@ -30,8 +30,9 @@ class WebDatasetTars(Listed):
         ValueError: a file is no plain tar, or truncated; a member leaves the shard, or is a link; a bad caption.
     """
 
-    def __init__(self, pattern: str | Path, *, split: str, on_error: OnError = "raise") -> None:
-        shards = sorted(Path(path) for path in glob.glob(str(pattern)))
+    def __init__(self, pattern: str | Path | list[str], *, split: str, on_error: OnError = "raise") -> None:
+        files = pattern if isinstance(pattern, list) else glob.glob(str(pattern))
+        shards = sorted(Path(path) for path in files)
         if not shards:
             raise FileNotFoundError(f"no file fits {str(pattern)!r}; expected tar shards, such as 'data/train-*.tar'")
         samples = [sample for shard in shards for sample in _index(shard)]
