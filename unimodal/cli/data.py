@@ -8,7 +8,7 @@ from rich.console import Console
 from rich.markup import escape
 from transformers import AutoTokenizer
 
-from unimodal.data.audit import Finding, audit
+from unimodal.data.findings import Finding, audit
 from unimodal.data.guess import open_splits
 from unimodal.data.pairs import Pairs, is_gallery
 from unimodal.data.processor import scenes_tokenizer

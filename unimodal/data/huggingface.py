@@ -16,7 +16,7 @@ class HuggingFaceDataset(Listed):
         dataset: a `datasets.Dataset`; a folder that `save_to_disk` wrote; or what `datasets.load_dataset` takes, a folder
             of files or a Hub id.
         name: configuration of a dataset that has several.
-        split: such as "test" or "train[:1000]"; needed where there are several.
+        split: such as "test" or "train[:1000]"; needed where there are several, and the name of a dataset in memory.
         revision: branch, tag or commit on the Hub.
         image: column of the picture, of type `datasets.Image`.
         captions: column of a caption or of a list of them, or several columns.
@@ -67,13 +67,16 @@ class HuggingFaceDataset(Listed):
         # Undecoded: load_image has limits and messages of its own.
         self.pictures = table.select_columns([image]).cast_column(image, datasets.Image(decode=False))
         self.column = image
-        found: dict[str, Sample] = {}
+        found: dict[str, tuple[int, list[Any], set[str]]] = {}
         for row, (group, said, tags) in enumerate(_rows(table, texts, labels, key)):
-            first = found.setdefault(group, Sample(group, [], Path(), start=row))
-            first.captions.extend(said)
-            found[group] = Sample(group, first.captions, Path(), first.start, labels=first.labels | tags)
+            _, all_said, all_tags = found.setdefault(group, (row, [], set()))
+            all_said += said
+            all_tags |= tags
+        samples = [
+            Sample(group, said, Path(), start=row, labels=frozenset(tags)) for group, (row, said, tags) in found.items()
+        ]
         source = str(dataset) if isinstance(dataset, str | Path) else table.info.dataset_name or "dataset"
-        super().__init__(Path(source).name, split or str(table.split or "all"), list(found.values()), on_error)
+        super().__init__(Path(source).name, split or str(table.split or "all"), samples, on_error)
 
     def source(self, sample: Sample) -> Path | bytes:
         picture = self.pictures[sample.start][self.column]
@@ -109,17 +112,17 @@ def _one_split(dataset: Any, split: str | None) -> Any:
 
 def _rows(
     table: Any, texts: list[str], labels: str | None, key: str | None
-) -> Iterator[tuple[str, list[Any], frozenset[str]]]:
+) -> Iterator[tuple[str, list[Any], set[str]]]:
     """(key, captions, labels) of every row."""
-    named = (
-        getattr(getattr(table.features[labels], "feature", table.features[labels]), "int2str", str) if labels else str
-    )
+    feature = table.features[labels] if labels else None
+    names = getattr(getattr(feature, "feature", feature), "int2str", str)  # of class numbers, alone or in a list
     columns = [*texts, *filter(None, (labels, key))]
     for row, record in enumerate(table.select_columns(list(dict.fromkeys(columns)))):
-        said: list[Any] = []
-        for column in texts:
-            said += record[column] if isinstance(record[column], list) else [record[column]]
-        tags = record[labels] if labels else []
-        tags = tags if isinstance(tags, list) else [tags]
-        tagged = frozenset(named(tag) if isinstance(tag, int) else str(tag) for tag in tags if tag is not None)
+        said = [text for column in texts for text in _listed(record[column])]
+        tags = _listed(record[labels]) if labels else []
+        tagged = {names(tag) if isinstance(tag, int) else str(tag) for tag in tags if tag is not None}
         yield str(record[key]) if key else f"{row:06d}", said, tagged
+
+
+def _listed(value: Any) -> list[Any]:
+    return value if isinstance(value, list) else [value]

@@ -24,7 +24,7 @@ OnError = Literal["raise", "skip", "keep"]
 
 @dataclass(frozen=True)
 class Sample:
-    """Where a sample lies. A picture inside a shard starts at byte `start` and has `size` bytes."""
+    """Where a sample lies. A picture inside a shard starts at byte `start` and has `size` bytes; one of Hugging Face is row `start`."""
 
     key: str
     captions: list[str]
