@@ -1,12 +1,23 @@
 """Proves that the labelled sets read as they were published, and that two items are relevant to each other if a label is shared."""
 
+import json
 from pathlib import Path
 
 import pytest
 import torch
 from PIL import Image
 
-from unimodal.data import NusWide, PascalSentence, Scenes, Wikipedia, label_matrix
+from unimodal.data import (
+    KarpathyJson,
+    NusWide,
+    PascalSentence,
+    Scenes,
+    WebDatasetTars,
+    Wikipedia,
+    label_matrix,
+    write_karpathy,
+    write_webdataset,
+)
 from unimodal.metrics import relevance_by_label
 
 
@@ -49,6 +60,20 @@ def test_label_matrix(tmp_path: Path) -> None:
         label_matrix(nus, ["sky"])
     with pytest.raises(ValueError, match="scenes/val/000000 of scenes val has no label"):
         label_matrix(Scenes("val", count=1))
+
+
+def test_labels_survive_writing(tmp_path: Path) -> None:
+    pairs = PascalSentence(pascal(tmp_path / "pascal"), split="val")
+    path = write_karpathy({"val": pairs}, tmp_path / "karpathy")
+    write_webdataset(pairs, tmp_path / "tars")
+    for back in (KarpathyJson(path, split="val"), WebDatasetTars(tmp_path / "tars" / "*.tar", split="val")):
+        assert [back.labels(i) for i in range(2)] == [{"aeroplane"}, {"cat"}]
+        assert [back.captions(i) for i in range(2)] == [pairs.captions(i) for i in range(2)]
+    data = json.loads(path.read_text())
+    data["images"][0]["labels"] = ["cat"]
+    before = KarpathyJson(path, split="val").fingerprint()
+    path.write_text(json.dumps(data))
+    assert KarpathyJson(path, split="val").fingerprint() != before
 
 
 # Pascal-Sentence.

@@ -168,6 +168,17 @@ def test_a_gallery_embeds_and_does_not_train(tmp_path: Path) -> None:
     assert sorted(batch) == ["image", "image_id"]
 
 
+def test_a_gallery_is_not_written(tmp_path: Path) -> None:
+    (tmp_path / "photos").mkdir()
+    (tmp_path / "photos" / "b.png").write_bytes(PNG)
+    reader = ImageFolder(tmp_path / "photos")
+    with pytest.raises(ValueError, match="no caption, and write_karpathy reads captions"):
+        write_karpathy({"all": reader}, tmp_path / "a")
+    with pytest.raises(ValueError, match="no caption, and write_webdataset reads captions"):
+        write_webdataset(reader, tmp_path / "b")
+    assert [path.name for path in tmp_path.iterdir()] == ["photos"]
+
+
 def test_captions_are_cut_to_five_and_counted(tmp_path: Path) -> None:
     path = karpathy(tmp_path, [list("abcdefg"), list("abcde"), list("abcdef"), list("abc")])
     with pytest.warns(

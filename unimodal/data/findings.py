@@ -20,6 +20,7 @@ from rich.progress import track
 from unimodal.data.pairs import Pairs, caption_fault, is_gallery
 
 CHUNK = 1000  # captions that are tokenised at a time
+UNLIMITED = 1_000_000  # transformers gives a tokenizer without a limit a number of thirty digits
 
 
 @dataclass(frozen=True)
@@ -58,10 +59,19 @@ def audit(
         tokenizer: a transformers tokenizer that measures captions; None leaves their length unchecked.
         max_length: longest caption in tokens, start and end included; by default the tokenizer's own limit.
         show_progress_bar: show one for the pictures of each split.
+
+    Raises:
+        ValueError: a tokenizer without a limit of its own, and no max_length.
     """
+    if tokenizer is not None and max_length is None:
+        max_length = tokenizer.model_max_length
+        if max_length > UNLIMITED:
+            raise ValueError(
+                "this tokenizer names no limit of its own; give max_length, the longest text your model reads"
+            )
     findings = [*_bad_captions(splits), *_bad_and_equal_pictures(splits, show_progress_bar), *_shared_captions(splits)]
-    if tokenizer is not None:
-        findings += _cut_captions(splits, tokenizer, max_length or tokenizer.model_max_length)
+    if tokenizer is not None and max_length is not None:
+        findings += _cut_captions(splits, tokenizer, max_length)
     return [finding for finding in findings if finding.count]
 
 

@@ -37,7 +37,7 @@ class Pairs(Protocol):
         """Equal for equal images: what the multi-positive losses compare."""
 
     def fingerprint(self) -> str:
-        """Sixteen hexadecimal digits of the keys and captions of the split."""
+        """Sixteen hexadecimal digits of the keys, captions and labels of the split."""
 
     def negatives(self, i: int, c: int) -> list[str]:
         """Captions that are wrong for image i, derived from its caption number c; empty where a reader has none."""

@@ -108,7 +108,10 @@ class Listed:
         return self._image_ids[i]
 
     def fingerprint(self) -> str:
-        return fingerprint((sample.key, sample.captions) for sample in self.samples)
+        return fingerprint(
+            (sample.key, [*sample.captions, *(f"label {label}" for label in sorted(sample.labels))])
+            for sample in self.samples
+        )
 
     def negatives(self, i: int, c: int) -> list[str]:
         return []
@@ -122,7 +125,7 @@ class KarpathyJson(Listed):
 
     Args:
         path: the JSON file, `{"dataset", "images": [{"filename", "split", "sentences": [{"raw"}]}]}`; an image's
-            `filepath`, where there is one, is a folder inside the root.
+            `filepath`, where there is one, is a folder inside the root, and `labels` are its categories.
         root: folder of the pictures; by default `images` beside the file.
         split: one of the file's splits, or several joined by a plus: "train+restval".
         captions_per_image: keep the first so many captions of each image, under a warning that counts the others. The
@@ -169,7 +172,7 @@ class KarpathyJson(Listed):
                 if captions_per_image is not None and isinstance(captions, list):
                     cut += [len(captions) - captions_per_image] * (len(captions) > captions_per_image)
                     captions = captions[:captions_per_image]
-                samples.append(Sample(key, captions, inside(root, key)))
+                samples.append(Sample(key, captions, inside(root, key), labels=as_labels(image.get("labels"))))
         if unknown := [part for part in wanted if part not in found]:
             raise ValueError(f"{path} has no split {unknown[0]!r}; it has: {', '.join(sorted(found))}")
         if cut:
@@ -222,6 +225,12 @@ def _raw(sentences: Any) -> Any:
     if not isinstance(sentences, list):
         return sentences
     return [sentence.get("raw") if isinstance(sentence, dict) else sentence for sentence in sentences]
+
+
+def as_labels(value: Any) -> frozenset[str]:
+    """A category, a list of them or None, as text."""
+    values = value if isinstance(value, list) else [value]
+    return frozenset(text for label in values if label is not None and (text := str(label).strip()))
 
 
 def lines(content: bytes) -> list[str]:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from unimodal.data.readers import Listed, OnError, Sample, inside, parse_json
+from unimodal.data.readers import Listed, OnError, Sample, as_labels, inside, parse_json
 
 # What people call their columns; the first that a table has is taken.
 IMAGE_COLUMNS = ("image", "file_name", "filename", "image_name", "image_path", "filepath", "path")
@@ -81,7 +81,7 @@ class JsonLines(Listed):
         split: as for `CsvTable`.
         image: key of the picture's name; by default the first of `IMAGE_COLUMNS` that there is.
         captions: key of a caption or of a list of captions, or several keys; by default as for `CsvTable`.
-        labels: key of the picture's category, or of a list of them.
+        labels: key of the picture's categories: a list, or text in which semicolons separate them.
         split_column: key of the split, read where `split` is given.
         on_error: as for `KarpathyJson`.
 
@@ -173,7 +173,8 @@ def _samples(path: Path, root: str | Path | None, rows: Rows, columns: Columns, 
             if texts != "" or len(names) == 1:  # one of several columns may have nothing to say
                 captions += texts if isinstance(texts, list) else [texts]
         if columns.labels is not None:
-            labels |= _labels(_value(row, columns.labels, "labels", where))
+            said = _value(row, columns.labels, "labels", where)
+            labels |= as_labels(said.split(";") if isinstance(said, str) else said)
     if unknown := [part for part in wanted if part not in splits]:
         raise ValueError(f"{path} has no split {unknown[0]!r}; it has: {', '.join(sorted(splits))}")
     return [Sample(key, texts, inside(root, key), labels=frozenset(tags)) for key, (texts, tags) in found.items()]
@@ -215,8 +216,3 @@ def _key(name: Any, root: Path, where: str) -> str:
     path = PurePosixPath(name.strip())
     whole = root.absolute().as_posix()
     return str(path.relative_to(whole) if path.is_relative_to(whole) else path)
-
-
-def _labels(value: Any) -> set[str]:
-    values = value.split(";") if isinstance(value, str) else value if isinstance(value, list) else [value]
-    return {text for label in values if label is not None and (text := str(label).strip())}
