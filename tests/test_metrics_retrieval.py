@@ -2,6 +2,8 @@
 galleries obey their stated rules; what cannot be ranked is refused by name.
 """
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torchmetrics.retrieval import RetrievalHitRate
@@ -186,6 +188,19 @@ def test_mean_of_folds_averages_and_says_so() -> None:
     assert mean.protocol.folds == 2 and "mean of 2 folds" in mean.protocol.label()
     with pytest.raises(ValueError, match="got 1 folds; a mean of folds needs at least two"):
         mean_of_folds(folds[:1])
+
+
+def test_folds_with_fingerprints_of_their_own() -> None:
+    a, b, c = (
+        summarise(torch.tensor([1, 1]), torch.tensor([1, 1]), replace(protocol(2, 2), fingerprint=name))
+        for name in "abc"
+    )
+    mean = mean_of_folds([a, b]).protocol.fingerprint
+    assert len(mean) == 16 and mean not in "ab"
+    assert len({mean, mean_of_folds([b, a]).protocol.fingerprint, mean_of_folds([a, c]).protocol.fingerprint}) == 3
+    assert mean_of_folds([a, a]).protocol.fingerprint == "a"
+    with pytest.raises(ValueError, match=r"\['a', 'b', 'a'\]; a fold that is counted twice is no mean of folds"):
+        mean_of_folds([a, b, a])
 
 
 NAN = torch.tensor([[1.0, 2.0], [torch.nan, 0.0]])

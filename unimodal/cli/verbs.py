@@ -1,4 +1,4 @@
-"""The verbs that use a model: `unimodal embed|search|rank|caption|generate|mine|push`, and the one parser of them all.
+"""The verbs that use a model or look at data, `unimodal embed|search|rank|caption|generate|mine|push|data`, and their one parser.
 
 Results go to standard output, messages to standard error. What a user can get wrong is one line and status 1; a file
 that cannot be read is named and left out, and the others are done.
@@ -19,6 +19,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from unimodal.cli import mine as mining
+from unimodal.cli.data import add_parser, check_data
 from unimodal.cli.doctor import examine
 from unimodal.data.images import load_image
 from unimodal.data.items import SUFFIXES
@@ -81,6 +82,8 @@ def parser() -> argparse.ArgumentParser:
     verb.add_argument("--private", action="store_true", default=None, help="make a new repository private")
     verb.add_argument("--revision", help="the branch to commit to")
     verb.add_argument("--create_pr", action="store_true", help="open a pull request")
+
+    add_parser(verbs)
 
     verb = verbs.add_parser("doctor", help="report versions, devices and, for a checkpoint, whether it replays")
     verb.add_argument("--model", type=Path, help="a checkpoint folder, whose stored example is computed again")
@@ -179,6 +182,11 @@ def push(options: argparse.Namespace) -> None:
         create_pr=options.create_pr,
     )
     print(commit.pr_url or commit.commit_url)
+
+
+@_verb
+def data(options: argparse.Namespace) -> int:
+    return check_data(options)
 
 
 @_verb

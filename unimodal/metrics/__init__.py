@@ -4,6 +4,7 @@ from .captions import CaptionMetrics, bleu, caption_metrics, cider_d, rouge_l, t
 from .generation import FoundObject, SceneReport, check_picture, find_objects
 from .protocol import Protocol, Result, require_alike, results_table
 from .ranking import Candidates, candidates_from_scores, first_stage, ranks_from_scores, rerank
+from .relevance import relevance_by_label
 from .retrieval import DirectionMetrics, RetrievalMetrics, mean_of_folds, retrieval_metrics, summarise
 from .significance import Interval, PairedTest, bootstrap_interval, paired_test
 
@@ -29,6 +30,7 @@ __all__ = [
     "mean_of_folds",
     "paired_test",
     "ranks_from_scores",
+    "relevance_by_label",
     "require_alike",
     "rerank",
     "results_table",
