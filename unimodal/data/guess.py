@@ -48,7 +48,9 @@ def open_splits(
     wildcards = any(mark in path.name for mark in "*?[")
     if not path.exists() and not wildcards:
         raise FileNotFoundError(f"there is nothing at {str(path)!r}; check the path")
-    if path.is_dir():
+    if (
+        path.is_dir() and not is_saved(path) and not any(path.glob("*.tar"))
+    ):  # both have JSON files of their own beside them
         path = _inside_folder(path)
     reader, found = _reader(path, wildcards)
     takes = {
@@ -71,9 +73,9 @@ def open_splits(
 def _inside_folder(folder: Path) -> Path:
     """The single table of a folder, where it has one; else the folder."""
     tables = sorted(path for path in folder.iterdir() if path.suffix in TABLES and path.is_file())
-    if len(tables) > 1 and not is_saved(folder):
+    if len(tables) > 1:
         raise ValueError(f"{folder} holds {', '.join(path.name for path in tables)}; name one of them")
-    return tables[0] if len(tables) == 1 and not is_saved(folder) else folder
+    return tables[0] if tables else folder
 
 
 def _reader(path: Path, wildcards: bool) -> tuple[type[Any], dict[str, tuple[Any, str | None]]]:
