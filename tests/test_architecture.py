@@ -37,7 +37,7 @@ ROOMS: dict[str, tuple[set[str], str]] = {
         {"model", "losses", "metrics", "diffusion", "stages", "data", "config", "hub", "candidates"},
         "a task trains a model, it knows no command line",
     ),
-    "search": ({"model", "hub", "data"}, "search uses a model, it does not train one"),
+    "search": ({"model", "hub", "data", "config", "metrics"}, "search uses a model, it does not train one"),
     "explain": ({"model", "hub", "data"}, "explaining uses a model, it does not train one"),
     "inference": (
         {"model", "hub", "data", "search", "explain", "config", "candidates"},

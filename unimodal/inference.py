@@ -27,6 +27,7 @@ from unimodal.explain import Explanation, explain
 from unimodal.model import UnimodalModel
 from unimodal.search import Encoder, Index, Precision, build_index, quantise, similarity
 from unimodal.search.encoder import batches, progress
+from unimodal.search.index import require_same_model
 
 
 @dataclass
@@ -206,7 +207,7 @@ class Unimodal:
             inputs: pairs of an image and a text, in either order, or one such pair. An item is read once, however many
                 pairs it is in.
             batch_size: items, and pairs, at a time.
-            activation_fn: what turns logits into scores; the sigmoid where not given.
+            activation_fn: what turns logits into scores; where not given the calibration, or the sigmoid without one.
             show_progress_bar: None shows one for several batches on a terminal.
 
         Returns:
@@ -218,7 +219,7 @@ class Unimodal:
         """
         single = len(inputs) == 2 and all(is_single(part) for part in inputs)
         pairs = [_as_pair(pair, f"pair {i}: ") for i, pair in enumerate([inputs] if single else inputs)]
-        scores = (activation_fn or torch.sigmoid)(self._logits(pairs, batch_size, show_progress_bar)).numpy()
+        scores = (activation_fn or self.encoder.probability)(self._logits(pairs, batch_size, show_progress_bar)).numpy()
         return scores[0] if single else scores
 
     def rank(
@@ -254,7 +255,10 @@ class Unimodal:
         pairs = [_as_pair((asked, document), f"document {i}: ") for i, document in enumerate(documents)]
         logits = self._logits(pairs, batch_size, show_progress_bar)
         # Sorted by logits, which still differ where probabilities have both become 1.
-        order, scores = logits.argsort(descending=True, stable=True).tolist()[:top_k], logits.sigmoid().tolist()
+        order, scores = (
+            logits.argsort(descending=True, stable=True).tolist()[:top_k],
+            self.encoder.probability(logits).tolist(),
+        )
         extra = [{"document": documents[i]} if return_documents else {} for i in order]
         return [{"corpus_id": i, "score": scores[i], **more} for i, more in zip(order, extra)]
 
@@ -384,30 +388,23 @@ class Unimodal:
         documents: Any,
         ids: Sequence[int | str] | None = None,
         precision: Literal["int8", "float32"] = "int8",
-        *,
-        batch_size: int = 32,
-        on_error: Literal["raise", "skip"] = "raise",
-        folder: str | Path | None = None,
-        show_progress_bar: bool | None = None,
+        **options: Any,
     ) -> Index:
         """An index of images or texts; arguments as in `unimodal.search.build_index`."""
-        return build_index(
-            self.encoder,
-            documents,
-            ids,
-            precision,
-            batch_size=batch_size,
-            on_error=on_error,
-            folder=folder,
-            show_progress_bar=show_progress_bar,
-        )
+        return build_index(self.encoder, documents, ids, precision, **options)
 
     def load_index(self, folder: str | Path) -> Index:
         """Open an index that this model made; see `Index.load`."""
         return Index.load(folder, self.encoder)
 
     def search(self, queries: Any, index: Index, top_k: int = 10, rerank_top_k: int = 100, **options: Any) -> Any:
-        """Hits of each query; arguments and hits as in `Index.search`."""
+        """Hits of each query; arguments and hits as in `Index.search`.
+
+        Raises:
+            ValueError: another model made the index; also what `Index.search` raises.
+        """
+        if index.encoder is not self.encoder:
+            require_same_model("the index", index.manifest["model"], self.encoder)
         return index.search(queries, top_k, rerank_top_k, **options)
 
     # Sharing.
