@@ -10,8 +10,7 @@ from PIL import Image
 from toy import toy_model, toy_processor
 
 from unimodal.data.items import Item, as_items
-from unimodal.search import Encoder, Index, build_index, dequantise, quantise, similarity
-from unimodal.search import reader, store
+from unimodal.search import Encoder, Index, build_index, dequantise, quantise, reader, similarity, store
 from unimodal.search.quantise import int8_rows
 from unimodal.search.twostage import rerank
 

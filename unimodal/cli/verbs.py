@@ -227,28 +227,35 @@ def _index(model: Unimodal, pictures: list[Path], folder: Path | None) -> Index:
     files = {f"{path} {path.stat().st_size} {path.stat().st_mtime_ns}": path for path in pictures}
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*could not be read and are not in the index.*")
-        change = _change(folder, list(files), model) if folder is not None else ""
-        if folder is not None and change:
-            _say(f"{folder}: {change}; reading the pictures again")
-            index = model.build_index(pictures, list(files), on_error="skip")
-            index.save(folder)
-        else:
+        if folder is None or not (folder / "index.json").exists():
             index = model.build_index(pictures, list(files), on_error="skip", folder=folder)
+        else:
+            index = _kept(model, files, folder)
     _list_problems([files[str(name)] for name in index.skipped], len(pictures))
     if not len(index):
         raise ValueError(f"none of the {len(pictures)} pictures can be read")
     return index
 
 
-def _change(folder: Path, ids: list[str], model: Unimodal) -> str:
-    """Why the index kept in a folder does not hold for these pictures and this model; empty where it does or none is."""
-    if not (folder / "index.json").exists():
-        return ""
-    kept = json.loads((folder / "index.json").read_text(encoding="utf-8"))
-    if kept["model"] != model.encoder.fingerprint():
-        return "made by another model"
-    new, gone = len(set(ids) - set(kept["ids"])), len(set(kept["ids"]) - set(ids))
-    return f"{new} pictures are new or changed, {gone} are gone or changed" if new or gone else ""
+def _kept(model: Unimodal, files: dict[str, Path], folder: Path) -> Index:
+    """The index in a folder, brought up to date with the pictures."""
+    try:  # as it was, or interrupted while these pictures were read
+        return model.build_index(list(files.values()), list(files), on_error="skip", folder=folder)
+    except ValueError:
+        pass
+    try:
+        index = model.load_index(folder)
+    except ValueError as error:
+        _say(f"{error}; reading the pictures again")
+        index = model.build_index(list(files.values()), list(files), on_error="skip")
+        index.save(folder)
+        return index
+    kept = {*index.ids, *index.skipped}
+    new, gone = [name for name in files if name not in kept], [name for name in kept if name not in files]
+    _say(f"{folder}: {len(new)} pictures are new or changed, {len(gone)} are gone or changed")
+    index.delete(gone)
+    index.add([files[name] for name in new], new, on_error="skip")
+    return index
 
 
 def _table(title: str, columns: Sequence[str], rows: Iterable[Sequence[object]]) -> None:

@@ -12,7 +12,7 @@ import warnings
 from collections.abc import Sequence
 from itertools import groupby
 from pathlib import Path
-from typing import Any, TypedDict
+from typing import Any, TypedDict, get_args
 
 import numpy as np
 import torch
@@ -165,13 +165,14 @@ class Index:
         self._fill(items, planned, batch_size, on_error, show_progress_bar)
 
     def delete(self, ids: Sequence[Id]) -> None:
-        """Take documents out of the index.
+        """Take documents out of the index, or out of the list of those that could not be read.
 
         Raises:
             ValueError: an id that is not there; nothing is deleted then.
         """
         wanted = list(ids) if not isinstance(ids, str) else [ids]
-        if missing := [one for one in wanted if one not in self.catalogue.there(wanted)]:
+        known = self.catalogue.there(wanted) | self.catalogue.skipped().keys()
+        if missing := [one for one in wanted if one not in known]:
             raise ValueError(f"{len(missing)} of {len(wanted)} ids are not in the index, for example {missing[0]!r}")
         self.catalogue.delete(wanted)
         self._bring_in_line()
@@ -221,6 +222,8 @@ class Index:
         self, items: Sequence[Item], planned: list[Document], batch_size: int, on_error: OnError, show: bool | None
     ) -> None:
         """Read what is planned and not read yet, a part at a time, then let it be seen."""
+        if on_error not in get_args(OnError):
+            raise ValueError(f"on_error: expected 'raise' or 'skip', got {on_error!r}")
         self.encoder.check_one_shape(items)
         self.catalogue.plan(planned)
         size = self.manifest["part"]
@@ -230,7 +233,9 @@ class Index:
             of_part = list(rows)
             steps += [(number, of_part[batch]) for batch in batches(len(of_part), batch_size)]
         for number, group in groupby(progress(steps, "Indexing", show), key=lambda step: step[0]):
-            read, done, errors = [], [], {}
+            read: list[tuple[list[int], Arrays]] = []
+            done: list[int] = []
+            errors: dict[int, str] = {}
             for _, batch in group:
                 opened = {row: open_item(item_of[row], on_error) for row in batch}
                 errors |= {row: item for row, item in opened.items() if isinstance(item, str)}
@@ -294,10 +299,9 @@ class Index:
 
     def _embeddings(self, rows: np.ndarray) -> Tensor:
         """Embeddings of rows [n] in order, [n, E] or [n, N, E]."""
-        size, shape = self.manifest["part"], (self.encoder.model.config.embedding.dim,)
-        if (each := self._each) > 1:
-            shape = (each, *shape)
-        out = np.empty((len(rows), *shape), np.float32)
+        size, width = self.manifest["part"], self.encoder.model.config.embedding.dim
+        shape = (len(rows), self._each, width) if self._each > 1 else (len(rows), width)
+        out = np.empty(shape, np.float32)
         numbers = rows // size
         for number in np.unique(numbers):
             here = numbers == number
@@ -482,8 +486,8 @@ def _check_ids(ids: Sequence[Id], count: int) -> list[Id]:
     ids = list(ids)
     if wrong := [i for i in ids if isinstance(i, bool) or not isinstance(i, int | str)]:
         raise ValueError(f"ids: expected int or str, got {type(wrong[0]).__name__} {wrong[0]!r}")
-    if wrong := [i for i in ids if isinstance(i, int) and not -(2**63) <= i < 2**63]:
-        raise ValueError(f"ids: whole numbers have up to 64 bits, got {wrong[0]}; pass it as a text")
+    if large := [i for i in ids if isinstance(i, int) and not -(2**63) <= i < 2**63]:
+        raise ValueError(f"ids: whole numbers have up to 64 bits, got {large[0]}; pass it as a text")
     if len(ids) != count or len(set(ids)) != count:
         raise ValueError(
             f"ids: expected {count} different ones, one per document, got {len(ids)} of which {len(set(ids))} differ"

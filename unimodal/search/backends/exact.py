@@ -12,7 +12,7 @@ Legend: n vectors, Q queries, E width, k candidates.
 
 import os
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -44,9 +44,9 @@ class ExactIndex:
             whole = count * int(np.prod(shape, dtype=int)) * np.dtype(dtype).itemsize
             if path.exists() and self._size(name) > whole:
                 os.truncate(path, whole)
-            mode = "r+" if name == "keys" else "r"
-            mapped = np.memmap(path, dtype, mode, shape=(count, *shape)) if count else np.empty((0, *shape), dtype)
-            self.arrays[name] = mapped
+            mode: Literal["r", "r+"] = "r+" if name == "keys" else "r"
+            empty = np.empty((0, *shape), dtype)
+            self.arrays[name] = np.memmap(path, dtype, mode, shape=(count, *shape)) if count else empty
         self.live = int((self.arrays["keys"] >= 0).sum())
 
     def _size(self, name: str) -> int:
@@ -93,8 +93,8 @@ class ExactIndex:
             top = scores.topk(min(k, scores.shape[1]))
             merged = torch.cat([best, top.values], 1).topk(k)
             best, found = merged.values, torch.cat([found, top.indices + start], 1).gather(1, merged.indices)
-        places, scores = found.numpy(), best.numpy()
-        return np.where(np.isfinite(scores), keys[places] if len(keys) else -1, -1), scores
+        places = found.numpy()
+        return np.where(np.isfinite(best.numpy()), keys[places] if len(keys) else -1, -1), best.numpy()
 
     def _scores(self, queries: np.ndarray, rows: slice) -> np.ndarray:
         """Cosines, or minus the number of signs that differ, [Q, block] float32."""

@@ -31,10 +31,9 @@ class FaissIndex:
         self.faiss, self.width, self.precision = faiss, width, precision
         self.path, self.gone_path = folder / "vectors.faiss", folder / "deleted.npy"
         binary = precision == "binary"
-        self._read, self._write = (
-            (faiss.read_index_binary, faiss.write_index_binary) if binary else (faiss.read_index, faiss.write_index)
-        )
-        self.index: Any = self._read(str(self.path)) if self.path.exists() else self._empty()
+        read: Any = faiss.read_index_binary if binary else faiss.read_index
+        self._write: Any = faiss.write_index_binary if binary else faiss.write_index
+        self.index: Any = read(str(self.path)) if self.path.exists() else self._empty()
         self.gone = np.load(self.gone_path, allow_pickle=False) if self.gone_path.exists() else np.empty(0, np.int64)
         self.gone = self.gone[np.isin(self.gone, self._all())]
 
