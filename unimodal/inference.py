@@ -25,7 +25,7 @@ from unimodal.data.items import Item, as_item, as_items, is_single
 from unimodal.data.processor import Processor
 from unimodal.explain import Explanation, explain
 from unimodal.model import UnimodalModel
-from unimodal.search import Encoder, Index, Precision, build_index, quantise, similarity
+from unimodal.search import Calibration, Encoder, Index, Precision, build_index, quantise, similarity
 from unimodal.search.encoder import batches, progress
 from unimodal.search.index import require_same_model
 
@@ -79,17 +79,25 @@ class Unimodal:
             FileNotFoundError: no such checkpoint.
             unimodal.hub.CheckpointError: it cannot be read safely and completely.
         """
-        model, processor = hub.load_checkpoint(
-            name_or_path,
-            revision=revision,
-            cache_dir=cache_folder,
-            local_files_only=local_files_only,
-            token=token,
-            heads=heads,
-            device=device,
-            dtype=dtype,
-        )
-        return cls(model, processor)
+        place: dict[str, Any] = {
+            "revision": revision,
+            "cache_dir": cache_folder,
+            "local_files_only": local_files_only,
+            "token": token,
+        }
+        model, processor = hub.load_checkpoint(name_or_path, heads=heads, device=device, dtype=dtype, **place)
+        self = cls(model, processor)
+        if "matching" in model.heads and (path := hub.find_calibration(name_or_path, **place)):
+            calibration = Calibration.load(path)
+            if calibration.model == (fingerprint := self.encoder.fingerprint()):
+                self.encoder.calibration = calibration
+            else:
+                warnings.warn(
+                    f"{path} was measured on model {calibration.model or '(unknown)'}, this is model {fingerprint} (other "
+                    "weights, dtype or preprocessing): match probabilities are not calibrated; calibrate again",
+                    stacklevel=2,
+                )
+        return self
 
     # Embeddings.
 
@@ -412,6 +420,8 @@ class Unimodal:
     def save_pretrained(self, folder: str | Path, **options: Any) -> None:
         """Write a checkpoint folder that `from_pretrained` loads; options as in `unimodal.hub.save_checkpoint`."""
         hub.save_checkpoint(self.model, self.processor, folder, **options)
+        if self.encoder.calibration is not None:
+            self.encoder.calibration.save(Path(folder) / "calibration.json")
 
     def push_to_hub(
         self,

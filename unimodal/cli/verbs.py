@@ -18,6 +18,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from unimodal.cli import searching
 from unimodal.cli.doctor import examine
 from unimodal.data.images import load_image
 from unimodal.data.items import SUFFIXES
@@ -48,6 +49,8 @@ def parser() -> argparse.ArgumentParser:
     verb.add_argument("--top_k", type=int, default=5, help="how many to show")
     verb.add_argument("--rerank_top_k", type=int, default=50, help="how many the matching head judges; 0 for none")
     verb.add_argument("--index", type=Path, help="a folder that keeps what was read, for the next search")
+
+    searching.add_parsers(verbs, model)
 
     verb = verbs.add_parser("rank", parents=[model], help="rank images against a text, or texts against an image")
     verb.add_argument("query", help="a text, or the path of a picture")
@@ -84,11 +87,19 @@ def parser() -> argparse.ArgumentParser:
     return whole
 
 
+def parse(arguments: Sequence[str]) -> argparse.Namespace:
+    """The options of a verb; `search` may be of two words."""
+    words = list(arguments)
+    if words[:1] == ["search"] and words[1:2] in (["tune"], ["calibrate"]):  # a folder of this name is given as ./tune
+        words[:2] = [" ".join(words[:2])]
+    return parser().parse_args(words)
+
+
 def _verb(work: Callable[[argparse.Namespace], int | None]) -> Callable[[Sequence[str]], int]:
     """The verb on its argument list; bad input becomes one line on standard error and status 1."""
 
     def run(arguments: Sequence[str]) -> int:
-        options = parser().parse_args(arguments)
+        options = parse(arguments)
         try:
             return work(options) or 0
         except (OSError, ValueError, TypeError) as error:
@@ -112,6 +123,10 @@ def embed(options: argparse.Namespace) -> None:
 
 @_verb
 def search(options: argparse.Namespace) -> None:
+    if options.verb == "search tune":
+        return searching.tune(_load(options), options)
+    if options.verb == "search calibrate":
+        return searching.calibrate(_load(options), options, Path(options.model or DEFAULT_MODEL))
     pictures = _pictures(options.folder)
     index = _index(_load(options), pictures, options.index)
     hits = index.search(options.query, top_k=options.top_k, rerank_top_k=options.rerank_top_k)

@@ -1,8 +1,7 @@
 """An index of images or texts: their embeddings, and the tokens by which the matching head reranks them.
 
 What a search needs of the documents is in here, so that no image is opened or read by the model at query time. A backend finds candidates
-(`unimodal.search.backends`); their cosines are then computed from the full embeddings, so that a narrow, int8 or binary first pass costs
-candidates at most, never the order among them.
+(`unimodal.search.first`), which the matching head scores again.
 
 Legend: G documents, N vectors or tokens per image, T image tokens, E embedding width, W and D token widths.
 """
@@ -16,7 +15,6 @@ from typing import Any, TypedDict, get_args
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from unimodal.data.items import Item, as_items, is_single
@@ -24,6 +22,7 @@ from unimodal.search.backends import VectorIndex, open_backend
 from unimodal.search.catalogue import Catalogue, Document, Id, Metadata, kinds_of
 from unimodal.search.encoder import Encoder, batches, progress
 from unimodal.search.filters import Filter, Selection, parse
+from unimodal.search.first import FirstStage
 from unimodal.search.reader import OnError, lay_out, open_item, read_items
 from unimodal.search.store import (
     Arrays,
@@ -35,12 +34,9 @@ from unimodal.search.store import (
     write_manifest,
     write_part,
 )
-from unimodal.search.twostage import Combine, check_depths, rerank, similarity
+from unimodal.search.twostage import Combine, check_depths, rerank
 
 SYNC = 8192  # vectors handed to a backend at a time
-# How many candidates the first pass gives for each one wanted, and at least how many more.
-CANDIDATES = {"float32": (1, 0), "int8": (1, 32), "binary": (4, 256)}
-NARROW = (4, 64)  # the same where the first pass reads fewer dimensions, whatever their precision
 
 
 class Hit(TypedDict):
@@ -86,6 +82,12 @@ class Index:
         )
         self._parts: dict[int, Arrays] = {}
         self._count = len(self.catalogue)
+
+    @property
+    def first(self) -> FirstStage:
+        """What finds candidates."""
+        precision, width = self.manifest["first_precision"], self.manifest["first_width"]
+        return FirstStage(self.backend, self._embeddings, precision=precision, width=width, each=self._each)
 
     def __len__(self) -> int:
         return self._count
@@ -267,20 +269,19 @@ class Index:
         self._count = len(self.catalogue)
         if self.catalogue.in_line:
             return
-        each, rows = self._each, self.catalogue.rows()
-        wanted = (rows[:, None] * each + np.arange(each)).ravel()
-        here = self.backend.keys()
+        each, first = self._each, self.first
+        wanted, here = first.keys(self.catalogue.rows()), self.backend.keys()
         if len(gone := np.setdiff1d(here, wanted)):
             self.backend.delete(gone)
         lacking = np.unique(np.setdiff1d(wanted, here) // each)
-        self.backend.delete((lacking[:, None] * each + np.arange(each)).ravel())  # a document's vectors come together
+        self.backend.delete(first.keys(lacking))  # a document's vectors come together
         for batch in batches(len(lacking), SYNC):
             some = lacking[batch]
             metadata = self.catalogue.documents(some.tolist())
             vectors = self._embeddings(some).reshape(len(some) * each, -1)
             self.backend.add(
-                (some[:, None] * each + np.arange(each)).ravel(),
-                self._narrow(vectors),
+                first.keys(some),
+                first.narrow(vectors),
                 [metadata[row].metadata for row in some.tolist() for _ in range(each)],
             )
         self.catalogue.set_in_line()
@@ -316,11 +317,6 @@ class Index:
         if len(part["scale"]):
             return torch.from_numpy(part["tokens"][where] * part["scale"][where, None])
         return torch.from_numpy(np.array(part["tokens"][where]))
-
-    def _narrow(self, vectors: Tensor) -> np.ndarray:
-        """As many dimensions [n, E] as the first pass reads, as unit vectors."""
-        width = self.manifest["first_width"]
-        return (vectors if width == vectors.shape[-1] else F.normalize(vectors[..., :width], dim=-1)).numpy()
 
     # Searching.
 
@@ -377,7 +373,7 @@ class Index:
 
             can_match = self.encoder.matches and items[rows[0]].kind == partner
             found = rerank(
-                self.candidates(read.embedding.cpu(), max(top_k, rerank_top_k), selection),
+                self.first.candidates(read.embedding.cpu(), max(top_k, rerank_top_k), selection),
                 match if can_match else None,
                 top_k=top_k,
                 rerank_top_k=rerank_top_k,
@@ -399,32 +395,8 @@ class Index:
                 ]
         return hits[0] if is_single(queries) else hits
 
-    def candidates(self, queries: Tensor, k: int, selection: Selection | None = None) -> list[list[tuple[int, float]]]:
-        """First stage: for each of the queries, [Q, E] or [Q, N, E], up to k rows with their cosines, best first."""
-        if not len(self) or not len(queries):
-            return [[] for _ in queries]
-        each, vectors = self._each, queries.reshape(len(queries), -1, queries.shape[-1])
-        narrow = self.manifest["first_width"] < queries.shape[-1]
-        factor, more = CANDIDATES[self.manifest["first_precision"]]
-        if narrow:
-            factor, more = factor * NARROW[0], more + NARROW[1]
-        wanted = min(k * factor + more, len(self)) * each
-        if selection is not None and len(selection.keys) <= wanted:  # few enough to look at every one
-            keys = np.tile(selection.keys, (len(queries), 1))
-        else:
-            flat = self._narrow(vectors.flatten(0, 1).float())
-            keys = self.backend.search(flat, wanted, selection)[0].reshape(len(queries), -1)
-        out = []
-        for query, some in zip(queries, keys):
-            rows = np.unique(some[some >= 0] // each)
-            cosines = similarity(query[None], self._embeddings(rows))[0]
-            order = cosines.argsort(descending=True, stable=True)[:k]
-            out.append(list(zip(rows[order.numpy()].tolist(), cosines[order].tolist())))
-        return out
-
     def _keys(self, where: Filter) -> np.ndarray:
-        each = self._each
-        return (self.catalogue.rows(where)[:, None] * each + np.arange(each)).ravel()
+        return self.first.keys(self.catalogue.rows(where))
 
     # Keeping.
 
