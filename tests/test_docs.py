@@ -61,7 +61,7 @@ def test_shell_commands_parse(page: Path, words: list[str], monkeypatch: pytest.
         if words[0] in (*TRAINING, "demo"):
             status = cli.main([*words, "--help" if words[0] == "demo" else "--print_config"])
         else:
-            verbs.parser().parse_args(words)
+            verbs.parse(words)
             status = 0
     except SystemExit as stop:
         status = stop.code or 0

@@ -14,7 +14,11 @@ VERBS = {
     "predict": ("train", "run", "embed a split with a recipe's model"),
     "demo": ("train", "demo", "train the embedded quickstart and write its page (--short for a quick pass)"),
     "embed": ("verbs", "embed", "embed images or texts into a .npy file"),
-    "search": ("verbs", "search", "search a folder of images by text, or by an image"),
+    "search": (
+        "verbs",
+        "search",
+        "search a folder of images by text, or by an image; search tune|calibrate: on your own pairs",
+    ),
     "rank": ("verbs", "rank", "rank images against a text, or texts against an image"),
     "caption": ("verbs", "caption", "caption images"),
     "generate": ("verbs", "generate", "draw a picture from a text"),
