@@ -203,8 +203,12 @@ class Evaluation:
                     found = part[name]
                     pairs = (found.index, queries[:, None].expand_as(found.index))
                     images, texts = pairs if name == "t2i" else pairs[::-1]
-                    part[f"{name}_match"] = self.match_pairs(images.flatten(), texts.flatten()).view_as(found.scores)
-                    part[f"{name}_reranked_rank"] = self._rerank(found, part[f"{name}_match"])
+                    match = self.match_pairs(images.flatten(), texts.flatten()).view_as(found.scores)
+                    weighed, before = (
+                        (settings.match_scale * match, found.scores) if settings.combine == "sum" else (match, 0)
+                    )
+                    part[f"{name}_match"], part[f"{name}_final"] = match, weighed + before
+                    part[f"{name}_reranked_rank"] = rerank(found, weighed, settings.combine)
             parts.append(part | {"captions": captions})
 
         order = torch.cat([part.pop("captions") for part in parts]).argsort()  # back to the split's captions
@@ -235,11 +239,6 @@ class Evaluation:
             found = DirectionMetrics.from_ranks(text_to_text(text, text_image_id).rank)
             out["text_to_text"] = TextToTextMetrics(protocol=rule, text_to_text=found)
         return out
-
-    def _rerank(self, candidates: Candidates, scores: Tensor) -> Tensor:
-        if self.settings.combine == "sum":
-            scores = self.settings.match_scale * scores
-        return rerank(candidates, scores, self.settings.combine)
 
     # Scenes: swapped captions.
 
