@@ -2,6 +2,7 @@
 
 from .captions import CaptionMetrics, bleu, caption_metrics, cider_d, rouge_l, tokenize
 from .generation import FoundObject, SceneReport, check_picture, find_objects
+from .judged import JudgedMetrics, judged_metrics
 from .protocol import Protocol, Result, require_alike, results_table
 from .ranking import Candidates, candidates_from_scores, first_stage, ranks_from_scores, rerank, text_to_text
 from .relevance import RelevanceMetrics, relevance_metrics
@@ -22,6 +23,7 @@ __all__ = [
     "DirectionMetrics",
     "FoundObject",
     "Interval",
+    "JudgedMetrics",
     "PairedTest",
     "Protocol",
     "Ranks",
@@ -39,6 +41,7 @@ __all__ = [
     "compare",
     "find_objects",
     "first_stage",
+    "judged_metrics",
     "load_ranks",
     "mean_of_folds",
     "paired_test",
