@@ -45,6 +45,7 @@ ROOMS: dict[str, tuple[set[str], str]] = {
         {"model", "hub", "data", "search", "explain", "config", "candidates"},
         "inference uses a model, it does not train one",
     ),
+    "adapters": ({"inference"}, "another program's view of a finished model"),
     "__main__": ({"cli"}, "it starts the command line"),
     "cli": (
         {

@@ -218,6 +218,7 @@ NAN = torch.tensor([[1.0, 2.0], [torch.nan, 0.0]])
         (torch.ones(2, 2), torch.ones(2, 2), [1, 1], "image id 0 has no caption"),
         (NAN, torch.ones(2, 2), [0, 1], r"image embedding 1 has NaN or infinite values \(1 of 2 rows"),
         (torch.ones(2, 2), NAN, [0, 1], "text embedding 1 has NaN"),
+        (torch.full((2, 2), 1e30), torch.full((2, 2), 1e30), [0, 1], "overflow when multiplied; normalise both sides"),
     ],
 )
 def test_embeddings_that_cannot_be_ranked_are_refused(image, text, ids, says) -> None:

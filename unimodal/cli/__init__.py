@@ -12,6 +12,8 @@ VERBS = {
     "validate": ("train", "run", "score a model on the validation split"),
     "test": ("train", "run", "score a model on the test split"),
     "predict": ("train", "run", "embed a split with a recipe's model"),
+    "evaluate": ("evaluate", "run", "score a checkpoint's retrieval on a split: --model M --data PATH --out DIR"),
+    "compare": ("evaluate", "run", "test whether two evaluated runs differ by more than chance: DIR DIR"),
     "demo": ("train", "demo", "train the embedded quickstart and write its page (--short for a quick pass)"),
     "embed": ("verbs", "embed", "embed images or texts into a .npy file"),
     "search": (

@@ -10,7 +10,7 @@ from typing import Any
 from unimodal.data.huggingface import HuggingFaceDataset, is_saved
 from unimodal.data.labelled import NusWide, PascalSentence, Wikipedia
 from unimodal.data.pairs import Pairs
-from unimodal.data.readers import ImageFolder, KarpathyJson, parse_json
+from unimodal.data.readers import ImageFolder, KarpathyJson, OnError, parse_json
 from unimodal.data.shards import WebDatasetTars
 from unimodal.data.tables import CsvTable, JsonLines, splits_of
 
@@ -25,8 +25,10 @@ def open_splits(
     *,
     image: str | None = None,
     captions: list[str] | None = None,
+    captions_per_image: int | None = None,
+    on_error: OnError = "keep",
 ) -> tuple[str, dict[str, Pairs]]:
-    """Every split of the data at a path, samples as they are (`on_error="keep"`), and the name of the reader that was taken.
+    """Every split of the data at a path, and the name of the reader that was taken.
 
     A file is told by its suffix: `.json` is Karpathy's, `.jsonl` JSON lines, `.csv`, `.tsv` and `.txt` a table, `.tar` or a
     pattern with wildcards are shards, whose splits are their names without the number. A folder is told by what lies in it:
@@ -38,12 +40,15 @@ def open_splits(
         splits: the splits to open; by default all.
         image: column of the picture, for tables and `datasets`, where its name is unusual.
         captions: columns of the captions, likewise.
+        captions_per_image: keep the first so many captions of each image, for Karpathy's JSON.
+        on_error: what happens at a bad sample; by default it is kept, for `audit` to name.
 
     Raises:
         FileNotFoundError: there is nothing at the path.
         ValueError: a file or folder of no known format; an argument that the format has no use for; what the readers raise.
     """
-    path, given = Path(path), {"root": root, "image": image, "captions": captions}
+    path = Path(path)
+    given = {"root": root, "image": image, "captions": captions, "captions_per_image": captions_per_image}
     options: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
     wildcards = any(mark in path.name for mark in "*?[")
     if not path.exists() and not wildcards:
@@ -54,9 +59,9 @@ def open_splits(
         path = _inside_folder(path)
     reader, found = _reader(path, wildcards)
     takes = {
-        KarpathyJson: {"root"},
-        CsvTable: set(given),
-        JsonLines: set(given),
+        KarpathyJson: {"root", "captions_per_image"},
+        CsvTable: {"root", "image", "captions"},
+        JsonLines: {"root", "image", "captions"},
         HuggingFaceDataset: {"image", "captions"},
     }
     if useless := sorted(options.keys() - takes.get(reader, set())):
@@ -66,7 +71,7 @@ def open_splits(
     opened = {}
     for split in splits or found:
         where, name = found[split]
-        opened[split] = reader(where, split=name, on_error="keep", **options)
+        opened[split] = reader(where, split=name, on_error=on_error, **options)
     return reader.__name__, opened
 
 

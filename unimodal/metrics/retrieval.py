@@ -71,6 +71,16 @@ class RetrievalMetrics(Result):
         }
 
 
+@dataclass(frozen=True, kw_only=True)
+class TextToTextMetrics(Result):
+    """Captions that look for the other captions of their image."""
+
+    text_to_text: DirectionMetrics
+
+    def scores(self) -> dict[str, float]:
+        return {f"t2t_{name}": getattr(self.text_to_text, name) for name in ("r1", "r5", "r10", "medr", "meanr", "mr")}
+
+
 def summarise(text_to_image: Tensor, image_to_text: Tensor, protocol: Protocol) -> RetrievalMetrics:
     """Metrics of both directions.
 
@@ -105,7 +115,7 @@ def retrieval_metrics(
     *,
     protocol: Protocol,
     image_id: Tensor | None = None,
-    chunk: int = 256,
+    chunk: int = 1024,
 ) -> RetrievalMetrics:
     """First-stage metrics from embeddings. Arguments and errors are those of `first_stage` and `summarise`."""
     text_to_image, image_to_text = first_stage(image, text, text_image_id, image_id=image_id, chunk=chunk)
