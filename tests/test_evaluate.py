@@ -184,3 +184,31 @@ def test_evaluate_writes_and_compare_reads(tmp_path: Path, capsys, monkeypatch) 
     assert status == 1 and "unlike protocols do not compare: images: 6 / 12" in error
     status, _, error = shell(capsys, "evaluate", "--model", "x", "--data", "x.csv", "--out", tmp_path / "d")
     assert status == 1 and "there is nothing at 'x.csv'" in error
+
+
+def test_labels_decide_what_is_relevant_where_there_are_some(tmp_path: Path, capsys, monkeypatch) -> None:
+    monkeypatch.setenv("COLUMNS", "200")
+    save_checkpoint(toy_model(), toy_processor(), tmp_path / "model")
+    scenes = Scenes("test", count=6)
+    rows = ["image,caption,labels"]
+    for i in range(6):
+        scenes.image(i).save(tmp_path / f"{i}.png")
+        rows.append(f'{i}.png,"{scenes.captions(i)[0]}",{"dark" if i < 4 else "light"}')
+    (tmp_path / "data.csv").write_text("\n".join(rows))
+    ask = (
+        "evaluate",
+        "--model",
+        tmp_path / "model",
+        "--data",
+        tmp_path / "data.csv",
+        "--split",
+        "all",
+        "--labels",
+        "labels",
+        "--every_relevant",
+    )
+    status, _, error = shell(capsys, *ask, "--rerank_top_k", 0, "--out", tmp_path / "out")
+    assert status == 0, error
+    result = json.loads((tmp_path / "out" / "results.json").read_text())["every_relevant_t2i"]
+    assert result["protocol"]["rule"] == "every item that shares a label"
+    assert result["t2i_recall_5"] >= 100 * 3 / 4  # five of six pictures leave out one of four at most

@@ -19,6 +19,7 @@ from rich.table import Table
 from unimodal.cli.verbs import DEFAULT_MODEL
 from unimodal.data import Scenes
 from unimodal.data.guess import open_splits
+from unimodal.data.labelled import label_matrix
 from unimodal.data.module import EvaluationBatches
 from unimodal.data.pairs import Pairs
 from unimodal.hub import load_checkpoint
@@ -47,6 +48,7 @@ def parser() -> argparse.ArgumentParser:
     )
     verb.add_argument("--images", type=Path, help="folder of the pictures; by default `images` beside the file")
     verb.add_argument("--split", default="test", help="the split to score")
+    verb.add_argument("--labels", help="column of the labels, for a table")
     verb.add_argument("--out", type=Path, required=True, help="folder of the files that are written")
     verb.add_argument(
         "--captions_per_image", type=int, help="read the first so many captions of each image; by default all"
@@ -63,7 +65,11 @@ def parser() -> argparse.ArgumentParser:
     verb.add_argument("--combine", choices=("replace", "sum"), default="sum", help="what its score does to the cosine")
     verb.add_argument("--match_scale", type=float, default=0.02, help="weight of its score under sum")
     verb.add_argument("--text_to_text", action="store_true", help="also search captions by captions")
-    verb.add_argument("--every_relevant", action="store_true", help="also fractional recall, mAP, nDCG and R-precision")
+    verb.add_argument(
+        "--every_relevant",
+        action="store_true",
+        help="also fractional recall, mAP, nDCG and R-precision, by labels where the data have them",
+    )
     verb.add_argument("--batch_size", type=int, default=32, help="images at a time")
     verb.add_argument("--seed", type=int, default=0, help="of the intervals")
 
@@ -101,6 +107,7 @@ def read_split(options: argparse.Namespace) -> Pairs:
         options.data,
         options.images,
         [options.split],
+        labels=options.labels,
         captions_per_image=options.captions_per_image,
         on_error="raise",
     )
@@ -175,9 +182,13 @@ def read(evaluation: Evaluation, batch_size: int) -> None:
 
 
 def every_relevant(evaluation: Evaluation) -> dict[str, Any]:
-    """Both directions of the whole split, each as a result of its own."""
+    """Both directions of the whole split, each as a result of its own; relevant is what shares a label, or else an image."""
     image, text = torch.cat(evaluation.image_embeddings), torch.cat(evaluation.text_embeddings)
     ids = torch.cat(evaluation.image_ids), torch.cat(evaluation.text_image_ids)
+    if evaluation.pairs.labels(0):
+        labels, _ = label_matrix(evaluation.pairs)
+        owner = [i for i in range(len(evaluation.pairs)) for _ in evaluation.pairs.captions(i)]
+        ids = labels.to(image.device), labels[owner].to(image.device)
     protocol = evaluation.protocol()
     return {
         "every_relevant_t2i": relevance_metrics(text, image, ids[1], ids[0], direction="t2i", protocol=protocol),

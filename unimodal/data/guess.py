@@ -25,6 +25,7 @@ def open_splits(
     *,
     image: str | None = None,
     captions: list[str] | None = None,
+    labels: str | None = None,
     captions_per_image: int | None = None,
     on_error: OnError = "keep",
 ) -> tuple[str, dict[str, Pairs]]:
@@ -40,6 +41,7 @@ def open_splits(
         splits: the splits to open; by default all.
         image: column of the picture, for tables and `datasets`, where its name is unusual.
         captions: columns of the captions, likewise.
+        labels: column of the labels, where they are to be read.
         captions_per_image: keep the first so many captions of each image, for Karpathy's JSON.
         on_error: what happens at a bad sample; by default it is kept, for `audit` to name.
 
@@ -48,7 +50,13 @@ def open_splits(
         ValueError: a file or folder of no known format; an argument that the format has no use for; what the readers raise.
     """
     path = Path(path)
-    given = {"root": root, "image": image, "captions": captions, "captions_per_image": captions_per_image}
+    given = {
+        "root": root,
+        "image": image,
+        "captions": captions,
+        "labels": labels,
+        "captions_per_image": captions_per_image,
+    }
     options: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
     wildcards = any(mark in path.name for mark in "*?[")
     if not path.exists() and not wildcards:
@@ -60,9 +68,9 @@ def open_splits(
     reader, found = _reader(path, wildcards)
     takes = {
         KarpathyJson: {"root", "captions_per_image"},
-        CsvTable: {"root", "image", "captions"},
-        JsonLines: {"root", "image", "captions"},
-        HuggingFaceDataset: {"image", "captions"},
+        CsvTable: {"root", "image", "captions", "labels"},
+        JsonLines: {"root", "image", "captions", "labels"},
+        HuggingFaceDataset: {"image", "captions", "labels"},
     }
     if useless := sorted(options.keys() - takes.get(reader, set())):
         raise ValueError(f"{path} is read by {reader.__name__}, which has no {' and no '.join(useless)}; leave it out")
