@@ -144,7 +144,7 @@ def _newton(z: Tensor, y: Tensor) -> tuple[float, float]:
         hessian = (x * (p * (1 - p))[:, None]).T @ x / len(y) + 1e-12 * torch.eye(2, dtype=torch.float64)
         step = torch.linalg.solve(hessian, gradient)
         size = 1.0
-        while loss(w - size * step) > loss(w) + 1e-15 and size > 1e-6:
+        while loss(w - size * step) > loss(w) + 1e-12 and size > 1e-6:
             size /= 2
         w = w - size * step
         if step.abs().max() < NEAR:
