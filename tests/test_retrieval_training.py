@@ -189,7 +189,9 @@ def test_chunks_train_under_lightning_with_clipping(tmp_path: Path) -> None:
         training.fit(one, datamodule=data())
         ends.append(one.model.state_dict())
     for name, tensor in ends[0].items():
-        if name.endswith("key.bias"):  # a softmax does not see it, so its gradient is rounding, which Adam brings to size
+        if name.endswith(
+            "key.bias"
+        ):  # a softmax does not see it, so its gradient is rounding, which Adam brings to size
             continue
         torch.testing.assert_close(tensor, ends[1][name], rtol=1e-3, atol=1e-5, msg=name)
 
