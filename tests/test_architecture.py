@@ -39,12 +39,13 @@ ROOMS: dict[str, tuple[set[str], str]] = {
     ),
     "merge": (set(), "merging takes state dicts"),
     "chunks": (set(), "reading in chunks takes a function and tensors"),
-    "search": ({"model", "hub", "data"}, "search uses a model, it does not train one"),
+    "search": ({"model", "hub", "data", "config", "metrics"}, "search uses a model, it does not train one"),
     "explain": ({"model", "hub", "data"}, "explaining uses a model, it does not train one"),
     "inference": (
         {"model", "hub", "data", "search", "explain", "config", "candidates"},
         "inference uses a model, it does not train one",
     ),
+    "adapters": ({"inference"}, "another program's view of a finished model"),
     "__main__": ({"cli"}, "it starts the command line"),
     "cli": (
         {

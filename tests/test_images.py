@@ -40,6 +40,16 @@ def claimed(width: int, height: int) -> bytes:
     return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(b"")) + chunk(b"IEND", b"")
 
 
+def tiff(bands: int) -> bytes:
+    """A TIFF of 4 x 4 pixels with bands of 16 bits, as satellites have them."""
+    rows = [(256, 4), (257, 4), (259, 1), (262, 1), (273, 8), (277, bands), (278, 4), (279, 32 * bands), (284, 1)]
+    start = 10 + 12 * (len(rows) + 1) + 4
+    entries = [struct.pack("<HHII", tag, 4, 1, start + 2 * bands if tag == 273 else value) for tag, value in rows]
+    entries.insert(2, struct.pack("<HHII", 258, 3, bands, start))  # bits of each band stand after the table
+    depths = struct.pack("<H", 16) * bands
+    return struct.pack("<2sHIH", b"II", 42, 8, len(entries)) + b"".join(entries) + bytes(4) + depths + bytes(32 * bands)
+
+
 # Forms.
 
 
@@ -103,6 +113,7 @@ def test_the_first_of_several_frames_counts() -> None:
     ("content", "message"),
     [
         (b"", "is no image; expected one of JPEG, PNG, WEBP"),
+        (tiff(8), "is a TIFF with more bands or another depth than Pillow reads; write three bands of 8 bits"),
         (b"no picture", "is no image"),
         (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", "is no image"),  # would be run, not decoded
         (WHOLE[: len(WHOLE) // 2], "is truncated or corrupt: .*; make the file again"),

@@ -2,6 +2,8 @@
 galleries obey their stated rules; what cannot be ranked is refused by name.
 """
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torchmetrics.retrieval import RetrievalHitRate
@@ -188,6 +190,19 @@ def test_mean_of_folds_averages_and_says_so() -> None:
         mean_of_folds(folds[:1])
 
 
+def test_folds_with_fingerprints_of_their_own() -> None:
+    a, b, c = (
+        summarise(torch.tensor([1, 1]), torch.tensor([1, 1]), replace(protocol(2, 2), fingerprint=name))
+        for name in "abc"
+    )
+    mean = mean_of_folds([a, b]).protocol.fingerprint
+    assert len(mean) == 16 and mean not in "ab"
+    assert len({mean, mean_of_folds([b, a]).protocol.fingerprint, mean_of_folds([a, c]).protocol.fingerprint}) == 3
+    assert mean_of_folds([a, a]).protocol.fingerprint == "a"
+    with pytest.raises(ValueError, match=r"\['a', 'b', 'a'\]; a fold that is counted twice is no mean of folds"):
+        mean_of_folds([a, b, a])
+
+
 NAN = torch.tensor([[1.0, 2.0], [torch.nan, 0.0]])
 
 
@@ -203,6 +218,7 @@ NAN = torch.tensor([[1.0, 2.0], [torch.nan, 0.0]])
         (torch.ones(2, 2), torch.ones(2, 2), [1, 1], "image id 0 has no caption"),
         (NAN, torch.ones(2, 2), [0, 1], r"image embedding 1 has NaN or infinite values \(1 of 2 rows"),
         (torch.ones(2, 2), NAN, [0, 1], "text embedding 1 has NaN"),
+        (torch.full((2, 2), 1e30), torch.full((2, 2), 1e30), [0, 1], "overflow when multiplied; normalise both sides"),
     ],
 )
 def test_embeddings_that_cannot_be_ranked_are_refused(image, text, ids, says) -> None:

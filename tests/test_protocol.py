@@ -24,6 +24,7 @@ def result(protocol: Protocol) -> RetrievalMetrics:
 def test_label_says_everything_in_one_line() -> None:
     assert TOY.label() == "flickr8k test [ab12]; 2 images, 10 captions (5 per image); rule: hit; first stage"
     assert TOY.reranked(128, "sum").label().endswith("rule: hit; reranked top 128 (sum)")
+    assert TOY.reranked(128, "sum", 0.02).label().endswith("reranked top 128 (sum, match x 0.02)")
 
 
 @pytest.mark.parametrize(
@@ -35,6 +36,7 @@ def test_label_says_everything_in_one_line() -> None:
         (dict(stage="reranked"), "got k=None, combine=None; a reranked result needs k >= 1"),
         (dict(stage="reranked", k=5, combine="mean"), "combine 'replace' or 'sum'"),
         (dict(k=5), "got k=5, combine=None at stage 'first'; only stage 'reranked' has them"),
+        (dict(match_scale=0.5), "got match_scale=0.5 with combine=None; only 'sum' has a scale"),
     ],
 )
 def test_contradictions_are_refused(change, says) -> None:
@@ -69,8 +71,10 @@ def test_table_shows_how_the_gallery_was_searched_where_that_is_the_question() -
     rows = [("clip", result(TOY)), ("albef", result(TOY.reranked(128, "replace")))]
     lines = results_table(rows, any_search=True)
     heading, _, names, _, clip, albef = lines.splitlines()
-    assert "first" not in heading and names.startswith("|  | stage | k | combine | t2i_r1 |")
-    assert clip.startswith("| clip | first | - | - |") and albef.startswith("| albef | reranked | 128 | replace |")
+    assert "first" not in heading and names.startswith("|  | stage | k | combine | match_scale | t2i_r1 |")
+    assert clip.startswith("| clip | first | - | - | - |") and albef.startswith(
+        "| albef | reranked | 128 | replace | - |"
+    )
     with pytest.raises(ValueError, match="split: 'test' / 'val'"):
         results_table([*rows, ("other", result(replace(TOY, split="val")))], any_search=True)
 

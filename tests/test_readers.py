@@ -11,9 +11,11 @@ from typing import Any
 import numpy as np
 import pytest
 from PIL import Image
+from toy import toy_processor
 
 from unimodal.data import (
     ImageFolder,
+    JsonLines,
     KarpathyJson,
     Problem,
     Scenes,
@@ -22,6 +24,7 @@ from unimodal.data import (
     write_karpathy,
     write_webdataset,
 )
+from unimodal.data.module import PairData
 
 PICTURE = io.BytesIO()
 Image.new("RGB", (4, 4), "red").save(PICTURE, "PNG")
@@ -138,14 +141,92 @@ def test_folder_with_texts_beside(tmp_path: Path) -> None:
     assert reader.name == tmp_path.name
 
 
-def test_folder_with_lines_of_json(tmp_path: Path) -> None:
-    (tmp_path / "train").mkdir()
-    lines = [{"file_name": "x.png", "text": "one"}, {"file_name": "x.png", "text": ["two\u2028", "three"]}]
-    table = "\n".join(json.dumps(line, ensure_ascii=False) for line in lines)
-    (tmp_path / "train" / "metadata.jsonl").write_text(table, encoding="utf-8")
-    (tmp_path / "train" / "x.png").write_bytes(PNG)
-    reader = ImageFolder(tmp_path, split="train", captions="metadata.jsonl")
-    assert [reader.captions(i) for i in range(2)] == [["one"], ["two\u2028", "three"]]
+def test_a_folder_without_texts_is_a_gallery(tmp_path: Path) -> None:
+    for name in ("b.png", "sub/a.TIF"):
+        (tmp_path / "photos" / name).parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (4, 4), "blue").save(tmp_path / "photos" / name)
+    reader = ImageFolder(tmp_path / "photos")
+    assert (reader.name, reader.split, len(reader)) == ("photos", "all", 2)
+    assert [(reader.key(i), reader.captions(i)) for i in range(2)] == [("b.png", []), ("sub/a.TIF", [])]
+    assert reader.image(1).getpixel((0, 0)) == (0, 0, 255)
+    assert check(reader) == [] and ImageFolder(tmp_path / "photos", on_error="skip").problems == []
+    (tmp_path / "photos" / "b.txt").write_text("a blue square")
+    with pytest.raises(ValueError, match=r"sub/a.TIF: expected a list of at least one caption, got \[\]"):
+        ImageFolder(tmp_path / "photos")
+
+
+def test_a_gallery_embeds_and_does_not_train(tmp_path: Path) -> None:
+    Image.new("RGB", (4, 4), "blue").save(tmp_path / "b.png")
+    reader = ImageFolder(tmp_path)
+    data = PairData(train=reader, val=reader, test=reader, batch_size=1)
+    data.processor = toy_processor()
+    for loader, purpose in (("train", "training"), ("val", "validation"), ("test", "testing")):
+        message = f"{tmp_path.name} all holds 1 pictures and no caption, and {purpose} reads captions; write one caption a line"
+        with pytest.raises(ValueError, match=message):
+            getattr(data, f"{loader}_dataloader")()
+    (batch,) = data.predict_dataloader()
+    assert sorted(batch) == ["image", "image_id"]
+
+
+def test_a_gallery_is_not_written(tmp_path: Path) -> None:
+    (tmp_path / "photos").mkdir()
+    (tmp_path / "photos" / "b.png").write_bytes(PNG)
+    reader = ImageFolder(tmp_path / "photos")
+    with pytest.raises(ValueError, match="no caption, and write_karpathy reads captions"):
+        write_karpathy({"all": reader}, tmp_path / "a")
+    with pytest.raises(ValueError, match="no caption, and write_webdataset reads captions"):
+        write_webdataset(reader, tmp_path / "b")
+    assert [path.name for path in tmp_path.iterdir()] == ["photos"]
+
+
+def test_captions_are_cut_to_five_and_counted(tmp_path: Path) -> None:
+    path = karpathy(tmp_path, [list("abcdefg"), list("abcde"), list("abcdef"), list("abc")])
+    with pytest.warns(
+        UserWarning, match="^3 captions of 2 images of toy train come after the first 5 and are left out$"
+    ):
+        reader = KarpathyJson(path, split="train", captions_per_image=5)
+    assert ["".join(reader.captions(i)) for i in range(4)] == ["abcde", "abcde", "abcde", "abc"]
+    assert len(KarpathyJson(path, split="train").captions(0)) == 7
+    with pytest.raises(ValueError, match="captions_per_image: expected at least 1, or None for all, got 0"):
+        KarpathyJson(path, split="train", captions_per_image=0)
+
+
+def test_folds_are_blocks_in_file_order(tmp_path: Path) -> None:
+    path = karpathy(tmp_path, [[str(i)] for i in range(10)])
+    folds = [KarpathyJson(path, split="train", fold=(f, 5)) for f in range(5)]
+    assert [[fold.captions(i)[0] for i in range(2)] for fold in folds] == [
+        [str(2 * f), str(2 * f + 1)] for f in range(5)
+    ]
+    assert {fold.split for fold in folds} == {"train"} and len({fold.fingerprint() for fold in folds}) == 5
+    for wrong in ((5, 5), (-1, 5), (0, 0)):
+        with pytest.raises(ValueError, match=r"fold: expected \(f, n\) with f from 0 to n - 1, got"):
+            KarpathyJson(path, split="train", fold=wrong)
+    with pytest.raises(ValueError, match="fold: 10 images do not make 3 blocks of one size"):
+        KarpathyJson(path, split="train", fold=(0, 3))
+
+
+def test_remote_sensing_with_tiff_pictures(tmp_path: Path) -> None:
+    """The form of dataset_RSITMD.json: pictures in TIFF, tokens and numbers beside each sentence."""
+    (tmp_path / "images").mkdir()
+    Image.new("RGB", (256, 256), "green").save(tmp_path / "images" / "airport_1.tif", compression="tiff_lzw")
+    sentences = [{"raw": f"many planes {i} .", "tokens": ["many"], "imgid": 0, "sentid": i} for i in range(5)]
+    image = {
+        "filename": "airport_1.tif",
+        "split": "test",
+        "imgid": 0,
+        "sentids": list(range(5)),
+        "sentences": sentences,
+    }
+    path = tmp_path / "dataset_RSITMD.json"
+    path.write_text(json.dumps({"images": [image], "dataset": "RSITMD"}))
+    reader = KarpathyJson(path, split="test", captions_per_image=5)
+    assert (reader.name, reader.key(0), len(reader.captions(0))) == ("RSITMD", "airport_1.tif", 5)
+    assert reader.image(0).getpixel((9, 9)) == (0, 128, 0)
+
+
+def test_samples_are_kept_as_they_are_when_asked(tmp_path: Path) -> None:
+    reader = KarpathyJson(karpathy(tmp_path, [["a"], [""], []]), split="train", on_error="keep")
+    assert [reader.captions(i) for i in range(3)] == [["a"], [""], []] and reader.problems == []
 
 
 def test_shards_of_other_writers(tmp_path: Path) -> None:
@@ -295,16 +376,8 @@ def test_empty_splits_and_unknown_policies_are_named(tmp_path: Path) -> None:
     ):
         with pytest.raises(ValueError, match="has no samples in split 'train'; check the path and the split"):
             make()
-    with pytest.raises(ValueError, match="on_error: expected 'raise' or 'skip', got 'ignore'"):
+    with pytest.raises(ValueError, match="on_error: expected 'raise', 'skip' or 'keep', got 'ignore'"):
         KarpathyJson(karpathy(tmp_path, [["a"]]), split="train", on_error="ignore")
-
-
-@pytest.mark.parametrize("line", ['{"file_name": "x.png"}', '{"text": "a"}', "[]", "{half"])
-def test_bad_lines_of_json_are_named(tmp_path: Path, line: str) -> None:
-    (tmp_path / "train").mkdir()
-    (tmp_path / "train" / "m.jsonl").write_text('{"file_name": "x.png", "text": "a"}\n' + line)
-    with pytest.raises(ValueError, match="m.jsonl line 2"):
-        ImageFolder(tmp_path, split="train", captions="m.jsonl")
 
 
 def test_tars_that_are_none_are_named(tmp_path: Path) -> None:
@@ -329,7 +402,7 @@ def test_names_cannot_leave_their_root(tmp_path: Path, name: str) -> None:
     (tmp_path / "train").mkdir()
     (tmp_path / "train" / "m.jsonl").write_text(json.dumps({"file_name": name, "text": "a"}))
     with pytest.raises(ValueError, match=message):
-        ImageFolder(tmp_path, split="train", captions="m.jsonl", on_error="skip")
+        JsonLines(tmp_path / "train" / "m.jsonl", on_error="skip")
     with pytest.raises(ValueError, match=message):
         ImageFolder(tmp_path, split=name)
     if "\0" not in name:  # a tar's header ends there

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from unimodal.report import Report, write_report
+from unimodal.report import Report, write_misses, write_report
 from unimodal.report.chart import log_ticks, loss_chart, thin
 from unimodal.report.pieces import differing, duration, image
 
@@ -136,6 +136,27 @@ def test_small_pictures_are_exact_and_photographs_are_reduced() -> None:
 def test_wrong_pictures_are_named(picture, came: str) -> None:
     with pytest.raises(TypeError, match=rf"a PIL image or a uint8 array \[H, W, 3\], not {came}"):
         image(picture, "")
+
+
+def test_missed_queries_have_a_page_of_their_own(tmp_path: Path) -> None:
+    other, right = {"score": 0.9, "right": False, "picture": PICTURE}, {"score": 0.8, "right": True, "picture": PICTURE}
+    miss = {"text": "a <red> circle", "first": [other, right], "reranked": [right, other], "note": "a twin & more"}
+    path = write_misses(
+        tmp_path / "misses.html", title="Misses <1>", summary="two of 9", facts={"Model": "toy"},
+        misses={"Text to image": [miss], "Image to text": []},  # type: ignore[list-item]
+    )  # fmt: skip
+    text = path.read_text()
+    Balanced(text)
+    assert re.findall(r"<h2>(.*?)</h2>", text) == ["Text to image"]  # an empty group is left out
+    for shown in (
+        "Misses &lt;1&gt;",
+        "a &lt;red&gt; circle",
+        "a twin &amp; more",
+        "the right one: #2 → #1",
+        "two of 9",
+        "toy",
+    ):
+        assert shown in text
 
 
 def test_wrong_keys_are_named(tmp_path: Path) -> None:

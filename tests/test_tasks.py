@@ -224,6 +224,36 @@ def test_frozen_parts_and_untouched_heads_stay_bit_identical(tmp_path: Path) -> 
         assert torch.equal(output, outputs[name]), name
 
 
+@pytest.mark.parametrize(
+    "kinds", [{}, {"matching": {"kind": "bridge"}, "captioning": {"kind": "bridge"}}], ids=["own", "bridge"]
+)
+def test_a_head_is_untouched_exactly_when_its_outputs_cannot_move(kinds: dict[str, Any]) -> None:
+    """Every part of the model in turn is moved a little: which heads answer otherwise?"""
+    model = toy_model(**kinds)
+    heads = ["embedding", "matching", "captioning", "generation"]
+    model.heads[
+        "generation"
+    ].transformer.proj_out.weight.data.normal_()  # it starts at zero, and would hide all before it
+    for part in sorted(
+        {str(row["part"]) for row in stages.table(model, dict.fromkeys(dict(model.named_parameters()), 1.0))}
+    ):
+        if part == "log_scale" or "null_condition" in part:  # no head's output shows them
+            continue
+        pattern = part if part in dict(model.named_parameters()) else f"{part}.*"
+        stages.freeze(model, stages.rates(model, {pattern: 1.0}))
+        before = stages.probe(
+            model, heads
+        )  # after freezing: kernels differ in the last bit with what requires a gradient
+        trained = {p: p.detach().clone() for p in model.parameters() if p.requires_grad}
+        for p in trained:
+            p.data.add_(torch.randn_like(p), alpha=0.1)
+        after = stages.probe(model, heads)
+        same = [head for head in heads if all(torch.equal(after[k], before[k]) for k in before if k.startswith(head))]
+        assert stages.untouched_heads(model) == same, part
+        for p, was in trained.items():
+            p.data.copy_(was)
+
+
 class Disturb(pl.Callback):
     """Moves one frozen tensor by the smallest amount."""
 

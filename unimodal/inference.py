@@ -25,8 +25,9 @@ from unimodal.data.items import Item, as_item, as_items, is_single
 from unimodal.data.processor import Processor
 from unimodal.explain import Explanation, explain
 from unimodal.model import UnimodalModel
-from unimodal.search import Encoder, Index, Precision, build_index, quantise, similarity
+from unimodal.search import Calibration, Encoder, Index, Precision, build_index, quantise, similarity
 from unimodal.search.encoder import batches, progress
+from unimodal.search.index import require_same_model
 
 
 @dataclass
@@ -78,17 +79,25 @@ class Unimodal:
             FileNotFoundError: no such checkpoint.
             unimodal.hub.CheckpointError: it cannot be read safely and completely.
         """
-        model, processor = hub.load_checkpoint(
-            name_or_path,
-            revision=revision,
-            cache_dir=cache_folder,
-            local_files_only=local_files_only,
-            token=token,
-            heads=heads,
-            device=device,
-            dtype=dtype,
-        )
-        return cls(model, processor)
+        place: dict[str, Any] = {
+            "revision": revision,
+            "cache_dir": cache_folder,
+            "local_files_only": local_files_only,
+            "token": token,
+        }
+        model, processor = hub.load_checkpoint(name_or_path, heads=heads, device=device, dtype=dtype, **place)
+        self = cls(model, processor)
+        if "matching" in model.heads and (path := hub.find_calibration(name_or_path, **place)):
+            calibration = Calibration.load(path)
+            if calibration.model == (fingerprint := self.encoder.fingerprint()):
+                self.encoder.calibration = calibration
+            else:
+                warnings.warn(
+                    f"{path} was measured on model {calibration.model or '(unknown)'}, this is model {fingerprint} (other "
+                    "weights, dtype or preprocessing): match probabilities are not calibrated; calibrate again",
+                    stacklevel=2,
+                )
+        return self
 
     # Embeddings.
 
@@ -206,7 +215,7 @@ class Unimodal:
             inputs: pairs of an image and a text, in either order, or one such pair. An item is read once, however many
                 pairs it is in.
             batch_size: items, and pairs, at a time.
-            activation_fn: what turns logits into scores; the sigmoid where not given.
+            activation_fn: what turns logits into scores; where not given the calibration, or the sigmoid without one.
             show_progress_bar: None shows one for several batches on a terminal.
 
         Returns:
@@ -218,7 +227,7 @@ class Unimodal:
         """
         single = len(inputs) == 2 and all(is_single(part) for part in inputs)
         pairs = [_as_pair(pair, f"pair {i}: ") for i, pair in enumerate([inputs] if single else inputs)]
-        scores = (activation_fn or torch.sigmoid)(self._logits(pairs, batch_size, show_progress_bar)).numpy()
+        scores = (activation_fn or self.encoder.probability)(self._logits(pairs, batch_size, show_progress_bar)).numpy()
         return scores[0] if single else scores
 
     def rank(
@@ -254,7 +263,10 @@ class Unimodal:
         pairs = [_as_pair((asked, document), f"document {i}: ") for i, document in enumerate(documents)]
         logits = self._logits(pairs, batch_size, show_progress_bar)
         # Sorted by logits, which still differ where probabilities have both become 1.
-        order, scores = logits.argsort(descending=True, stable=True).tolist()[:top_k], logits.sigmoid().tolist()
+        order, scores = (
+            logits.argsort(descending=True, stable=True).tolist()[:top_k],
+            self.encoder.probability(logits).tolist(),
+        )
         extra = [{"document": documents[i]} if return_documents else {} for i in order]
         return [{"corpus_id": i, "score": scores[i], **more} for i, more in zip(order, extra)]
 
@@ -384,30 +396,23 @@ class Unimodal:
         documents: Any,
         ids: Sequence[int | str] | None = None,
         precision: Literal["int8", "float32"] = "int8",
-        *,
-        batch_size: int = 32,
-        on_error: Literal["raise", "skip"] = "raise",
-        folder: str | Path | None = None,
-        show_progress_bar: bool | None = None,
+        **options: Any,
     ) -> Index:
         """An index of images or texts; arguments as in `unimodal.search.build_index`."""
-        return build_index(
-            self.encoder,
-            documents,
-            ids,
-            precision,
-            batch_size=batch_size,
-            on_error=on_error,
-            folder=folder,
-            show_progress_bar=show_progress_bar,
-        )
+        return build_index(self.encoder, documents, ids, precision, **options)
 
     def load_index(self, folder: str | Path) -> Index:
         """Open an index that this model made; see `Index.load`."""
         return Index.load(folder, self.encoder)
 
     def search(self, queries: Any, index: Index, top_k: int = 10, rerank_top_k: int = 100, **options: Any) -> Any:
-        """Hits of each query; arguments and hits as in `Index.search`."""
+        """Hits of each query; arguments and hits as in `Index.search`.
+
+        Raises:
+            ValueError: another model made the index; also what `Index.search` raises.
+        """
+        if index.encoder is not self.encoder:
+            require_same_model("the index", index.manifest["model"], self.encoder)
         return index.search(queries, top_k, rerank_top_k, **options)
 
     # Sharing.
@@ -415,6 +420,8 @@ class Unimodal:
     def save_pretrained(self, folder: str | Path, **options: Any) -> None:
         """Write a checkpoint folder that `from_pretrained` loads; options as in `unimodal.hub.save_checkpoint`."""
         hub.save_checkpoint(self.model, self.processor, folder, **options)
+        if self.encoder.calibration is not None:
+            self.encoder.calibration.save(Path(folder) / "calibration.json")
 
     def push_to_hub(
         self,

@@ -14,43 +14,24 @@ from torch import Tensor, nn
 from unimodal.config import nearest
 from unimodal.model import UnimodalModel
 
-# What each head's output depends on. Query sets are named one by one, since a head reads only its own.
-PATHS = {
-    "embedding": (
-        "backbone.*",
-        "bridge.layers.*",
-        "bridge.norm.*",
-        "bridge.query_sets.image",
-        "bridge.query_sets.text",
-        "heads.image_embedding.*",
-        "heads.text_embedding.*",
-    ),
-    "matching": (
-        "backbone.*",
-        "bridge.layers.*",
-        "bridge.norm.*",
-        "bridge.*embedding.*",
-        "bridge.query_sets.image",
-        "heads.matching.*",
-    ),
-    "captioning": (
-        "backbone.vision*",
-        "backbone.image*",
-        "bridge.layers.*",
-        "bridge.norm.*",
-        "bridge.*embedding.*",
-        "bridge.lm_*",
-        "bridge.query_sets.image",
-        "heads.captioning.*",
-    ),
-    "generation": (
-        "backbone.text*",
-        "bridge.layers.*",
-        "bridge.norm.*",
-        "bridge.query_sets.generate",
-        "heads.generation.*",
-    ),
-}
+SEES = ("backbone.vision*", "backbone.image*", "bridge.layers.*", "bridge.norm.*", "bridge.query_sets.image")
+READS = ("backbone.text*", "bridge.layers.*", "bridge.norm.*")
+
+
+def paths(model: UnimodalModel) -> dict[str, tuple[str, ...]]:
+    """What the output of each head depends on, as patterns; inside the bridge, matching and captioning read words by its own embeddings."""
+    words = "bridge.*embedding.*"
+    judges_in_bridge, writes_in_bridge = (
+        settings is not None and settings.kind == "bridge"
+        for settings in (model.config.matching, model.config.captioning)
+    )
+    out = {
+        "embedding": (*SEES, *READS, "bridge.query_sets.text", "heads.image_embedding.*", "heads.text_embedding.*"),
+        "matching": (*SEES, words if judges_in_bridge else "backbone.text*", "heads.matching.*"),
+        "captioning": (*SEES, *([words, "bridge.lm_*"] if writes_in_bridge else []), "heads.captioning.*"),
+        "generation": (*READS, "bridge.query_sets.generate", "heads.generation.*"),
+    }
+    return {head: path for head, path in out.items() if head == "embedding" or head in model.heads}
 
 
 def _matches(name: str, patterns: Iterable[str]) -> bool:
@@ -115,8 +96,7 @@ def moved(before: dict[str, str], after: dict[str, str]) -> list[str]:
 def untouched_heads(model: UnimodalModel) -> list[str]:
     """Heads with no trained parameter on their path."""
     trained = [name for name, p in model.named_parameters() if p.requires_grad]
-    present = [head for head in PATHS if head == "embedding" or head in model.heads]
-    return [head for head in present if not any(_matches(name, PATHS[head]) for name in trained)]
+    return [head for head, path in paths(model).items() if not any(_matches(name, path) for name in trained)]
 
 
 @torch.no_grad()

@@ -12,14 +12,21 @@ VERBS = {
     "validate": ("train", "run", "score a model on the validation split"),
     "test": ("train", "run", "score a model on the test split"),
     "predict": ("train", "run", "embed a split with a recipe's model"),
+    "evaluate": ("evaluate", "run", "score a checkpoint's retrieval on a split: --model M --data PATH --out DIR"),
+    "compare": ("evaluate", "run", "test whether two evaluated runs differ by more than chance: DIR DIR"),
     "demo": ("train", "demo", "train the embedded quickstart and write its page (--short for a quick pass)"),
     "embed": ("verbs", "embed", "embed images or texts into a .npy file"),
-    "search": ("verbs", "search", "search a folder of images by text, or by an image"),
+    "search": (
+        "verbs",
+        "search",
+        "search a folder of images by text, or by an image; search tune|calibrate: on your own pairs",
+    ),
     "rank": ("verbs", "rank", "rank images against a text, or texts against an image"),
     "caption": ("verbs", "caption", "caption images"),
     "generate": ("verbs", "generate", "draw a picture from a text"),
     "mine": ("verbs", "mine", "mine hard negatives of a split into a .jsonl file"),
     "push": ("verbs", "push", "push a checkpoint folder to the Hub"),
+    "data": ("verbs", "data", "check a data set before training: unimodal data check PATH"),
     "doctor": ("verbs", "doctor", "report versions, devices and, for a checkpoint, whether it replays"),
 }
 

@@ -214,9 +214,9 @@ def _picture(pairs: Pairs, i: int) -> np.ndarray:
 
 
 def _searches(pairs: Pairs, results: dict[str, Any], count: int = 6, shown: int = 5) -> list[Search]:
-    if "candidates" not in results:
-        return []
     found = results["candidates"]
+    if "t2i_match" not in found:
+        return []
     first, match = found["t2i"], found["t2i_match"]
     captions = [(i, caption) for i in range(len(pairs)) for caption in pairs.captions(i)]
     # Queries that reranking changed come first: the others look the same twice.

@@ -1,4 +1,4 @@
-"""The verbs that use a model: `unimodal embed|search|rank|caption|generate|mine|push`, and the one parser of them all.
+"""The verbs that use a model or look at data, `unimodal embed|search|rank|caption|generate|mine|push|data`, and their one parser.
 
 Results go to standard output, messages to standard error. What a user can get wrong is one line and status 1; a file
 that cannot be read is named and left out, and the others are done.
@@ -19,6 +19,8 @@ from rich.markup import escape
 from rich.table import Table
 
 from unimodal.cli import mine as mining
+from unimodal.cli import searching
+from unimodal.cli.data import add_parser, check_data
 from unimodal.cli.doctor import examine
 from unimodal.data.images import load_image
 from unimodal.data.items import SUFFIXES
@@ -49,6 +51,8 @@ def parser() -> argparse.ArgumentParser:
     verb.add_argument("--top_k", type=int, default=5, help="how many to show")
     verb.add_argument("--rerank_top_k", type=int, default=50, help="how many the matching head judges; 0 for none")
     verb.add_argument("--index", type=Path, help="a folder that keeps what was read, for the next search")
+
+    searching.add_parsers(verbs, model)
 
     verb = verbs.add_parser("rank", parents=[model], help="rank images against a text, or texts against an image")
     verb.add_argument("query", help="a text, or the path of a picture")
@@ -82,17 +86,27 @@ def parser() -> argparse.ArgumentParser:
     verb.add_argument("--revision", help="the branch to commit to")
     verb.add_argument("--create_pr", action="store_true", help="open a pull request")
 
+    add_parser(verbs)
+
     verb = verbs.add_parser("doctor", help="report versions, devices and, for a checkpoint, whether it replays")
     verb.add_argument("--model", type=Path, help="a checkpoint folder, whose stored example is computed again")
     verb.add_argument("--hub", action="store_true", help="also see whether the Hub answers")
     return whole
 
 
+def parse(arguments: Sequence[str]) -> argparse.Namespace:
+    """The options of a verb; `search` may be of two words."""
+    words = list(arguments)
+    if words[:1] == ["search"] and words[1:2] in (["tune"], ["calibrate"]):  # a folder of this name is given as ./tune
+        words[:2] = [" ".join(words[:2])]
+    return parser().parse_args(words)
+
+
 def _verb(work: Callable[[argparse.Namespace], int | None]) -> Callable[[Sequence[str]], int]:
     """The verb on its argument list; bad input becomes one line on standard error and status 1."""
 
     def run(arguments: Sequence[str]) -> int:
-        options = parser().parse_args(arguments)
+        options = parse(arguments)
         try:
             return work(options) or 0
         except (OSError, ValueError, TypeError) as error:
@@ -116,6 +130,10 @@ def embed(options: argparse.Namespace) -> None:
 
 @_verb
 def search(options: argparse.Namespace) -> None:
+    if options.verb == "search tune":
+        return searching.tune(_load(options), options)
+    if options.verb == "search calibrate":
+        return searching.calibrate(_load(options), options, Path(options.model or DEFAULT_MODEL))
     pictures = _pictures(options.folder)
     index = _index(_load(options), pictures, options.index)
     hits = index.search(options.query, top_k=options.top_k, rerank_top_k=options.rerank_top_k)
@@ -182,6 +200,11 @@ def push(options: argparse.Namespace) -> None:
 
 
 @_verb
+def data(options: argparse.Namespace) -> int:
+    return check_data(options)
+
+
+@_verb
 def doctor(options: argparse.Namespace) -> int:
     return examine(options.model, ask_hub=options.hub)
 
@@ -236,28 +259,35 @@ def _index(model: Unimodal, pictures: list[Path], folder: Path | None) -> Index:
     files = {f"{path} {path.stat().st_size} {path.stat().st_mtime_ns}": path for path in pictures}
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*could not be read and are not in the index.*")
-        change = _change(folder, list(files), model) if folder is not None else ""
-        if folder is not None and change:
-            _say(f"{folder}: {change}; reading the pictures again")
-            index = model.build_index(pictures, list(files), on_error="skip")
-            index.save(folder)
-        else:
+        if folder is None or not (folder / "index.json").exists():
             index = model.build_index(pictures, list(files), on_error="skip", folder=folder)
+        else:
+            index = _kept(model, files, folder)
     _list_problems([files[str(name)] for name in index.skipped], len(pictures))
     if not len(index):
         raise ValueError(f"none of the {len(pictures)} pictures can be read")
     return index
 
 
-def _change(folder: Path, ids: list[str], model: Unimodal) -> str:
-    """Why the index kept in a folder does not hold for these pictures and this model; empty where it does or none is."""
-    if not (folder / "index.json").exists():
-        return ""
-    kept = json.loads((folder / "index.json").read_text(encoding="utf-8"))
-    if kept["model"] != model.encoder.fingerprint():
-        return "made by another model"
-    new, gone = len(set(ids) - set(kept["ids"])), len(set(kept["ids"]) - set(ids))
-    return f"{new} pictures are new or changed, {gone} are gone or changed" if new or gone else ""
+def _kept(model: Unimodal, files: dict[str, Path], folder: Path) -> Index:
+    """The index in a folder, brought up to date with the pictures."""
+    try:  # as it was, or interrupted while these pictures were read
+        return model.build_index(list(files.values()), list(files), on_error="skip", folder=folder)
+    except ValueError:
+        pass
+    try:
+        index = model.load_index(folder)
+    except ValueError as error:
+        _say(f"{error}; reading the pictures again")
+        index = model.build_index(list(files.values()), list(files), on_error="skip")
+        index.save(folder)
+        return index
+    kept = {*index.ids, *index.skipped}
+    new, gone = [name for name in files if name not in kept], [name for name in kept if name not in files]
+    _say(f"{folder}: {len(new)} pictures are new or changed, {len(gone)} are gone or changed")
+    index.delete(gone)
+    index.add([files[name] for name in new], new, on_error="skip")
+    return index
 
 
 def _table(title: str, columns: Sequence[str], rows: Iterable[Sequence[object]]) -> None:

@@ -19,6 +19,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 
 # Pillow knows others that run external programs, PostScript first of all.
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM")
+TIFF_MARKS = (b"II*\0", b"MM\0*")
 MAX_BYTES = 64 * 2**20  # of a download
 TIMEOUT = 20.0  # seconds without an answer
 
@@ -107,6 +108,12 @@ def _open(file: Any, name: str, max_pixels: int) -> Image.Image:
     try:
         picture = Image.open(file, formats=FORMATS)
     except UnidentifiedImageError as error:
+        file.seek(0)
+        if file.read(4) in TIFF_MARKS:
+            raise ImageError(
+                f"{name} is a TIFF with more bands or another depth than Pillow reads; write three bands of 8 bits, for "
+                "example with gdal_translate -ot Byte -scale -b 1 -b 2 -b 3"
+            ) from error
         raise ImageError(f"{name} is no image; expected one of {', '.join(FORMATS)}") from error
     except Image.DecompressionBombError as error:
         raise ImageError(f"{name} has too many pixels: {error}") from error

@@ -21,7 +21,7 @@ from unimodal.config import ModelConfig
 from unimodal.data.batch import Batch
 from unimodal.data.features import FeatureCache
 from unimodal.data.negatives import Negatives, read_negatives
-from unimodal.data.pairs import Pairs
+from unimodal.data.pairs import Pairs, require_captions
 from unimodal.data.processor import Processor, scenes_tokenizer
 from unimodal.data.sampler import hard_batches, random_batches
 
@@ -287,6 +287,7 @@ class PairData(pl.LightningDataModule):
             raise ValueError(
                 "training needs data.train; name a reader, for example {class_path: unimodal.data.Scenes, init_args: {split: train}}"
             )
+        require_captions(self.train, "training")
         if self.processor is None:
             raise RuntimeError("PairData.bind(config, backbone) must run before its loaders are made")
         samples = TrainingSamples(
@@ -314,10 +315,10 @@ class PairData(pl.LightningDataModule):
         )
 
     def val_dataloader(self) -> DataLoader:
-        return self._evaluation_loader("val", self.val)
+        return self._evaluation_loader("val", self.val, purpose="validation")
 
     def test_dataloader(self) -> DataLoader:
-        return self._evaluation_loader("test", self.test)
+        return self._evaluation_loader("test", self.test, purpose="testing")
 
     def predict_dataloader(self) -> DataLoader:
         return self._evaluation_loader("test", self.test)
@@ -326,9 +327,11 @@ class PairData(pl.LightningDataModule):
         """The training split in order, for mining."""
         return self._evaluation_loader("train", self.train)
 
-    def _evaluation_loader(self, split: str, pairs: Pairs | None) -> DataLoader:
+    def _evaluation_loader(self, split: str, pairs: Pairs | None, purpose: str | None = None) -> DataLoader:
         if pairs is None:
             raise ValueError(f"this run reads data.{split}, which is not configured; name a reader for it")
+        if purpose is not None:
+            require_captions(pairs, purpose)
         if self.processor is None:
             raise RuntimeError("PairData.bind(config, backbone) must run before its loaders are made")
         rows = [list(range(i, min(i + self.batch_size, len(pairs)))) for i in range(0, len(pairs), self.batch_size)]
@@ -336,7 +339,8 @@ class PairData(pl.LightningDataModule):
 
 
 class EvaluationBatches(Dataset):
-    """Whole rows of a split in order: every picture with all of its captions. `text_image` says which row of the split a caption is of."""
+    """Whole rows of a split in order: every picture with all of its captions, whose `text_image_id` says which picture each is of.
+    Batches of a gallery have pictures only."""
 
     def __init__(self, pairs: Pairs, processor: Processor, rows: list[list[int]], cache: FeatureCache | None) -> None:
         self.pairs, self.processor, self.rows, self.cache = pairs, processor, rows, cache
@@ -347,13 +351,10 @@ class EvaluationBatches(Dataset):
     def __getitem__(self, step: int) -> Batch:
         rows = self.rows[step]
         captions = [(i, caption) for i in rows for caption in self.pairs.captions(i)]
-        text, text_mask = self.processor.texts([caption for _, caption in captions])
-        batch: Batch = {
-            "image_id": torch.tensor([self.pairs.image_id(i) for i in rows]),
-            "text": text,
-            "text_mask": text_mask,
-            "text_image_id": torch.tensor([self.pairs.image_id(i) for i, _ in captions]),
-        }
+        batch: Batch = {"image_id": torch.tensor([self.pairs.image_id(i) for i in rows])}
+        if captions:
+            batch["text"], batch["text_mask"] = self.processor.texts([caption for _, caption in captions])
+            batch["text_image_id"] = torch.tensor([self.pairs.image_id(i) for i, _ in captions])
         if self.cache is not None:
             batch["image_features"] = self.cache.read(rows)
         else:

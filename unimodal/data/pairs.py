@@ -25,7 +25,10 @@ class Pairs(Protocol):
         """The picture, in RGB."""
 
     def captions(self, i: int) -> list[str]:
-        """Every caption of image i, at least one."""
+        """Every caption of image i: at least one, or none for every image of a gallery."""
+
+    def labels(self, i: int) -> frozenset[str]:
+        """The categories of image i, which its captions share; empty where a reader has none."""
 
     def key(self, i: int) -> str:
         """File or member name: what messages call this image."""
@@ -34,7 +37,7 @@ class Pairs(Protocol):
         """Equal for equal images: what the multi-positive losses compare."""
 
     def fingerprint(self) -> str:
-        """Sixteen hexadecimal digits of the keys and captions of the split."""
+        """Sixteen hexadecimal digits of the keys, captions and labels of the split."""
 
     def negatives(self, i: int, c: int) -> list[str]:
         """Captions that are wrong for image i, derived from its caption number c; empty where a reader has none."""
@@ -64,15 +67,33 @@ class Problem:
 
 def check(pairs: Pairs) -> list[Problem]:
     """Open every picture and look at every caption of a split; a sound split gives an empty list."""
-    problems = []
+    problems, gallery = [], is_gallery(pairs)
     for i in range(len(pairs)):
-        reasons = [caption_fault(pairs.captions(i))]
+        reasons = [None if gallery else caption_fault(pairs.captions(i))]
         try:
             pairs.image(i)
         except (OSError, ValueError) as error:
             reasons.append(str(error))
         problems += [Problem(i, pairs.key(i), reason) for reason in reasons if reason]
     return problems
+
+
+def is_gallery(pairs: Pairs) -> bool:
+    """Whether the split has pictures without any caption: enough to search and to caption, not to train."""
+    return not any(pairs.captions(i) for i in range(len(pairs)))
+
+
+def require_captions(pairs: Pairs, purpose: str) -> None:
+    """Refuse a gallery for a purpose that reads captions.
+
+    Raises:
+        ValueError: names the split, and says where captions go.
+    """
+    if is_gallery(pairs):
+        raise ValueError(
+            f"{pairs.name} {pairs.split} holds {len(pairs)} pictures and no caption, and {purpose} reads captions; write one "
+            "caption a line into a .txt file beside each picture, or name a reader that has captions"
+        )
 
 
 def caption_fault(captions: Any) -> str | None:

@@ -1,4 +1,5 @@
-"""Image-text pairs from files, by random access: Karpathy's JSON and a folder of pictures; `shards.py` reads tars.
+"""Image-text pairs from files, by random access: Karpathy's JSON and a folder of pictures. Beside this file lie `tables.py`
+(CSV and JSON lines), `shards.py` (tars), `labelled.py` (sets with categories) and `huggingface.py`.
 
 Every reader lists its samples when it is made and opens a picture when asked for it. Captions are checked at once.
 Paths that leave their root are an error whatever `on_error` says: such a file was made to deceive.
@@ -8,7 +9,6 @@ from __future__ import annotations
 
 import json
 import warnings
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any, Literal
@@ -19,37 +19,44 @@ from unimodal.data.images import load_image
 from unimodal.data.items import SUFFIXES
 from unimodal.data.pairs import Problem, caption_fault, check, fingerprint
 
-OnError = Literal["raise", "skip"]
+OnError = Literal["raise", "skip", "keep"]
 
 
 @dataclass(frozen=True)
 class Sample:
-    """Where a sample lies. A picture inside a shard starts at byte `start` and has `size` bytes."""
+    """Where a sample lies. A picture inside a shard starts at byte `start` and has `size` bytes; one of Hugging Face is row `start`."""
 
     key: str
     captions: list[str]
     file: Path
     start: int = 0
     size: int = -1  # to the end of the file
+    labels: frozenset[str] = frozenset()
 
 
 class Listed:
     """A split that is a list of samples (`unimodal.data.pairs.Pairs`).
 
+    Args:
+        gallery: a split of which no sample has captions is sound; else that is an error.
+
     Attributes:
-        problems: what `on_error="skip"` left out; empty under "raise".
+        problems: what `on_error="skip"` left out; empty under "raise" and "keep".
     """
 
-    def __init__(self, name: str, split: str, samples: list[Sample], on_error: OnError) -> None:
-        if on_error not in ("raise", "skip"):
-            raise ValueError(f"on_error: expected 'raise' or 'skip', got {on_error!r}")
+    def __init__(
+        self, name: str, split: str, samples: list[Sample], on_error: OnError, *, gallery: bool = False
+    ) -> None:
+        if on_error not in ("raise", "skip", "keep"):
+            raise ValueError(f"on_error: expected 'raise', 'skip' or 'keep', got {on_error!r}")
         if not samples:
             raise ValueError(f"{name} has no samples in split {split!r}; check the path and the split")
         self.name, self.split, self.samples = name, split, samples
         self.problems: list[Problem] = []
+        gallery = gallery and not any(sample.captions for sample in samples)
         if on_error == "skip":
             self._leave_out_bad_samples()
-        for sample in self.samples:
+        for sample in () if gallery or on_error == "keep" else self.samples:
             if fault := caption_fault(sample.captions):
                 raise ValueError(f"{sample.key}: {fault}, or pass on_error='skip' to leave bad samples out")
         first: dict[str, int] = {}
@@ -72,18 +79,27 @@ class Listed:
 
     def image(self, i: int) -> Image.Image:
         sample = self.samples[i]
+        source = self.source(sample)
+        try:
+            return load_image(source)
+        except ValueError as error:
+            if isinstance(source, Path):
+                raise
+            raise ValueError(f"{sample.key}: {error}") from error  # bytes have no name of their own
+
+    def source(self, sample: Sample) -> Path | bytes:
+        """The picture's file, or the bytes of one."""
         if sample.size < 0:
-            return load_image(sample.file)
+            return sample.file
         with open(sample.file, "rb") as shard:
             shard.seek(sample.start)
-            content = shard.read(sample.size)
-        try:
-            return load_image(content)
-        except ValueError as error:  # bytes have no name of their own
-            raise ValueError(f"{sample.key}: {error}") from error
+            return shard.read(sample.size)
 
     def captions(self, i: int) -> list[str]:
         return self.samples[i].captions
+
+    def labels(self, i: int) -> frozenset[str]:
+        return self.samples[i].labels
 
     def key(self, i: int) -> str:
         return self.samples[i].key
@@ -92,7 +108,10 @@ class Listed:
         return self._image_ids[i]
 
     def fingerprint(self) -> str:
-        return fingerprint((sample.key, sample.captions) for sample in self.samples)
+        return fingerprint(
+            (sample.key, [*sample.captions, *(f"label {label}" for label in sorted(sample.labels))])
+            for sample in self.samples
+        )
 
     def negatives(self, i: int, c: int) -> list[str]:
         return []
@@ -101,66 +120,104 @@ class Listed:
 class KarpathyJson(Listed):
     """The format of Karpathy and Fei-Fei (CVPR 2015, arXiv:1412.2306) for Flickr8k, Flickr30k and COCO.
 
+    RSICD (Lu et al. 2017, arXiv:1712.07835; `dataset_rsicd.json`, pictures in `RSICD_images`) and RSITMD (Yuan et al. 2021,
+    arXiv:2204.09868; `dataset_RSITMD.json`, TIFF pictures in `images`) are published in it too.
+
     Args:
         path: the JSON file, `{"dataset", "images": [{"filename", "split", "sentences": [{"raw"}]}]}`; an image's
-            `filepath`, where there is one, is a folder inside the root.
+            `filepath`, where there is one, is a folder inside the root, and `labels` are its categories.
         root: folder of the pictures; by default `images` beside the file.
         split: one of the file's splits, or several joined by a plus: "train+restval".
+        captions_per_image: keep the first so many captions of each image, under a warning that counts the others. The
+            protocols of COCO say five; some of its images have six or seven.
+        fold: (f, n) reads block f, counted from 0, of the split cut in file order into n blocks of one size. "COCO 1K" is the
+            mean over the five folds of `test` (`unimodal.metrics.mean_of_folds`).
         on_error: "raise" stops at a bad sample: at its captions here, at its picture when it is read. "skip" opens
-            every picture once, here, and leaves bad samples out, with a warning and the list `problems`.
+            every picture once, here, and leaves bad samples out, with a warning and the list `problems`. "keep" takes
+            samples as they are, for `audit` to name.
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: it has another form, a bad caption, a path outside the root, or nothing in this split.
+        ValueError: it has another form, a bad caption, a path outside the root, or nothing in this split; a split that the
+            folds do not divide.
     """
 
-    def __init__(self, path: str | Path, root: str | Path | None = None, *, split: str, on_error: OnError = "raise"):
+    def __init__(
+        self,
+        path: str | Path,
+        root: str | Path | None = None,
+        *,
+        split: str,
+        captions_per_image: int | None = None,
+        fold: tuple[int, int] | None = None,
+        on_error: OnError = "raise",
+    ) -> None:
+        if captions_per_image is not None and captions_per_image < 1:
+            raise ValueError(f"captions_per_image: expected at least 1, or None for all, got {captions_per_image}")
         root = Path(root) if root is not None else Path(path).parent / "images"
-        data = _parse(Path(path).read_bytes(), str(path))
+        data = parse_json(Path(path).read_bytes(), str(path))
         if not isinstance(data, dict) or not isinstance(data.get("images"), list):
             raise ValueError(f"{path}: expected an object with a list 'images', got {data!r:.60}")
+        name = str(data.get("dataset", Path(path).stem))
         wanted, found = split.split("+"), set()
         samples: list[Sample] = []
+        cut: list[int] = []
         for i, image in enumerate(data["images"]):
             if not isinstance(image, dict) or not all(isinstance(image.get(k), str) for k in ("filename", "split")):
                 raise ValueError(f"{path}: images[{i}] needs a filename and a split as strings, got {image!r:.80}")
             found.add(image["split"])
             if image["split"] in wanted:
                 key = str(PurePosixPath(str(image.get("filepath", "")), image["filename"]))
-                samples.append(Sample(key, _raw(image.get("sentences")), inside(root, key)))
+                captions = _raw(image.get("sentences"))
+                if captions_per_image is not None and isinstance(captions, list):
+                    cut += [len(captions) - captions_per_image] * (len(captions) > captions_per_image)
+                    captions = captions[:captions_per_image]
+                samples.append(Sample(key, captions, inside(root, key), labels=as_labels(image.get("labels"))))
         if unknown := [part for part in wanted if part not in found]:
             raise ValueError(f"{path} has no split {unknown[0]!r}; it has: {', '.join(sorted(found))}")
-        super().__init__(str(data.get("dataset", Path(path).stem)), split, samples, on_error)
+        if cut:
+            warnings.warn(
+                f"{sum(cut)} captions of {len(cut)} images of {name} {split} come after the first {captions_per_image} "
+                "and are left out",
+                stacklevel=2,
+            )
+        super().__init__(name, split, _block(samples, fold) if fold is not None else samples, on_error)
 
 
 class ImageFolder(Listed):
-    """The pictures in the folder `root/split`, at any depth, in the order of their paths.
+    """The pictures in the folder `root/split`, at any depth, in the order of their paths; each has its captions in a text file
+    beside it, one a line. A folder without any such file is a gallery: it can be searched and captioned, not trained on.
+
+    A folder with a table of captions (`metadata.jsonl`, `captions.csv`) is read by `JsonLines` and `CsvTable`.
 
     Args:
         root: the folder of all splits.
-        split: the folder of this one.
-        captions: a file of JSON lines inside `root/split`, `{"file_name": "a.jpg", "text": "..." or ["...", "..."]}`,
-            which then names the pictures; by default each picture has a text file beside it, one caption a line.
+        split: the folder of this one; by default `root` itself, whose split is called "all".
         on_error: as for `KarpathyJson`.
 
     Raises:
-        FileNotFoundError: there is no such folder or file.
-        ValueError: a bad caption, a path outside the folder, or no picture.
+        FileNotFoundError: there is no such folder.
+        ValueError: a picture without captions among others with captions, a bad caption, a path outside the folder, or no
+            picture.
     """
 
-    def __init__(
-        self, root: str | Path, *, split: str, captions: str | Path | None = None, on_error: OnError = "raise"
-    ) -> None:
-        folder = inside(Path(root), split)
+    def __init__(self, root: str | Path, *, split: str | None = None, on_error: OnError = "raise") -> None:
+        folder = inside(Path(root), split or "")
         if not folder.is_dir():
             raise FileNotFoundError(f"there is no folder {str(folder)!r}; the pictures of a split lie in root/split")
-        if captions is None:
-            files = sorted(path for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES)
-            listed = [(path.relative_to(folder).as_posix(), _lines_beside(path)) for path in files]
-        else:
-            listed = list(_json_lines(inside(folder, str(captions))))
-        samples = [Sample(key, texts, inside(folder, key)) for key, texts in listed]
-        super().__init__(Path(root).resolve().name, split, samples, on_error)
+        files = sorted(path for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES)
+        samples = [Sample(path.relative_to(folder).as_posix(), _lines_beside(path), path) for path in files]
+        super().__init__(Path(root).resolve().name, split or "all", samples, on_error, gallery=True)
+
+
+def _block(samples: list[Sample], fold: tuple[int, int]) -> list[Sample]:
+    f, n = fold
+    if n < 1 or not 0 <= f < n:
+        raise ValueError(f"fold: expected (f, n) with f from 0 to n - 1, got {fold}; (0, 5) is the first of five")
+    size, rest = divmod(len(samples), n)
+    if rest:
+        raise ValueError(f"fold: {len(samples)} images do not make {n} blocks of one size; choose another n than {n}")
+    return samples[f * size : (f + 1) * size]
 
 
 def _raw(sentences: Any) -> Any:
@@ -168,6 +225,12 @@ def _raw(sentences: Any) -> Any:
     if not isinstance(sentences, list):
         return sentences
     return [sentence.get("raw") if isinstance(sentence, dict) else sentence for sentence in sentences]
+
+
+def as_labels(value: Any) -> frozenset[str]:
+    """A category, a list of them or None, as text."""
+    values = value if isinstance(value, list) else [value]
+    return frozenset(text for label in values if label is not None and (text := str(label).strip()))
 
 
 def lines(content: bytes) -> list[str]:
@@ -181,15 +244,7 @@ def _lines_beside(picture: Path) -> list[str]:
     return lines(path.read_bytes()) if path.is_file() else []
 
 
-def _json_lines(path: Path) -> Iterator[tuple[str, Any]]:
-    for n, line in enumerate(path.read_bytes().splitlines(), 1):
-        data = _parse(line, f"{path} line {n}")
-        if not isinstance(data, dict) or not isinstance(data.get("file_name"), str) or "text" not in data:
-            raise ValueError(f"{path} line {n}: expected an object with 'file_name' and 'text', got {data!r:.80}")
-        yield data["file_name"], data["text"] if isinstance(data["text"], list) else [data["text"]]
-
-
-def _parse(content: bytes, where: str) -> Any:
+def parse_json(content: bytes, where: str) -> Any:
     try:
         return json.loads(content)
     except ValueError as error:

@@ -10,18 +10,18 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from unimodal.data.items import SUFFIXES
-from unimodal.data.readers import Listed, OnError, Sample, inside, lines
+from unimodal.data.readers import Listed, OnError, Sample, as_labels, inside, lines
 
 
 class WebDatasetTars(Listed):
     """Tar shards in the layout of WebDataset, read at random places through an index made here; nothing is unpacked.
 
-    The members of a sample share their name up to the first dot: a picture, and `json` with "captions" (or "caption"),
-    or `txt` with one caption a line. An order by (epoch, index) over such a reader resumes exactly, which a stream of
+    The members of a sample share their name up to the first dot: a picture, and `json` with "captions" (or "caption") and
+    perhaps "labels", or `txt` with one caption a line. An order by (epoch, index) over such a reader resumes exactly, which a stream of
     shards cannot.
 
     Args:
-        pattern: the shards, with wildcards: "data/train-*.tar". They are read in the order of their names.
+        pattern: the shards, with wildcards: "data/train-*.tar"; or a list of files. They are read in the order of their names.
         split: what this split is called.
         on_error: as for `KarpathyJson`.
 
@@ -30,8 +30,9 @@ class WebDatasetTars(Listed):
         ValueError: a file is no plain tar, or truncated; a member leaves the shard, or is a link; a bad caption.
     """
 
-    def __init__(self, pattern: str | Path, *, split: str, on_error: OnError = "raise") -> None:
-        shards = sorted(Path(path) for path in glob.glob(str(pattern)))
+    def __init__(self, pattern: str | Path | list[str], *, split: str, on_error: OnError = "raise") -> None:
+        files = pattern if isinstance(pattern, list) else glob.glob(str(pattern))
+        shards = sorted(Path(path) for path in files)
         if not shards:
             raise FileNotFoundError(f"no file fits {str(pattern)!r}; expected tar shards, such as 'data/train-*.tar'")
         samples = [sample for shard in shards for sample in _index(shard)]
@@ -65,18 +66,20 @@ def _index(shard: Path) -> Iterator[Sample]:
         ) from error
     for name, parts in found.items():
         start, size = parts.get("picture", (0, 0))  # no bytes are no picture: a bad sample like any other
-        yield Sample(f"{shard.name}/{name}", _captions_of(parts), shard, start, size)
+        captions, labels = _words_of(parts)
+        yield Sample(f"{shard.name}/{name}", captions, shard, start, size, labels)
 
 
-def _captions_of(parts: dict[str, Any]) -> Any:
-    """The captions of a sample in a shard; where they are broken, what stands in their place."""
+def _words_of(parts: dict[str, Any]) -> tuple[Any, frozenset[str]]:
+    """The captions and labels of a sample in a shard; where captions are broken, what stands in their place."""
+    data: Any = None
     if "json" in parts:
         try:
             data = json.loads(parts["json"])
         except ValueError:
-            return parts["json"]
-        if isinstance(data, dict) and "captions" in data:
-            return data["captions"]
-        if isinstance(data, dict) and "caption" in data:
-            return [data["caption"]]
-    return lines(parts.get("txt", b""))
+            return parts["json"], frozenset()
+    data = data if isinstance(data, dict) else {}
+    labels = as_labels(data.get("labels"))
+    if "captions" in data:
+        return data["captions"], labels
+    return [data["caption"]] if "caption" in data else lines(parts.get("txt", b"")), labels

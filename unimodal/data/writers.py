@@ -12,18 +12,20 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from unimodal.data.pairs import Pairs
+from unimodal.data.pairs import Pairs, require_captions
 
 
 def write_karpathy(pairs_by_split: Mapping[str, Pairs], folder: str | Path) -> Path:
     """Write splits as `dataset.json` and PNG files in `images/`, for `KarpathyJson`; gives the path of the JSON file.
 
     Raises:
-        ValueError: no split is given.
+        ValueError: no split is given, or one has no captions.
         FileExistsError: the folder holds something already.
     """
     if not pairs_by_split:
         raise ValueError("write_karpathy: got no split; give at least one")
+    for pairs in pairs_by_split.values():
+        require_captions(pairs, "write_karpathy")
     folder = _new_folder(folder)
     (folder / "images").mkdir()
     images: list[dict[str, Any]] = []
@@ -32,7 +34,8 @@ def write_karpathy(pairs_by_split: Mapping[str, Pairs], folder: str | Path) -> P
             filename = f"{split}-{i:06d}.png"
             pairs.image(i).save(folder / "images" / filename)
             sentences = [{"raw": caption} for caption in pairs.captions(i)]
-            images.append({"filename": filename, "split": split, "imgid": len(images), "sentences": sentences})
+            entry = {"filename": filename, "split": split, "imgid": len(images), "sentences": sentences}
+            images.append(entry | _labels(pairs, i))
     data = {"dataset": next(iter(pairs_by_split.values())).name, "images": images}
     path = folder / "dataset.json"  # last, so that an interrupted folder is none
     path.write_text(json.dumps(data, ensure_ascii=False), encoding="utf-8")
@@ -43,11 +46,12 @@ def write_webdataset(pairs: Pairs, folder: str | Path, shard_size: int = 1000) -
     """Write a split as tar shards of `shard_size` samples (PNG and JSON), for `WebDatasetTars`; gives their paths.
 
     Raises:
-        ValueError: shard_size is less than 1.
+        ValueError: shard_size is less than 1, or the split has no captions.
         FileExistsError: the folder holds something already.
     """
     if shard_size < 1:
         raise ValueError(f"shard_size: expected at least 1, got {shard_size}")
+    require_captions(pairs, "write_webdataset")
     folder, paths = _new_folder(folder), []
     for shard, start in enumerate(range(0, len(pairs), shard_size)):
         paths.append(folder / f"{pairs.split}-{shard:05d}.tar")
@@ -55,12 +59,18 @@ def write_webdataset(pairs: Pairs, folder: str | Path, shard_size: int = 1000) -
             for i in range(start, min(start + shard_size, len(pairs))):
                 picture = io.BytesIO()
                 pairs.image(i).save(picture, "PNG")
-                text = json.dumps({"captions": pairs.captions(i)}, ensure_ascii=False).encode()
+                words = {"captions": pairs.captions(i)} | _labels(pairs, i)
+                text = json.dumps(words, ensure_ascii=False).encode()
                 for suffix, content in (("json", text), ("png", picture.getvalue())):
                     member = tarfile.TarInfo(f"{i:06d}.{suffix}")
                     member.size = len(content)
                     tar.addfile(member, io.BytesIO(content))
     return paths
+
+
+def _labels(pairs: Pairs, i: int) -> dict[str, list[str]]:
+    labels = sorted(pairs.labels(i))
+    return {"labels": labels} if labels else {}
 
 
 def _new_folder(folder: str | Path) -> Path:

@@ -1,13 +1,14 @@
 """Checkpoints: a folder that is saved whole or not at all, loads strictly and offline, and goes to the Hub as it is."""
 
 from unimodal.hub.card import Card
-from unimodal.hub.checkpoint import load_checkpoint, push_to_hub, save_checkpoint, verify_checkpoint
+from unimodal.hub.checkpoint import find_calibration, load_checkpoint, push_to_hub, save_checkpoint, verify_checkpoint
 from unimodal.hub.weights import CheckpointError, CheckpointMismatch
 
 __all__ = [
     "Card",
     "CheckpointError",
     "CheckpointMismatch",
+    "find_calibration",
     "load_checkpoint",
     "push_to_hub",
     "save_checkpoint",

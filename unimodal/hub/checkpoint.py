@@ -4,6 +4,7 @@
     model.safetensors         its weights, in shards with an index where they are large
     tokenizer*, preprocessor_config.json
     README.md                 the model card
+    calibration.json          what match logits mean, where it was measured
     example.safetensors       an input and the outputs of every head, to replay
 
 A configuration that comes from elsewhere chooses among known parts and can neither name code nor a file to load.
@@ -131,6 +132,19 @@ def load_checkpoint(
     if ignored:
         logger.info("%s: left out as asked: %s (%d tensors)", folder, ", ".join(dropped), len(ignored))
     return model.to(device=device, dtype=dtype).eval(), Processor.from_pretrained(folder)
+
+
+def find_calibration(
+    path_or_id: str | Path,
+    *,
+    revision: str | None = None,
+    cache_dir: str | Path | None = None,
+    local_files_only: bool = False,
+    token: str | bool | None = None,
+) -> Path | None:
+    """The calibration file of a checkpoint, None where it has none; arguments as in `load_checkpoint`."""
+    path = _find(path_or_id, revision, cache_dir, local_files_only, token) / "calibration.json"
+    return path if path.exists() else None
 
 
 def verify_checkpoint(

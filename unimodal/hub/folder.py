@@ -21,6 +21,7 @@ FILES = (
     "model-*.safetensors",
     "model.safetensors.index.json",
     "example.safetensors",
+    "calibration.json",
     "README.md",
     "preprocessor_config.json",
     "tokenizer*.json",

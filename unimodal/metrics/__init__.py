@@ -2,9 +2,19 @@
 
 from .captions import CaptionMetrics, bleu, caption_metrics, cider_d, rouge_l, tokenize
 from .generation import FoundObject, SceneReport, check_picture, find_objects
+from .judged import JudgedMetrics, judged_metrics
 from .protocol import Protocol, Result, require_alike, results_table
-from .ranking import Candidates, candidates_from_scores, first_stage, ranks_from_scores, rerank
-from .retrieval import DirectionMetrics, RetrievalMetrics, mean_of_folds, retrieval_metrics, summarise
+from .ranking import Candidates, candidates_from_scores, first_stage, ranks_from_scores, rerank, text_to_text
+from .relevance import RelevanceMetrics, relevance_by_label, relevance_metrics
+from .retrieval import (
+    DirectionMetrics,
+    RetrievalMetrics,
+    TextToTextMetrics,
+    mean_of_folds,
+    retrieval_metrics,
+    summarise,
+)
+from .runs import Ranks, compare, load_ranks, save_ranks
 from .significance import Interval, PairedTest, bootstrap_interval, paired_test
 
 __all__ = [
@@ -13,10 +23,14 @@ __all__ = [
     "DirectionMetrics",
     "FoundObject",
     "Interval",
+    "JudgedMetrics",
     "PairedTest",
     "Protocol",
+    "Ranks",
+    "RelevanceMetrics",
     "Result",
     "RetrievalMetrics",
+    "TextToTextMetrics",
     "SceneReport",
     "bleu",
     "bootstrap_interval",
@@ -24,16 +38,23 @@ __all__ = [
     "caption_metrics",
     "check_picture",
     "cider_d",
+    "compare",
     "find_objects",
     "first_stage",
+    "judged_metrics",
+    "load_ranks",
     "mean_of_folds",
     "paired_test",
     "ranks_from_scores",
+    "relevance_by_label",
+    "relevance_metrics",
     "require_alike",
     "rerank",
     "results_table",
     "retrieval_metrics",
     "rouge_l",
+    "save_ranks",
     "summarise",
+    "text_to_text",
     "tokenize",
 ]

@@ -12,7 +12,7 @@ from typing import Any, Literal
 Combine = Literal["replace", "sum"]
 
 # How the gallery was searched, as opposed to what was asked of which data: the only fields that a table may let differ.
-SEARCH_FIELDS = ("stage", "k", "combine")
+SEARCH_FIELDS = ("stage", "k", "combine", "match_scale")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,6 +27,7 @@ class Protocol:
         folds: 1, or the number of blocks of that size whose results were averaged.
         stage: "first" (embeddings or one pass over all pairs), "reranked", or None where nothing is searched.
         k, combine: depth of reranking, and whether the pair score replaces the first score or is added to it.
+        match_scale: what the pair score was multiplied by before it was added; None where nobody said, or it replaces.
         rule: how one answer is judged. "hit" in retrieval; caption metrics write their tokenizer here.
 
     Raises:
@@ -43,6 +44,7 @@ class Protocol:
     stage: Literal["first", "reranked"] | None = "first"
     k: int | None = None
     combine: Combine | None = None
+    match_scale: float | None = None
     rule: str = "hit"
 
     def __post_init__(self) -> None:
@@ -67,10 +69,14 @@ class Protocol:
             raise ValueError(
                 f"got k={self.k}, combine={self.combine!r} at stage {self.stage!r}; only stage 'reranked' has them"
             )
+        if self.match_scale is not None and self.combine != "sum":
+            raise ValueError(
+                f"got match_scale={self.match_scale} with combine={self.combine!r}; only 'sum' has a scale"
+            )
 
-    def reranked(self, k: int, combine: Combine) -> "Protocol":
+    def reranked(self, k: int, combine: Combine, match_scale: float | None = None) -> "Protocol":
         """The same question, asked of the first stage's top k again."""
-        return replace(self, stage="reranked", k=k, combine=combine)
+        return replace(self, stage="reranked", k=k, combine=combine, match_scale=match_scale)
 
     def label(self) -> str:
         """One line to print beside a number."""
@@ -85,7 +91,8 @@ class Protocol:
         if self.stage == "first":
             parts.append("first stage")
         elif self.stage == "reranked":
-            parts.append(f"reranked top {self.k} ({self.combine})")
+            scale = "" if self.match_scale is None else f", match x {self.match_scale:g}"
+            parts.append(f"reranked top {self.k} ({self.combine}{scale})")
         return "; ".join(parts)
 
 
@@ -106,7 +113,7 @@ def require_alike(protocols: Sequence[Protocol], *, any_search: bool = False) ->
     """Refuses results that do not compare.
 
     Args:
-        any_search: let stage, k and combine differ: the same question to the same data, searched in different ways.
+        any_search: let stage, k, combine and match_scale differ: the same question to the same data, searched in different ways.
 
     Raises:
         ValueError: naming each field that differs, with the values met.
@@ -119,7 +126,7 @@ def require_alike(protocols: Sequence[Protocol], *, any_search: bool = False) ->
     if different:
         raise ValueError(
             f"results under unlike protocols do not compare: {'; '.join(different)}. Print them in separate tables; "
-            "where stage, k and combine are the question, pass any_search=True"
+            "where how the gallery was searched is the question, pass any_search=True"
         )
 
 
@@ -128,7 +135,7 @@ def results_table(rows: Sequence[tuple[str, Result]], *, any_search: bool = Fals
 
     Args:
         rows: (name, result) pairs, one row each, in this order.
-        any_search: let stage, k and combine differ, and print them as columns.
+        any_search: let stage, k, combine and match_scale differ, and print them as columns.
         digits: decimals.
 
     Raises:
@@ -147,7 +154,7 @@ def results_table(rows: Sequence[tuple[str, Result]], *, any_search: bool = Fals
 
     search = SEARCH_FIELDS if any_search else ()
     if any_search:  # how each row was searched stands in the row
-        shared = replace(shared, stage=None, k=None, combine=None)
+        shared = replace(shared, stage=None, k=None, combine=None, match_scale=None)
     lines = [
         f"Protocol: {shared.label()}",
         "",

@@ -7,11 +7,10 @@ Ties count against the model: a non-relevant item that scores as high as the rel
 Low-precision scores tie often, and a strict ">" turns those ties into recall. So embeddings are compared in float32,
 even inside an autocast region.
 
-Legend: I images, C captions, Q queries, G gallery items, N bridge queries, E embedding dim.
+Legend: I images, C captions, Q queries, G gallery items, R relevant items of a query, N bridge queries, E embedding dim.
 """
 
 from dataclasses import dataclass
-from functools import reduce
 
 import torch
 from torch import Tensor
@@ -57,7 +56,7 @@ def ranks_from_scores(scores: Tensor, relevant: Tensor) -> Tensor:
     _refuse_nan(scores)
     if not (answered := relevant.any(dim=1)).all():
         raise ValueError(
-            f"query {_first(~answered)} has no relevant item ({(~answered).sum()} of {len(scores)} queries have none); "
+            f"query {first_row(~answered)} has no relevant item ({(~answered).sum()} of {len(scores)} queries have none); "
             "drop such queries, or add their items to the gallery"
         )
     best = scores.masked_fill(~relevant, -torch.inf).amax(dim=1, keepdim=True)  # [Q, 1]
@@ -79,7 +78,7 @@ def first_stage(
     *,
     image_id: Tensor | None = None,
     k: int = 0,
-    chunk: int = 256,
+    chunk: int = 1024,
 ) -> tuple[Candidates, Candidates]:
     """Searches both ways on embeddings, `chunk` queries at a time: memory grows with the gallery, never with Q x G.
 
@@ -96,12 +95,12 @@ def first_stage(
         (text to image, image to text).
 
     Raises:
-        ValueError: for empty or unlike shapes, non-finite embeddings, repeated image ids, a caption without image or an
-            image without caption.
+        ValueError: for empty or unlike shapes, non-finite embeddings or such as overflow when multiplied, repeated image
+            ids, a caption without image or an image without caption.
     """
     image_id = torch.arange(len(image)) if image_id is None else image_id
     image_id, text_image_id = image_id.to(image.device), text_image_id.to(image.device)
-    _check_embeddings(image, text)
+    check_embeddings(image, text)
     _check_ids(image_id, text_image_id, len(image), len(text))
     image, text = image.float(), text.float()
     with torch.autocast(image.device.type, enabled=False):
@@ -148,36 +147,110 @@ def rerank(candidates: Candidates, pair_scores: Tensor, combine: Combine) -> Ten
     return rank
 
 
-def _search(query: Tensor, gallery: Tensor, query_id: Tensor, gallery_id: Tensor, k: int, chunk: int) -> Candidates:
-    blocks = [
-        candidates_from_scores(_similarity(q, gallery), q_id[:, None] == gallery_id, k)  # [chunk, G]
-        for q, q_id in zip(query.split(chunk), query_id.split(chunk))
-    ]
-    fields = ("rank", "index", "scores", "relevant")
-    return Candidates(*(torch.cat([getattr(block, field) for block in blocks]) for field in fields))
+@torch.no_grad()
+def text_to_text(text: Tensor, text_image_id: Tensor, *, k: int = 0, chunk: int = 1024) -> Candidates:
+    """Searches captions by captions: relevant are the other captions of the same image, and the query is no answer to itself.
+
+    Args:
+        text: [C, E].
+        text_image_id: [C] id of the image that each caption belongs to.
+        k: how many candidates per query to keep; 0 keeps ranks only.
+        chunk: queries per block of scores.
+
+    Raises:
+        ValueError: for empty or unlike shapes, non-finite embeddings or such as overflow when multiplied, or a caption that
+            is the only one of its image.
+    """
+    check_embeddings(text, text)
+    if text_image_id.shape != (len(text),):
+        raise ValueError(f"got ids {list(text_image_id.shape)} for {len(text)} texts; expected one image id per text")
+    _, image, count = text_image_id.unique(return_inverse=True, return_counts=True)
+    if (alone := count[image] < 2).any():
+        raise ValueError(
+            f"caption {first_row(alone)} is the only one of its image ({alone.sum()} of {len(text)} captions are), so it has no "
+            "other caption to find; leave text-to-text out, or drop such images"
+        )
+    text, text_image_id = text.float(), text_image_id.to(text.device)
+    with torch.autocast(text.device.type, enabled=False):
+        return _search(text, text, text_image_id, text_image_id, min(k, len(text) - 1), chunk, without_self=True)
 
 
-def _similarity(query: Tensor, gallery: Tensor) -> Tensor:
-    """[Q, E] or [Q, N, E] against [G, E] or [G, N, E] -> [Q, G]: the best over N, without [Q, G, N] in memory."""
-    return reduce(torch.maximum, (q @ g.T for q in _vectors(query) for g in _vectors(gallery)))
+def _search(
+    query: Tensor,
+    gallery: Tensor,
+    query_id: Tensor,
+    gallery_id: Tensor,
+    k: int,
+    chunk: int,
+    *,
+    without_self: bool = False,
+) -> Candidates:
+    k = min(k, len(gallery))
+    positives, real = _positives(query_id, gallery_id, without_self)  # [Q, R]
+    parts: list[tuple[Tensor, ...]] = []
+    block = query.new_empty(min(chunk, len(query)), len(gallery))  # one for all: fresh memory costs as much as top-k
+    for rows in torch.arange(len(query), device=query.device).split(chunk):
+        scores = best_similarity(query[rows], gallery, out=block[: len(rows)])  # [chunk, G]
+        if without_self:
+            scores[torch.arange(len(rows)), rows] = -torch.inf
+        own = scores.gather(1, positives[rows]).masked_fill(~real[rows], -torch.inf)  # [chunk, R]
+        best = own.amax(dim=1, keepdim=True)
+        top = scores.topk(k, dim=1)
+        relevant = query_id[rows, None] == gallery_id[top.indices]
+        # Whatever reaches a best answer that beats the last candidate is a candidate itself; only the other queries need
+        # the whole gallery. int32 sums of booleans are several times faster than int64 ones.
+        rank = 1 + ((top.values >= best) & ~relevant).sum(dim=1)
+        deep = (best <= top.values[:, -1:]).squeeze(1) if k else torch.ones_like(rank, dtype=torch.bool)
+        if deep.any():
+            reach = (scores[deep] >= best[deep]).sum(dim=1, dtype=torch.int32)
+            rank[deep] = 1 + reach - (own[deep] >= best[deep]).sum(dim=1)
+        parts.append((rank, top.indices, top.values, relevant))
+    return Candidates(*map(torch.cat, zip(*parts)))
+
+
+def _positives(query_id: Tensor, gallery_id: Tensor, without_self: bool) -> tuple[Tensor, Tensor]:
+    """Gallery rows of each query's relevant items [Q, R], and which entries are real: queries have different numbers."""
+    gallery_id, order = gallery_id.sort(stable=True)
+    first, last = (torch.searchsorted(gallery_id, query_id, right=right) for right in (False, True))
+    places = first[:, None] + torch.arange(int((last - first).max()), device=query_id.device)
+    real = places < last[:, None]
+    rows = order[places.clamp(max=len(order) - 1)]
+    if without_self:
+        real &= rows != torch.arange(len(query_id), device=query_id.device)[:, None]
+    return rows, real
+
+
+def best_similarity(query: Tensor, gallery: Tensor, out: Tensor | None = None) -> Tensor:
+    """[Q, E] or [Q, N, E] against [G, E] or [G, N, E] -> [Q, G], into `out`: the best over N, without [Q, G, N] in memory."""
+    pairs = [(q, g) for q in _vectors(query) for g in _vectors(gallery)]
+    best = torch.mm(pairs[0][0], pairs[0][1].T, out=out)
+    for q, g in pairs[1:]:
+        torch.maximum(best, q @ g.T, out=best)
+    return best
 
 
 def _vectors(x: Tensor) -> tuple[Tensor, ...]:
     return (x,) if x.ndim == 2 else x.unbind(dim=1)
 
 
-def _check_embeddings(image: Tensor, text: Tensor) -> None:
-    shapes = f"images {list(image.shape)} and texts {list(text.shape)}"
-    if image.ndim not in (2, 3) or text.ndim != 2 or image.shape[-1] != text.shape[-1]:
+def check_embeddings(image: Tensor, text: Tensor, image_name: str = "image", text_name: str = "text") -> None:
+    """Refuses what cannot be ranked; the names are what messages call the two sides."""
+    shapes = f"{image_name}s {list(image.shape)} and {text_name}s {list(text.shape)}"
+    if image.ndim not in (2, 3) or text.ndim not in (2, 3) or image.shape[-1] != text.shape[-1]:
         raise ValueError(f"got {shapes}; expected [I, E] or [I, N, E] and [C, E] with one E")
     if image.numel() == 0 or text.numel() == 0:
         raise ValueError(f"got {shapes}; nothing to rank. Was the split empty?")
-    for name, x in (("image", image), ("text", text)):
+    for name, x in ((image_name, image), (text_name, text)):
         if not (finite := x.flatten(1).isfinite().all(dim=1)).all():
             raise ValueError(
-                f"{name} embedding {_first(~finite)} has NaN or infinite values ({(~finite).sum()} of {len(x)} rows "
+                f"{name} embedding {first_row(~finite)} has NaN or infinite values ({(~finite).sum()} of {len(x)} rows "
                 "do), so ranks would mean nothing. Look at the model's output for that item"
             )
+    longest = [x.float().norm(dim=-1).max() for x in (image, text)]
+    if not (longest[0] * longest[1]).isfinite():  # it bounds every score, so no block needs a look of its own
+        raise ValueError(
+            f"embeddings of length {longest[0]:.3g} and {longest[1]:.3g} overflow when multiplied; normalise both sides"
+        )
 
 
 def _check_ids(image_id: Tensor, text_image_id: Tensor, images: int, texts: int) -> None:
@@ -190,7 +263,7 @@ def _check_ids(image_id: Tensor, text_image_id: Tensor, images: int, texts: int)
         raise ValueError(f"got {images} images with {distinct} distinct ids; pass each image once")
     if not (known := torch.isin(text_image_id, image_id)).all():
         raise ValueError(
-            f"caption {_first(~known)} belongs to image id {text_image_id[~known][0]}, which is not in the gallery "
+            f"caption {first_row(~known)} belongs to image id {text_image_id[~known][0]}, which is not in the gallery "
             f"({(~known).sum()} captions have no image); pass that image, or drop the caption"
         )
     if not (captioned := torch.isin(image_id, text_image_id)).all():
@@ -203,10 +276,10 @@ def _check_ids(image_id: Tensor, text_image_id: Tensor, images: int, texts: int)
 def _refuse_nan(scores: Tensor) -> None:
     if (nan := scores.isnan().any(dim=1)).any():
         raise ValueError(
-            f"scores of query {_first(nan)} contain NaN ({nan.sum()} of {len(scores)} queries do), so ranks would mean "
+            f"scores of query {first_row(nan)} contain NaN ({nan.sum()} of {len(scores)} queries do), so ranks would mean "
             "nothing. Look at the model's output for that query"
         )
 
 
-def _first(mask: Tensor) -> int:
+def first_row(mask: Tensor) -> int:
     return int(mask.nonzero()[0, 0])

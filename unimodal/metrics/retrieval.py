@@ -11,6 +11,7 @@ image.
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from hashlib import sha256
 
 import torch
 from torch import Tensor
@@ -70,6 +71,16 @@ class RetrievalMetrics(Result):
         }
 
 
+@dataclass(frozen=True, kw_only=True)
+class TextToTextMetrics(Result):
+    """Captions that look for the other captions of their image."""
+
+    text_to_text: DirectionMetrics
+
+    def scores(self) -> dict[str, float]:
+        return {f"t2t_{name}": getattr(self.text_to_text, name) for name in ("r1", "r5", "r10", "medr", "meanr", "mr")}
+
+
 def summarise(text_to_image: Tensor, image_to_text: Tensor, protocol: Protocol) -> RetrievalMetrics:
     """Metrics of both directions.
 
@@ -104,7 +115,7 @@ def retrieval_metrics(
     *,
     protocol: Protocol,
     image_id: Tensor | None = None,
-    chunk: int = 256,
+    chunk: int = 1024,
 ) -> RetrievalMetrics:
     """First-stage metrics from embeddings. Arguments and errors are those of `first_stage` and `summarise`."""
     text_to_image, image_to_text = first_stage(image, text, text_image_id, image_id=image_id, chunk=chunk)
@@ -115,14 +126,23 @@ def mean_of_folds(folds: Sequence[RetrievalMetrics]) -> RetrievalMetrics:
     """Every number averaged over blocks of one test list, each searched alone.
 
     "COCO 1K" is the mean of five such blocks in file order, and 15 to 25 points of R@1 easier than the full 5K. The
-    protocol of the mean says how many folds it has.
+    protocol of the mean says how many folds it has; where each fold has a fingerprint of its own, that of the mean is the
+    hash of theirs.
 
     Raises:
         ValueError: for fewer than two folds, or folds under unlike protocols.
     """
     if len(folds) < 2:
         raise ValueError(f"got {len(folds)} folds; a mean of folds needs at least two")
-    require_alike([fold.protocol for fold in folds])
+    fingerprints = [fold.protocol.fingerprint for fold in folds]
+    require_alike([replace(fold.protocol, fingerprint="") for fold in folds])
+    fingerprint = fingerprints[0]
+    if len(set(fingerprints)) > 1:
+        if len(set(fingerprints)) < len(fingerprints):
+            raise ValueError(
+                f"the folds have the fingerprints {fingerprints}; a fold that is counted twice is no mean of folds"
+            )
+        fingerprint = sha256(" ".join(fingerprints).encode()).hexdigest()[:16]
 
     def mean(directions: list[DirectionMetrics]) -> DirectionMetrics:
         values = torch.tensor([[d.r1, d.r5, d.r10, d.medr, d.meanr] for d in directions], dtype=torch.float64)
@@ -130,7 +150,7 @@ def mean_of_folds(folds: Sequence[RetrievalMetrics]) -> RetrievalMetrics:
         return DirectionMetrics(r1=r1, r5=r5, r10=r10, medr=medr, meanr=meanr)
 
     return RetrievalMetrics(
-        protocol=replace(folds[0].protocol, folds=len(folds)),
+        protocol=replace(folds[0].protocol, folds=len(folds), fingerprint=fingerprint),
         text_to_image=mean([fold.text_to_image for fold in folds]),
         image_to_text=mean([fold.image_to_text for fold in folds]),
     )

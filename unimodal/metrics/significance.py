@@ -107,7 +107,7 @@ def paired_test(
     difference, group = _check(b - a, groups, confidence, samples)
     rng = np.random.default_rng(seed)
     sums = np.bincount(group, weights=difference)  # [groups]
-    flipped = np.array([(sums * rng.choice((-1.0, 1.0), size=len(sums))).sum() for _ in range(samples)])
+    flipped = np.array([sums @ (2 * rng.integers(2, size=len(sums), dtype=np.int8) - 1.0) for _ in range(samples)])
     as_large = np.abs(flipped) >= abs(sums.sum()) - 1e-9 * np.abs(sums).sum()  # sums in another order round differently
     low, high = np.quantile(
         _bootstrap(difference, group, np.mean, samples, rng), [(1 - confidence) / 2, (1 + confidence) / 2]
@@ -133,9 +133,13 @@ def _bootstrap(
 ) -> np.ndarray:
     count = group.max() + 1
     draws = np.empty(samples)
+    sums, sizes = np.bincount(group, weights=values), np.bincount(group)
     for i in range(samples):
         times = np.bincount(rng.integers(count, size=count), minlength=count)  # how often each group is drawn
-        draws[i] = statistic(np.repeat(values, times[group]))
+        # a mean needs the sums of its groups alone, which spares 25,000 captions the copying
+        draws[i] = (
+            times @ sums / (times @ sizes) if statistic is np.mean else statistic(np.repeat(values, times[group]))
+        )
     return draws
 
 

@@ -4,7 +4,7 @@
 """
 
 from unimodal.report.contents import Caption, Drawing, Hit, Metric, Picture, Report, Score, Search, Stage, Swap
-from unimodal.report.page import write_report
+from unimodal.report.page import write_misses, write_report
 
 __all__ = [
     "Caption",
@@ -17,5 +17,6 @@ __all__ = [
     "Search",
     "Stage",
     "Swap",
+    "write_misses",
     "write_report",
 ]

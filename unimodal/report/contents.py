@@ -58,6 +58,7 @@ class Search(TypedDict):
     picture: NotRequired[Picture]
     first: list[Hit]
     reranked: list[Hit]
+    note: NotRequired[str]  # what to know about this query
 
 
 class Swap(TypedDict):

@@ -6,7 +6,7 @@ from importlib import resources
 from pathlib import Path
 
 from unimodal.report import sections
-from unimodal.report.contents import Report
+from unimodal.report.contents import Report, Search
 from unimodal.report.pieces import duration, grid
 
 # title: (what a reader should know before it, how it is written); an empty text leaves the section out
@@ -46,7 +46,7 @@ POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
 
 
 def write_report(path: str | Path, report: Report) -> Path:
-    """Write the page.
+    """Write the page of a run.
 
     Args:
         path: the HTML file; folders that lead to it are made.
@@ -65,20 +65,51 @@ def write_report(path: str | Path, report: Report) -> Path:
             f"a report lacks {sorted(expected - given)} and has the unknown {sorted(given - expected)}; "
             f"it has exactly the keys {sorted(expected)} (an empty list leaves a section out)"
         )
-    present = {title: (lead, content) for title, (lead, write) in SECTIONS.items() if (content := write(report))}
-    links = "".join(f'<a href="#{anchor(title)}">{title}</a>' for title in present)
-    body = "".join(
-        f'<section id="{anchor(title)}"><h2>{title}</h2><p class="lead">{lead}</p>{content}</section>'
-        for title, (lead, content) in present.items()
-    )
     facts = {
         **report["facts"],
         "Wall time": duration(report["wall_seconds"]),
         "Peak memory": f"{report['peak_memory_mb']:,.0f} MB",
     }
+    parts = {title: (lead, write(report)) for title, (lead, write) in SECTIONS.items()}
+    return _write(path, report["title"], report["summary"], facts, parts)
+
+
+def write_misses(
+    path: str | Path, *, title: str, summary: str, facts: dict[str, str], misses: dict[str, list[Search]]
+) -> Path:
+    """Write the page of queries that an evaluation missed, in groups.
+
+    Args:
+        path: the HTML file; folders that lead to it are made.
+        title, summary, facts: what stands above them; a fact is label -> text.
+        misses: heading of a group -> its queries with what was found before and after reranking.
+
+    Returns:
+        The path, as a `Path`.
+
+    Raises:
+        TypeError: a picture is neither a PIL image nor a uint8 array [H, W, 3].
+    """
+    lead = (
+        "What the embedding found, and its order after the matching head looked at it; the labelled answer has a mark."
+    )
+    parts = {group: (lead, "".join(map(sections.search, found))) for group, found in misses.items()}
+    return _write(path, title, summary, facts, parts)
+
+
+def _write(
+    path: str | Path, title: str, summary: str, facts: dict[str, str], parts: dict[str, tuple[str, str]]
+) -> Path:
+    """Title, facts and sections (heading -> lead, content) in one file; a section without content is left out."""
+    present = {heading: part for heading, part in parts.items() if part[1]}
+    links = "".join(f'<a href="#{anchor(heading)}">{escape(heading)}</a>' for heading in present)
+    body = "".join(
+        f'<section id="{anchor(heading)}"><h2>{escape(heading)}</h2><p class="lead">{lead}</p>{content}</section>'
+        for heading, (lead, content) in present.items()
+    )
     entries = "".join(f"<div><dt>{escape(label)}</dt><dd>{escape(text)}</dd></div>" for label, text in facts.items())
     style = resources.files("unimodal.report").joinpath("style.css").read_text(encoding="utf-8")
-    title = escape(report["title"])
+    title = escape(title)
     page = f"""<!doctype html>
 <html lang="en">
 <head>
@@ -94,7 +125,7 @@ def write_report(path: str | Path, report: Report) -> Path:
 <a class="skip" href="#content">Skip to the content</a>
 <header>
 <h1>{title}</h1>
-<p class="summary">{escape(report["summary"])}</p>
+<p class="summary">{escape(summary)}</p>
 <dl class="facts">{entries}</dl>
 </header>
 <nav aria-label="Sections">{links}</nav>

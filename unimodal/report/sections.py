@@ -72,9 +72,10 @@ def search(data: Search) -> str:
     before, after = (place_of_right(found) for found in (data["first"], data["reranked"]))
     shown = image(data["picture"], data.get("text", "the query")) if "picture" in data else ""
     title = f"<q>{escape(data['text'])}</q>" if "text" in data else "This picture"
+    note = f'<p class="soft">{escape(data["note"])}</p>' if "note" in data else ""
     return (
         f'<article class="search"><header>{shown}<h3>{title}</h3>'
-        f'<p class="soft">the right one: {before} → {after}</p></header>'
+        f'<p class="soft">the right one: {before} → {after}</p>{note}</header>'
         f"<h4>First stage</h4>{hits(data['first'])}<h4>Reranked</h4>{hits(data['reranked'])}</article>"
     )
 

@@ -1,6 +1,7 @@
 """Two-stage search: embeddings find candidates, the matching head reranks them on cached tokens."""
 
 from unimodal.search.build import build_index
+from unimodal.search.calibrate import Calibration, calibrate
 from unimodal.search.encoder import Encoded, Encoder
 from unimodal.search.index import Hit, Index
 from unimodal.search.negatives import mine_negatives
@@ -8,12 +9,14 @@ from unimodal.search.quantise import Precision, dequantise, quantise
 from unimodal.search.twostage import similarity
 
 __all__ = [
+    "Calibration",
     "Encoded",
     "Encoder",
     "Hit",
     "Index",
     "Precision",
     "build_index",
+    "calibrate",
     "dequantise",
     "mine_negatives",
     "quantise",

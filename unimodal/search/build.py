@@ -1,32 +1,30 @@
 """Building an index: every document is read once, a part at a time; an interrupted build continues where it stopped."""
 
-import warnings
+import tempfile
+import uuid
 from collections.abc import Sequence
-from dataclasses import replace
-from itertools import groupby
 from pathlib import Path
 from typing import Any, Literal
 
-import numpy as np
-import torch
-from safetensors.numpy import load_file
-
-from unimodal.data.images import load_image
-from unimodal.data.items import Item, as_items
-from unimodal.search.encoder import Encoder, batches, progress
-from unimodal.search.index import Index
-from unimodal.search.quantise import int8_rows
-from unimodal.search.store import FORMAT, Arrays, claim_folder, join, part_files, write_part
-
-PART = 1024  # documents: what an interruption can cost
+from unimodal.data.items import as_items
+from unimodal.search import store
+from unimodal.search.backends import Backend, FirstPrecision
+from unimodal.search.catalogue import Id, Metadata
+from unimodal.search.encoder import Encoder
+from unimodal.search.index import Index, kind_of
 
 
 def build_index(
     encoder: Encoder,
     documents: Any,
-    ids: Sequence[int | str] | None = None,
+    ids: Sequence[Id] | None = None,
     precision: Literal["int8", "float32"] = "int8",
     *,
+    backend: Backend = "exact",
+    first_precision: FirstPrecision = "float32",
+    first_width: int | None = None,
+    metadata: Sequence[Metadata] | None = None,
+    uri: str | None = None,
     batch_size: int = 32,
     on_error: Literal["raise", "skip"] = "raise",
     folder: str | Path | None = None,
@@ -40,100 +38,46 @@ def build_index(
         ids: what hits are called, all different; 0, 1, ... where not given.
         precision: of the tokens that are kept for reranking. With `int8` an image takes N W bytes for the cached
             matching head (N queries, W bridge width) and T D for the one in the bridge (T image tokens, D backbone
-            width; often ten times as much); `float32` takes four times that. Embeddings are always float32.
+            width; often ten times as much); `float32` takes four times that. Embeddings are always kept as float32 on
+            the disk, where candidates are scored again; the first pass searches the backend's own copy.
+        backend: what finds candidates, see `unimodal.search.backends`.
+        first_precision: of the backend's copy: `float32`, `int8` (a quarter) or `binary` (1/32).
+        first_width: the backend keeps only so many of the first dimensions; meant for widths the model was trained for.
+        metadata: per document a dict of texts, numbers and booleans, for filters (`unimodal.search.filters`) and hits.
+        uri: address of a Milvus server; by default Milvus keeps a file in the folder.
         batch_size: documents at a time.
         on_error: what happens at an image that cannot be read: `raise` stops; `skip` leaves it out, warns with count
             and reasons, and lists it in `Index.skipped`.
-        folder: keep the index there from the start, and continue one that was interrupted. Documents are told apart by
-            path, text and id, not by the content of files.
+        folder: keep the index there, and continue one that was interrupted; without it the index lives in a temporary
+            folder as long as the object does. Documents are told apart by path, text, id and metadata, not by the
+            content of files.
         show_progress_bar: None shows one for several batches on a terminal.
 
     Raises:
-        ValueError: ids that do not fit, an unknown precision, a folder that holds something else; also what `as_items`
-            and `load_image` raise.
+        ValueError: ids or metadata that do not fit, an unknown precision or backend, a folder that holds something else;
+            also what `as_items` and `load_image` raise.
+        ImportError: the library of the backend is not installed.
     """
     if precision not in ("int8", "float32"):
         raise ValueError(f"precision: the tokens of an index are 'int8' or 'float32', got {precision!r}")
-    if on_error not in ("raise", "skip"):
-        raise ValueError(f"on_error: expected 'raise' or 'skip', got {on_error!r}")
+    dim = encoder.model.config.embedding.dim
+    if first_width is not None and not 1 <= first_width <= dim:
+        raise ValueError(f"first_width: expected 1 to {dim}, the width of this model, got {first_width}")
     items = as_items(documents, check_files=on_error == "raise")
-    encoder.check_one_shape(items)
-    kinds = {item.kind for item in items}
-    manifest: dict[str, Any] = {
-        "format": FORMAT,
+    manifest: store.Manifest = {
+        "format": store.FORMAT,
         "model": encoder.fingerprint(),
         "precision": precision,
-        "kind": kinds.pop() if kinds in ({"image"}, {"text"}) else "mixed",
-        "ids": _check_ids(ids, len(items)),
-        "documents": [item.document for item in items],
-        "part": PART,
+        "kind": kind_of(items),
+        "backend": backend,
+        "first_precision": first_precision,
+        "first_width": first_width or dim,
+        "uri": f"{uri}#unimodal_{uuid.uuid4().hex}" if uri else None,
+        "part": store.PART,
     }
-    files: list[Path] = []
-    if folder is not None:
-        manifest = claim_folder(Path(folder), manifest)
-        files = part_files(Path(folder), manifest)
-    parts = {i: load_file(file) for i, file in enumerate(files) if file.exists()}
-    rows = np.arange(len(items))
-    todo = [(i, rows[part]) for i, part in enumerate(batches(len(items), manifest["part"])) if i not in parts]
-    steps = [(i, part[batch].tolist()) for i, part in todo for batch in batches(len(part), batch_size)]
-    width = encoder.model.config.embedding.dim
-    problems: list[str] = []
-    for i, group in groupby(progress(steps, "Indexing", show_progress_bar), key=lambda step: step[0]):
-        read = []
-        for _, batch in group:
-            opened = {row: _open(items[row], f"{manifest['ids'][row]!r}", on_error, problems) for row in batch}
-            read.append(_read(encoder, {row: item for row, item in opened.items() if item}, manifest))
-        parts[i] = join(read, width)
-        if files:
-            write_part(files[i], parts[i])
-    if problems:
-        warnings.warn(
-            f"{len(problems)} of {len(items)} documents could not be read and are not in the index: "
-            + "; ".join(problems[:5]),
-            stacklevel=2,
-        )
-    return Index(encoder, manifest, [parts[i] for i in sorted(parts)])
-
-
-def _open(item: Item, name: str, on_error: str, problems: list[str]) -> Item | None:
-    """The item with its picture loaded, or None and one more problem."""
-    try:
-        return item if item.image is None else replace(item, image=load_image(item.image))
-    except (OSError, ValueError, TypeError) as error:
-        if on_error == "raise":
-            raise
-        problems.append(f"{name}: {error}")
-        return None
-
-
-def _read(encoder: Encoder, items: dict[int, Item], manifest: dict[str, Any]) -> Arrays:
-    """Arrays of one batch of documents, by row."""
-    if not items:
-        return join([], encoder.model.config.embedding.dim)
-    read = encoder.read(list(items.values()))
-    kept = read.tokens if manifest["kind"] != "mixed" else [torch.empty(0)] * len(items)
-    tokens = torch.cat(kept).cpu()
-    codes, scale = (
-        tokens.float().numpy() if tokens.is_floating_point() else tokens.int().numpy(),
-        np.empty(0, np.float32),
-    )
-    if manifest["precision"] == "int8" and codes.ndim == 2:
-        codes, scale = int8_rows(codes)
-    return {
-        "row": np.array(list(items), np.int64),
-        "embedding": read.embedding.cpu().numpy(),
-        "length": np.array([len(t) for t in kept], np.int64),
-        "tokens": codes,
-        "scale": scale,
-    }
-
-
-def _check_ids(ids: Sequence[int | str] | None, count: int) -> list[int | str]:
-    ids = list(range(count)) if ids is None else list(ids)
-    if wrong := [i for i in ids if isinstance(i, bool) or not isinstance(i, int | str)]:
-        raise ValueError(f"ids: expected int or str, got {type(wrong[0]).__name__} {wrong[0]!r}")
-    if len(ids) != count or len(set(ids)) != count:
-        raise ValueError(
-            f"ids: expected {count} different ones, one per document, got {len(ids)} of which {len(set(ids))} differ"
-        )
-    return ids
+    home = tempfile.TemporaryDirectory(prefix="unimodal-index-") if folder is None else None
+    place = Path(folder if home is None else home.name)  # type: ignore[arg-type]
+    index = Index(encoder, place, store.claim_folder(place, manifest), home)
+    options: dict[str, Any] = {"batch_size": batch_size, "on_error": on_error, "show_progress_bar": show_progress_bar}
+    index.build(items, ids, metadata, **options)
+    return index

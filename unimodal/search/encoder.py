@@ -24,6 +24,7 @@ from unimodal.data.images import load_image
 from unimodal.data.items import Item
 from unimodal.data.processor import Processor
 from unimodal.model import ImageState, TextState, UnimodalModel
+from unimodal.search.calibrate import Calibration
 
 V = TypeVar("V")
 
@@ -46,10 +47,10 @@ class Encoded:
 
 
 class Encoder:
-    """A model in evaluation mode and its processor."""
+    """A model in evaluation mode, its processor, and where it has one the calibration of its match logits."""
 
-    def __init__(self, model: UnimodalModel, processor: Processor) -> None:
-        self.model, self.processor = model.eval(), processor
+    def __init__(self, model: UnimodalModel, processor: Processor, calibration: Calibration | None = None) -> None:
+        self.model, self.processor, self.calibration = model.eval(), processor, calibration
         kind = model.config.matching.kind if model.config.matching else None
         self.matches, self.in_bridge = kind is not None, kind == "bridge"
 
@@ -102,6 +103,10 @@ class Encoder:
         """Match logits [P], float32, of pairs of (image tokens, text tokens) as `read` returns them."""
         scores = [self._match(pairs[rows]) for rows in progress(batches(len(pairs), batch_size), "Matching", show)]
         return torch.cat(scores) if scores else torch.empty(0)
+
+    def probability(self, logits: Tensor) -> Tensor:
+        """Match probabilities of logits [P]: calibrated, or the plain sigmoid."""
+        return logits.sigmoid() if self.calibration is None else self.calibration.probability(logits)
 
     @torch.inference_mode()
     def _match(self, pairs: Sequence[tuple[Tensor, Tensor]]) -> Tensor:

@@ -376,7 +376,10 @@ class Task(pl.LightningModule):
         self._end("test")
 
     def predict_step(self, batch: Batch, batch_index: int) -> dict[str, Tensor]:
-        """Embeddings of the batch's images and captions."""
+        """Embeddings of the batch's images, and of its captions where it has any."""
         image = self.model.encode_image(batch.get("image"), features=batch.get("image_features"))
-        text = self.model.encode_text(batch["text"], batch["text_mask"])
-        return {"image": self.model.image_embedding(image), "text": self.model.text_embedding(text)}
+        embeddings = {"image": self.model.image_embedding(image)}
+        if "text" in batch:
+            text = self.model.encode_text(batch["text"], batch["text_mask"])
+            embeddings["text"] = self.model.text_embedding(text)
+        return embeddings

@@ -4,7 +4,7 @@ Retrieval is scored twice, by the embedding alone and after the matching head ha
 to symbols, swapped captions are ranked against true ones, and generated pictures are judged by a checker that reads pixels.
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import Any, Literal
 
 import torch
@@ -15,7 +15,20 @@ from unimodal.data.batch import Batch
 from unimodal.data.pairs import Pairs
 from unimodal.data.processor import Processor
 from unimodal.data.scenes import Scenes, caption_matches, checker_arguments, parse_caption
-from unimodal.metrics import Candidates, Protocol, RetrievalMetrics, caption_metrics, first_stage, rerank, summarise
+from unimodal.metrics import (
+    Candidates,
+    DirectionMetrics,
+    Protocol,
+    Ranks,
+    RetrievalMetrics,
+    TextToTextMetrics,
+    caption_metrics,
+    first_stage,
+    mean_of_folds,
+    rerank,
+    summarise,
+    text_to_text,
+)
 from unimodal.metrics.generation import check_picture
 from unimodal.model import ImageState, TextState, UnimodalModel
 
@@ -28,6 +41,8 @@ class EvaluationSettings:
         rerank_k: candidates per query that the matching head scores.
         combine: whether its score replaces the embedding's or is added to it.
         match_scale: what the match logit is multiplied by before it is added to a cosine: under `sum`, and to choose a caption.
+        folds: blocks of images, in file order, that are each searched alone and then averaged; 1 searches the whole split.
+        text_to_text: also search captions by captions.
         captions: images to caption, from the start of the split; 0 for none.
         num_beams: beams of the captions.
         candidates: captions written per image, of which the embedding and matching heads choose one; see `unimodal.candidates`.
@@ -40,6 +55,8 @@ class EvaluationSettings:
     rerank_k: int = 16
     combine: Literal["replace", "sum"] = "replace"
     match_scale: float = 1.0
+    folds: int = 1
+    text_to_text: bool = False
     captions: int = 200
     num_beams: int = 1
     candidates: int = 1
@@ -52,6 +69,14 @@ class EvaluationSettings:
 def _pad(parts: list[Tensor], length: int) -> Tensor:
     """Concatenate [n, L, ...] of different L, padded with zeros to `length`."""
     return torch.cat([torch.nn.functional.pad(p, (*[0, 0] * (p.ndim - 2), 0, length - p.shape[1])) for p in parts])
+
+
+def _join(parts: list[Any], order: Tensor | None) -> Any:
+    """Tensors, or the tensors of candidates, of all folds as one; queries in `order` where given."""
+    if isinstance(parts[0], Candidates):
+        return Candidates(*(_join([getattr(p, f.name) for p in parts], order) for f in fields(Candidates)))
+    whole = torch.cat(parts)
+    return whole if order is None else whole[order]
 
 
 class Evaluation:
@@ -81,6 +106,17 @@ class Evaluation:
     @torch.no_grad()
     def results(self) -> dict[str, Any]:
         """Everything measured: metric objects by name, and the rows that a report shows."""
+        out = self.retrieval()
+        if isinstance(self.pairs, Scenes):
+            out |= self._swaps(self.pairs)
+        if "captioning" in self.model.heads and self.settings.captions:
+            out |= self._captions()
+        if "generation" in self.model.heads and self.settings.pictures and isinstance(self.pairs, Scenes):
+            out |= self._pictures(self.pairs)
+        return out
+
+    def _concatenate(self) -> None:
+        """What was collected batch by batch, as one."""
         longest = max(text.ids.shape[1] for text in self.texts)
         self.text = TextState(
             _pad([text.ids for text in self.texts], longest),
@@ -93,14 +129,6 @@ class Evaluation:
             torch.cat([image.mask for image in self.images]),
             torch.cat([image.bridged for image in self.images]),
         )
-        out: dict[str, Any] = self._retrieval()
-        if isinstance(self.pairs, Scenes):
-            out |= self._swaps(self.pairs)
-        if "captioning" in self.model.heads and self.settings.captions:
-            out |= self._captions()
-        if "generation" in self.model.heads and self.settings.pictures and isinstance(self.pairs, Scenes):
-            out |= self._pictures(self.pairs)
-        return out
 
     def numbers(self, results: dict[str, Any]) -> dict[str, float]:
         """The headline numbers of `results`, all between 0 and 1 except CIDEr-D (1 = 100 points)."""
@@ -147,30 +175,70 @@ class Evaluation:
             )
         return torch.cat(parts)
 
-    def _retrieval(self) -> dict[str, Any]:
+    @torch.no_grad()
+    def retrieval(self) -> dict[str, Any]:
+        """Retrieval alone: `retrieval_first` and `retrieval_reranked`, their ranks query by query, and what each query found.
+
+        Raises:
+            ValueError: for folds that do not divide the split, and what `first_stage`, `mean_of_folds` and `text_to_text` raise.
+        """
+        self._concatenate()
+        settings, matches = self.settings, "matching" in self.model.heads
         image, text = torch.cat(self.image_embeddings), torch.cat(self.text_embeddings)
         image_id, text_image_id = torch.cat(self.image_ids), torch.cat(self.text_image_ids)
-        k = self.settings.rerank_k if "matching" in self.model.heads else 0
-        t2i, i2t = first_stage(image, text, text_image_id, image_id=image_id, k=k)
-        protocol = self.protocol()
-        out: dict[str, Any] = {"retrieval_first": summarise(t2i.rank, i2t.rank, protocol)}
-        if not k:
-            return out
-        rows = torch.arange(len(t2i.index), device=t2i.index.device)[:, None].expand_as(t2i.index)
-        t2i_scores = self.match_pairs(t2i.index.flatten(), rows.flatten()).view_as(t2i.scores)
-        rows = torch.arange(len(i2t.index), device=i2t.index.device)[:, None].expand_as(i2t.index)
-        i2t_scores = self.match_pairs(rows.flatten(), i2t.index.flatten()).view_as(i2t.scores)
-        ranks = [self._rerank(c, s) for c, s in ((t2i, t2i_scores), (i2t, i2t_scores))]
-        out["retrieval_reranked"] = summarise(
-            ranks[0], ranks[1], protocol.reranked(t2i.index.shape[1], self.settings.combine)
-        )
-        out["candidates"] = {"t2i": t2i, "t2i_match": t2i_scores, "t2i_reranked_rank": ranks[0]}
-        return out
+        if settings.folds < 1 or len(image) % settings.folds:
+            raise ValueError(f"got folds={settings.folds} for {len(image)} images; expected a number that divides them")
+        parts: list[dict[str, Any]] = []
+        for rows in torch.arange(len(image), device=image.device).chunk(settings.folds):
+            captions = torch.isin(text_image_id, image_id[rows]).nonzero().squeeze(1)
+            t2i, i2t = first_stage(
+                image[rows], text[captions], text_image_id[captions], image_id=image_id[rows], k=settings.rerank_k
+            )
+            part: dict[str, Any] = {
+                "t2i": replace(t2i, index=rows[t2i.index]),
+                "i2t": replace(i2t, index=captions[i2t.index]),
+            }
+            if matches and settings.rerank_k:
+                for name, queries in (("t2i", captions), ("i2t", rows)):
+                    found = part[name]
+                    pairs = (found.index, queries[:, None].expand_as(found.index))
+                    images, texts = pairs if name == "t2i" else pairs[::-1]
+                    match = self.match_pairs(images.flatten(), texts.flatten()).view_as(found.scores)
+                    weighed, before = (
+                        (settings.match_scale * match, found.scores) if settings.combine == "sum" else (match, 0)
+                    )
+                    part[f"{name}_match"], part[f"{name}_final"] = match, weighed + before
+                    part[f"{name}_reranked_rank"] = rerank(found, weighed, settings.combine)
+            parts.append(part | {"captions": captions})
 
-    def _rerank(self, candidates: Candidates, scores: Tensor) -> Tensor:
-        if self.settings.combine == "sum":
-            scores = self.settings.match_scale * scores
-        return rerank(candidates, scores, self.settings.combine)
+        order = torch.cat([part.pop("captions") for part in parts]).argsort()  # back to the split's captions
+        out: dict[str, Any] = {"candidates": {}, "ranks": {}}
+        for name in parts[0]:
+            out["candidates"][name] = _join([part[name] for part in parts], order if name.startswith("t2i") else None)
+        ids, by_id = image_id.sort()
+        text_image = by_id[torch.searchsorted(ids, text_image_id)]
+        first = self.protocol()
+        whole = out["candidates"]
+        stages = {"first": (first, lambda part, name: part[name].rank)}
+        if "t2i_match" in whole:
+            scale = settings.match_scale if settings.combine == "sum" else None
+            reranked = first.reranked(whole["t2i"].index.shape[1], settings.combine, scale)
+            stages["reranked"] = (reranked, lambda part, name: part[f"{name}_reranked_rank"])
+        for stage, (protocol, rank) in stages.items():
+            per_fold = [
+                summarise(t2i, i2t, replace(protocol, images=len(i2t), captions=len(t2i)))
+                for t2i, i2t in ((rank(part, "t2i"), rank(part, "i2t")) for part in parts)
+            ]
+            result = per_fold[0] if settings.folds == 1 else mean_of_folds(per_fold)
+            out[f"retrieval_{stage}"] = result
+            out["ranks"][stage] = Ranks(
+                result.protocol, rank(whole, "t2i").cpu(), rank(whole, "i2t").cpu(), text_image.cpu()
+            )
+        if settings.text_to_text:
+            rule = replace(first, rule="hit among the captions, the query left out")
+            found = DirectionMetrics.from_ranks(text_to_text(text, text_image_id).rank)
+            out["text_to_text"] = TextToTextMetrics(protocol=rule, text_to_text=found)
+        return out
 
     # Scenes: swapped captions.
 

@@ -78,6 +78,9 @@ class Scenes:
     def captions(self, i: int) -> list[str]:
         return [write(self.scenes[i], form) for form in self._forms[i]]
 
+    def labels(self, i: int) -> frozenset[str]:
+        return frozenset()
+
     def key(self, i: int) -> str:
         return f"scenes/{self.split}/{i:06d}"
 

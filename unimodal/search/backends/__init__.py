@@ -1,0 +1,80 @@
+"""Where vectors are searched: one small protocol, four backends.
+
+    exact     built in: every vector is looked at, from memory-mapped files
+    faiss     a graph in memory (Malkov and Yashunin, arXiv:1603.09320), for more than about 50,000; `pip install 'unimodal[faiss]'`
+    lancedb   columns on the disk or an object store, with metadata and SQL filters; `pip install 'unimodal[lancedb]'`
+    milvus    one client from a file to a cluster; `pip install 'unimodal[milvus]'`
+
+A backend finds candidates by the vectors it was given, in the precision it was asked for: `float32`, `int8`, or `binary` (one sign bit per
+dimension). `Index` hands it truncated vectors where the first pass shall be narrow, and scores the candidates again by full vectors; so a
+backend only has to find, and its scores need no common scale.
+
+Legend: n vectors, Q queries, E width, k candidates.
+"""
+
+from pathlib import Path
+from typing import Any, Literal, Protocol, get_args
+
+import numpy as np
+
+from unimodal.config import nearest
+from unimodal.search.backends.exact import ExactIndex
+from unimodal.search.backends.faiss import FaissIndex
+from unimodal.search.backends.lancedb import LanceIndex
+from unimodal.search.backends.milvus import MilvusIndex
+from unimodal.search.filters import Selection
+
+Backend = Literal["exact", "faiss", "lancedb", "milvus"]
+FirstPrecision = Literal["float32", "int8", "binary"]
+
+__all__ = ["Backend", "ExactIndex", "FaissIndex", "FirstPrecision", "LanceIndex", "MilvusIndex", "VectorIndex"]
+
+
+class VectorIndex(Protocol):
+    """Unit vectors under keys, kept in a folder. What `add` and `delete` did is on the disk when they return."""
+
+    def __len__(self) -> int: ...
+
+    def keys(self) -> np.ndarray:
+        """Keys of all vectors, [n] int64, in any order."""
+
+    def add(self, keys: np.ndarray, vectors: np.ndarray, payload: list[dict[str, Any]]) -> None:
+        """Add unit vectors [n, E] float32 under new keys [n], each with its metadata for filters."""
+
+    def delete(self, keys: np.ndarray) -> None:
+        """Remove vectors by key; keys that are not there are left alone."""
+
+    def search(self, queries: np.ndarray, k: int, selection: Selection | None = None) -> tuple[np.ndarray, np.ndarray]:
+        """The best k of each of the queries [Q, E]: keys [Q, k] int64, -1 where there are fewer, and scores [Q, k], higher is better."""
+
+    def close(self) -> None:
+        """Let go of files and connections."""
+
+
+def open_backend(name: str, folder: Path, width: int, precision: str, uri: str | None = None) -> VectorIndex:
+    """Open a backend's folder, made where it is missing.
+
+    Args:
+        name: which one.
+        folder: where it keeps its files.
+        width: E, of the vectors it will be given.
+        precision: in which it keeps them.
+        uri: address of a Milvus server; None keeps a file.
+
+    Raises:
+        ValueError: an unknown name or precision, a width that precision cannot hold, an address for a backend that has none.
+        ImportError: the backend's library is not installed.
+    """
+    if name not in get_args(Backend):
+        raise ValueError(f"backend: no {name!r}; {nearest(name, get_args(Backend))}")
+    if precision not in get_args(FirstPrecision):
+        raise ValueError(f"first_precision: expected 'float32', 'int8' or 'binary', got {precision!r}")
+    if precision == "binary" and width % 8:
+        raise ValueError(f"first_precision 'binary' packs eight dimensions to a byte, got the width {width}")
+    if uri is not None and name != "milvus":
+        raise ValueError(f"uri: only the milvus backend has a server, got {uri!r} for {name}")
+    folder.mkdir(parents=True, exist_ok=True)
+    if name == "milvus":
+        return MilvusIndex(folder, width, precision, uri)
+    kinds: dict[str, Any] = {"exact": ExactIndex, "faiss": FaissIndex, "lancedb": LanceIndex}
+    return kinds[name](folder, width, precision)

@@ -1,0 +1,161 @@
+"""Match probabilities that mean what they say: a scale and an offset for the logits, fitted on held-out pairs.
+
+A matching head learns from negatives drawn for training, so its sigmoid is a rank, not a probability, among the candidates of a search.
+Platt scaling (Platt 1999; with the offset 0 the temperature of Guo et al. 2017, arXiv:1706.04599) maps logit z to sigmoid(a z + b) with the
+a, b of the greatest likelihood on pairs that look like those of a search: true pairs and the wrong ones of the first stage's top k.
+
+Of calibrated probabilities the mean over all pairs that pass a threshold is the share of them that is right. It grows with the threshold,
+so each precision has one threshold. It holds for pairs of the same kind: fit again where the data or the first stage's depth differ.
+
+Legend: P pairs.
+"""
+
+import json
+import math
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+STEPS = 100
+NEAR = 1e-10  # a Newton step below it ends the fit
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """A fitted calibration, as plain numbers.
+
+    Attributes:
+        scale, offset: a and b of sigmoid(a z + b).
+        pairs, positives: what it was fitted on.
+        error_before, error_after: expected calibration error of the sigmoid and of the calibrated probability on these pairs.
+        curve: (probability, share of right pairs at or above it) at up to 200 thresholds, both rising.
+        model: fingerprint of the model whose logits they were.
+    """
+
+    scale: float
+    offset: float
+    pairs: int
+    positives: int
+    error_before: float
+    error_after: float
+    curve: tuple[tuple[float, float], ...]
+    model: str = ""
+
+    def probability(self, logits: Tensor) -> Tensor:
+        """Calibrated match probabilities of logits [P], float32."""
+        return (self.scale * logits.double() + self.offset).sigmoid().float()
+
+    def threshold_for(self, precision: float) -> float:
+        """The lowest probability such that of the pairs at or above it this share is right.
+
+        Raises:
+            ValueError: a precision outside (0, 1), or one that these pairs do not reach.
+        """
+        if not 0 < precision < 1:
+            raise ValueError(f"precision: expected a share between 0 and 1, got {precision}")
+        for probability, share in self.curve:
+            if share >= precision:
+                return probability
+        raise ValueError(
+            f"no threshold reaches the precision {precision}: the surest pairs of the calibration are right in "
+            f"{self.curve[-1][1]:.4f}; ask for less, or calibrate on more pairs"
+        )
+
+    def save(self, path: str | Path) -> None:
+        Path(path).write_text(json.dumps(asdict(self), indent=1) + "\n", encoding="utf-8")
+
+    @classmethod
+    def load(cls, path: str | Path) -> "Calibration":
+        """Raises:
+        ValueError: the file is no calibration.
+        """
+        try:
+            values = json.loads(Path(path).read_text(encoding="utf-8"))
+            return cls(**{**values, "curve": tuple((float(p), float(share)) for p, share in values["curve"])})
+        except (KeyError, TypeError, ValueError) as error:
+            raise ValueError(f"{path} is no calibration ({error}); write it with Calibration.save") from error
+
+
+def calibrate(logits: Tensor, labels: Tensor, *, model: str = "") -> Calibration:
+    """Fit scale and offset by Newton's method in float64.
+
+    Args:
+        logits: [P] match logits of held-out pairs.
+        labels: [P] bool, which of them are true.
+        model: fingerprint of the model, kept with the result.
+
+    Raises:
+        ValueError: unlike shapes, logits that are not finite, or pairs of one kind alone; or logits that rank true pairs below wrong ones.
+    """
+    if logits.ndim != 1 or logits.shape != labels.shape:
+        raise ValueError(f"expected logits and labels [P], got {list(logits.shape)} and {list(labels.shape)}")
+    z, y = logits.double(), labels.double()
+    positives = int(y.sum())
+    if not z.isfinite().all() or not 0 < positives < len(y):
+        raise ValueError(
+            f"calibration needs finite logits and both true and wrong pairs, got {positives} true ones of {len(y)}"
+        )
+    a, b = _newton(z, y)
+    if a <= 0:
+        raise ValueError(
+            f"the logits rank true pairs below wrong ones (fitted scale {a:.3g}); train the matching head first"
+        )
+    p = (a * z + b).sigmoid()
+    return Calibration(
+        a,
+        b,
+        len(y),
+        positives,
+        expected_calibration_error(z.sigmoid(), labels),
+        expected_calibration_error(p, labels),
+        _curve(p),
+        model,
+    )
+
+
+def expected_calibration_error(probability: Tensor, labels: Tensor, bins: int = 15) -> float:
+    """Mean distance of confidence and share of true pairs over bins of equal width, weighted by their pairs (Naeini et al., AAAI 2015)."""
+    place = (probability * bins).long().clamp(max=bins - 1)
+    gap = torch.zeros(bins, dtype=torch.float64).index_add(0, place, probability.double() - labels.double())
+    return float(gap.abs().sum() / len(labels))
+
+
+def _newton(z: Tensor, y: Tensor) -> tuple[float, float]:
+    """The a, b that minimise the log loss of sigmoid(a z + b).
+
+    Labels are pulled in as by one more pair of either kind (Platt 1999), without which separable pairs have no finite answer.
+    """
+    true, wrong = float(y.sum()), float(len(y) - y.sum())
+    target = torch.where(y > 0, (true + 1) / (true + 2), 1 / (wrong + 2))
+    spread = float(z.std()) or 1.0
+    x = torch.stack(
+        [(z - z.mean()) / spread, torch.ones_like(z)], 1
+    )  # [P, 2], standardised: the Hessian stays well conditioned
+    w = torch.tensor([0.0, math.log(true / wrong)], dtype=torch.float64)
+
+    def loss(at: Tensor) -> float:
+        return float(torch.nn.functional.binary_cross_entropy_with_logits(x @ at, target))
+
+    for _ in range(STEPS):
+        p = (x @ w).sigmoid()
+        gradient = x.T @ (p - target) / len(y)
+        hessian = (x * (p * (1 - p))[:, None]).T @ x / len(y) + 1e-12 * torch.eye(2, dtype=torch.float64)
+        step = torch.linalg.solve(hessian, gradient)
+        size = 1.0
+        while loss(w - size * step) > loss(w) + 1e-15 and size > 1e-6:
+            size /= 2
+        w = w - size * step
+        if step.abs().max() < NEAR:
+            break
+    a = float(w[0]) / spread
+    return a, float(w[1]) - a * float(z.mean())
+
+
+def _curve(probability: Tensor, points: int = 200) -> tuple[tuple[float, float], ...]:
+    """(threshold, mean probability at or above it), thresholds rising, from the lowest pair to the highest."""
+    ordered = probability.sort(descending=True).values
+    means = ordered.cumsum(0) / torch.arange(1, len(ordered) + 1)
+    places = torch.linspace(len(ordered) - 1, 0, min(points, len(ordered))).long().unique().flip(0)
+    return tuple(zip(ordered[places].tolist(), means[places].tolist()))
