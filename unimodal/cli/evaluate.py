@@ -17,8 +17,7 @@ from rich.progress import track
 from rich.table import Table
 
 from unimodal.cli.verbs import DEFAULT_MODEL
-from unimodal.data import Scenes
-from unimodal.data.guess import open_splits
+from unimodal.data.guess import open_split
 from unimodal.data.labelled import label_matrix
 from unimodal.data.module import EvaluationBatches
 from unimodal.data.pairs import Pairs
@@ -99,24 +98,15 @@ def run(arguments: Sequence[str]) -> int:
     return 0
 
 
-def read_split(options: argparse.Namespace) -> Pairs:
-    """The split that was asked for, by the reader that fits its path."""
-    if options.data == "scenes":
-        return Scenes(options.split)
-    _, found = open_splits(
-        options.data,
-        options.images,
-        [options.split],
-        labels=options.labels,
-        captions_per_image=options.captions_per_image,
-        on_error="raise",
-    )
-    return found[options.split]
-
-
 def evaluate(options: argparse.Namespace) -> None:
     """Score, print and write."""
-    pairs = read_split(options)
+    pairs = open_split(
+        options.data,
+        options.split,
+        options.images,
+        labels=options.labels,
+        captions_per_image=options.captions_per_image,
+    )
     model, processor = load_checkpoint(options.model, device=options.device)
     settings = EvaluationSettings(
         rerank_k=options.rerank_top_k,

@@ -3,15 +3,17 @@
 import argparse
 from pathlib import Path
 
+from unimodal.data.guess import open_split
 from unimodal.data.negatives import write_negatives
-from unimodal.data.readers import KarpathyJson
 from unimodal.search import Encoder, mine_negatives
 
 
 def add_arguments(verb: argparse.ArgumentParser) -> None:
     """What may be asked of mining, beside the model."""
-    verb.add_argument("--data", type=Path, required=True, help="a JSON file in Karpathy's format")
-    verb.add_argument("--root", type=Path, help="folder of the pictures; by default images/ beside the file")
+    verb.add_argument(
+        "--data", required=True, help="pairs: Karpathy's JSON, a table, tar shards, a folder; or `scenes`"
+    )
+    verb.add_argument("--images", type=Path, help="folder of the pictures; by default images/ beside the file")
     verb.add_argument("--split", default="train", help="the split to mine")
     verb.add_argument("--out", type=Path, required=True, help="the .jsonl file, for data.negatives of a recipe")
     verb.add_argument("--num_negatives", type=int, default=7, help="hard negatives per query")
@@ -29,7 +31,7 @@ def mine(options: argparse.Namespace, encoder: Encoder) -> None:
     """Mine and write."""
     header, rows = mine_negatives(
         encoder,
-        KarpathyJson(options.data, options.root, split=options.split),
+        open_split(options.data, options.split, options.images),
         num_negatives=options.num_negatives,
         top_k=options.top_k,
         positive_threshold=options.positive_threshold,

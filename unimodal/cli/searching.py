@@ -11,8 +11,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from unimodal.data.pairs import Pairs
-from unimodal.data.readers import KarpathyJson
+from unimodal.data.guess import open_split
 from unimodal.inference import Unimodal
 from unimodal.search.calibrate import calibrate as fit
 from unimodal.search.tune import Pairing, Setting, cheapest, cost_curve, held_out_pairs
@@ -24,7 +23,9 @@ COLOURS = ("#1f6feb", "#d1242f", "#1a7f37", "#8250df", "#bf8700", "#57606a", "#0
 def add_parsers(verbs: Any, model: argparse.ArgumentParser) -> None:
     """The two verbs, whose names are of two words."""
     data = argparse.ArgumentParser(add_help=False)
-    data.add_argument("--data", type=Path, required=True, help="image-caption pairs in Karpathy's JSON")
+    data.add_argument(
+        "--data", required=True, help="pairs: Karpathy's JSON, a table, tar shards, a folder; or `scenes`"
+    )
     data.add_argument("--images", type=Path, help="the folder of its pictures; by default `images` beside it")
     data.add_argument("--split", default="val", help="which split; one that nothing was trained on")
     data.add_argument("--queries", type=int, default=1000, help="at most so many queries of either kind")
@@ -40,12 +41,8 @@ def add_parsers(verbs: Any, model: argparse.ArgumentParser) -> None:
     verb.add_argument("--out", type=Path, help="the file; by default calibration.json in the model's folder")
 
 
-def read_split(options: argparse.Namespace) -> Pairs:
-    return KarpathyJson(options.data, options.images, split=options.split)
-
-
 def tune(model: Unimodal, options: argparse.Namespace) -> None:
-    pairs = read_split(options)
+    pairs = open_split(options.data, options.split, options.images)
     settings = cost_curve(
         Pairing(model.encoder, pairs, queries=options.queries),
         combine=options.combine,
@@ -93,7 +90,7 @@ def tune(model: Unimodal, options: argparse.Namespace) -> None:
 def calibrate(model: Unimodal, options: argparse.Namespace, folder: Path) -> None:
     if options.out is None and not folder.is_dir():
         raise ValueError(f"{folder} is no folder here to keep the calibration in; give --out FILE")
-    pairing = Pairing(model.encoder, read_split(options), queries=options.queries)
+    pairing = Pairing(model.encoder, open_split(options.data, options.split, options.images), queries=options.queries)
     found = fit(*held_out_pairs(pairing, options.depth), model=model.encoder.fingerprint())
     path = options.out or folder / "calibration.json"
     found.save(path)

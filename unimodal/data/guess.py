@@ -11,6 +11,7 @@ from unimodal.data.huggingface import HuggingFaceDataset, is_saved
 from unimodal.data.labelled import NusWide, PascalSentence, Wikipedia
 from unimodal.data.pairs import Pairs
 from unimodal.data.readers import ImageFolder, KarpathyJson, OnError, parse_json
+from unimodal.data.scenes import Scenes
 from unimodal.data.shards import WebDatasetTars
 from unimodal.data.tables import CsvTable, JsonLines, splits_of
 
@@ -81,6 +82,16 @@ def open_splits(
         where, name = found[split]
         opened[split] = reader(where, split=name, on_error=on_error, **options)
     return reader.__name__, opened
+
+
+def open_split(path: str | Path, split: str, root: str | Path | None = None, **options: Any) -> Pairs:
+    """One split of the data at a path, or of the embedded scenes where the path is `scenes`; bad samples raise.
+
+    Arguments and errors as in `open_splits`.
+    """
+    if str(path) == "scenes":
+        return Scenes(split)
+    return open_splits(path, root, [split], on_error="raise", **options)[1][split]
 
 
 def _inside_folder(folder: Path) -> Path:
