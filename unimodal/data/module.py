@@ -169,6 +169,7 @@ class TrainingLoader:
         self.samples, self.batch_size, self.workers, self.neighbours = samples, batch_size, workers, neighbours
         self.rank, self.world = rank, world
         self.epoch, self.step, self.resumed = 0, 0, False
+        self.plan()  # too few images are an error now: a trainer would take a loader of length 0 for finished work
 
     def plan(self) -> list[list[tuple[int, int]]]:
         """The epoch's batches for this rank; the global batch is cut in contiguous parts."""
