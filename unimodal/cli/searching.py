@@ -43,12 +43,15 @@ def add_parsers(verbs: Any, model: argparse.ArgumentParser) -> None:
 
 def tune(model: Unimodal, options: argparse.Namespace) -> None:
     pairs = open_split(options.data, options.split, options.images)
+    pairing = Pairing(model.encoder, pairs, queries=options.queries)
     settings = cost_curve(
-        Pairing(model.encoder, pairs, queries=options.queries),
+        pairing,
         combine=options.combine,
         match_scale=options.match_scale,
     )
-    title = f"{pairs.name} {pairs.split} [{pairs.fingerprint()}]: {len(pairs)} pictures, {options.combine}"
+    asked = f"{len(pairing.rows['text'])} captions and {len(pairing.rows['image'])} pictures asked; rule: hit"
+    how = "replace" if options.combine == "replace" else f"sum, match x {options.match_scale:g}"
+    title = f"{pairs.name} {pairs.split} [{pairs.fingerprint()}]; {len(pairs)} images, {len(pairing.texts)} captions; {asked}; {how}"
     best = cheapest(settings, options.recall)
     table = Table(title=title, title_justify="left")
     columns = ("precision", "width", "k", "R@1 text to image", "R@1 image to text", "ms/query", "memory", "disk")
