@@ -1,9 +1,10 @@
 # unimodal: `make demo` and `make test` are all a fresh clone needs. Each creates .venv when it is missing.
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint clean
+.PHONY: help demo test extras lint clean
 
 PYTHON ?= python3
 BIN := .venv/bin
+comma := ,
 
 help:  ## show this list
 	@awk -F ':.*## ' '/^[a-z.]+:.*## / { printf "  make %-6s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -13,6 +14,9 @@ demo: .venv  ## train one model on drawn scenes, then open checkpoints/demo/inde
 
 test: lint  ## linter, type checker and the whole test suite
 	$(BIN)/python -m pytest
+
+extras: .venv/installed-extras  ## install the optional libraries and run the tests that need them
+	$(BIN)/python -m pytest tests/test_search_backends.py tests/test_huggingface.py tests/test_data_check.py tests/test_metrics_judged.py
 
 lint: .venv/installed-dev  ## linter and type checker only
 	$(BIN)/ruff check .
@@ -40,3 +44,7 @@ endef
 .venv/installed-dev: pyproject.toml
 	$(call install,.[dev])
 	touch .venv/installed
+
+.venv/installed-extras: pyproject.toml
+	$(call install,.[dev$(comma)datasets$(comma)faiss$(comma)lancedb$(comma)milvus$(comma)eccv])
+	touch .venv/installed .venv/installed-dev
