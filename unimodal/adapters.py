@@ -87,7 +87,7 @@ class MtebModel:
             "name": self.name,
             "revision": self.revision,
             "modalities": ["image", "text"],
-            "embed_dim": self.model.model.config.embedding.dim,
+            "embed_dim": self.model.model.embedding.dim,
             "n_parameters": sum(p.numel() for p in self.model.model.parameters()),
             "similarity_fn_name": "cosine",
         }
@@ -120,7 +120,7 @@ def clip_benchmark_model(model: Unimodal) -> tuple[ClipModel, Transform, Tokeniz
     Raises:
         ValueError: the model keeps one vector per query for an image, where CLIP has one in all.
     """
-    if model.model.config.embedding.pool == "query":
+    if model.model.embedding.pool == "query":
         raise ValueError(
             "this model has one vector per query for an image, and CLIP_benchmark multiplies single ones; use `unimodal evaluate`"
         )

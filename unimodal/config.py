@@ -59,18 +59,45 @@ class TextTowerConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class BackboneConfig:
-    """Two towers projected to one token width.
+class PublishedConfig:
+    """A published model that serves as the backbone, as its authors released it.
 
     Args:
-        width: width D of the tokens that both towers hand to the bridge.
-        vision: the image tower.
-        text: the text tower.
+        name: transformers model type. `siglip` also reads the SigLIP 2 checkpoints of fixed resolution, `siglip2` those of
+            native aspect ratio (NaFlex).
+        kwargs: fields of its configuration class; ignored where `source` brings its own.
+        source: where weights, tokenizer and preprocessing come from: a Hub id or a local folder; None starts from random numbers.
+        revision: the commit of a Hub source.
     """
 
-    width: int = 384
+    name: Literal["clip", "siglip", "siglip2", "blip-2", "qwen3_vl"] = "clip"
+    kwargs: dict[str, Any] = field(default_factory=dict)
+    source: str | None = None
+    revision: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class BackboneConfig:
+    """What turns items into tokens: two towers projected to one token width, or a published model.
+
+    Args:
+        width: width D of the tokens that the bridge reads; None leaves a published model's tokens as they are.
+        vision: the image tower.
+        text: the text tower.
+        published: a published model in place of the two towers.
+    """
+
+    width: int | None = 384
     vision: VisionTowerConfig = field(default_factory=VisionTowerConfig)
     text: TextTowerConfig = field(default_factory=TextTowerConfig)
+    published: PublishedConfig | None = None
+
+    @property
+    def label(self) -> str:
+        """What it is, in a few words."""
+        if self.published is None:
+            return f"{self.vision.name} and {self.text.name} towers"
+        return f"{self.published.name} of {self.published.source}" if self.published.source else self.published.name
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -105,6 +132,7 @@ class EmbeddingConfig:
     """Retrieval embeddings.
 
     Args:
+        kind: `bridge` embeds what the bridge read; `backbone` is a published model's own embedding.
         dim: embedding width E.
         pool: how image queries become one vector; `query` keeps one vector per query, scored by the best (BLIP-2).
         gate: whether a learned gate mixes in the pooled backbone tokens (OmniBridge, arXiv 2509.19018).
@@ -114,6 +142,7 @@ class EmbeddingConfig:
         quantise: whether the model learns the step of its int8 codes (LSQ, arXiv 1902.08153), for training in few bits.
     """
 
+    kind: Literal["bridge", "backbone"] = "bridge"
     dim: int = 256
     pool: Literal["query", "mean", "attention"] = "attention"
     gate: bool = True
@@ -196,11 +225,11 @@ class GenerationConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class ModelConfig:
-    """One backbone, one bridge and the heads a model has; a head set to None is absent."""
+    """One backbone, one bridge and the heads a model has; what is None is absent. Only a published model does without a bridge."""
 
     backbone: BackboneConfig = field(default_factory=BackboneConfig)
-    bridge: BridgeConfig = field(default_factory=BridgeConfig)
-    embedding: EmbeddingConfig = field(default_factory=EmbeddingConfig)
+    bridge: BridgeConfig | None = field(default_factory=BridgeConfig)
+    embedding: EmbeddingConfig | None = field(default_factory=EmbeddingConfig)
     matching: MatchingConfig | None = None
     captioning: CaptioningConfig | None = None
     generation: GenerationConfig | None = None

@@ -472,7 +472,7 @@ class Unimodal:
         return modality in self.modalities
 
     def _width(self, truncate_dim: int | None) -> int:
-        embedding = self.model.config.embedding
+        embedding = self.model.embedding
         if truncate_dim is None:
             return embedding.dim
         if not 1 <= truncate_dim <= embedding.dim:

@@ -11,9 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from unimodal import heads
-from unimodal.backbones import TwoTowers
+from unimodal.backbones import Pixels, build_backbone
 from unimodal.bridge import QFormer
-from unimodal.config import ModelConfig
+from unimodal.config import EmbeddingConfig, ModelConfig
 from unimodal.layers import KeyValues
 
 # LSQ's `2 E|x| / sqrt(Q)` at Q = 127 for normal coordinates of unit variance.
@@ -21,39 +21,49 @@ FIRST_INT8_STEP = 2 * math.sqrt(2 / math.pi) / math.sqrt(127)
 
 
 class ImageState(NamedTuple):
-    """What the model read from B images: backbone tokens [B, T, D], their mask, bridged tokens [B, N, W], and, where the bridge writes the
-    captions, the keys and values that its text looks back at."""
+    """What the model read from B images: backbone tokens [B, T, D], their mask, bridged tokens [B, N, W] ([B, 0] without a bridge), where
+    the bridge writes the captions the keys and values that its text looks back at, and, where the model uses it, the backbone's own
+    embedding [B, E]."""
 
     tokens: Tensor
     mask: Tensor
     bridged: Tensor
     cache: KeyValues | None = None
+    own: Tensor | None = None
 
     def select(self, index: Tensor) -> "ImageState":
         """Rows `index` [P], without what a captioner needs of them."""
-        return ImageState(self.tokens[index], self.mask[index], self.bridged[index])
+        own = None if self.own is None else self.own[index]
+        return ImageState(self.tokens[index], self.mask[index], self.bridged[index], None, own)
 
     def append(self, other: "ImageState") -> "ImageState":
         """These images, then `other`'s, without what a captioner needs of them."""
         tokens, mask, bridged = (torch.cat(parts) for parts in zip(self[:3], other[:3], strict=True))
-        return ImageState(tokens, mask, bridged)
+        return ImageState(tokens, mask, bridged, None, _joined(self.own, other.own))
 
 
 class TextState(NamedTuple):
-    """What the model read from M texts: ids and mask [M, L], backbone tokens [M, L, D] and bridged tokens [M, N, W]."""
+    """What the model read from M texts: ids and mask [M, L], backbone tokens [M, L, D], bridged tokens [M, N, W] ([M, 0] without text
+    queries) and, where the model uses it, the backbone's own embedding [M, E]."""
 
     ids: Tensor
     mask: Tensor
     tokens: Tensor
     bridged: Tensor
+    own: Tensor | None = None
 
     def select(self, index: Tensor) -> "TextState":
         """Rows `index` [P]."""
-        return TextState(*(part[index] for part in self))
+        parts: list[Any] = [None if part is None else part[index] for part in self]
+        return TextState(*parts)
 
     def append(self, other: "TextState") -> "TextState":
         """These texts, then `other`'s; both padded to the same length."""
-        return TextState(*(torch.cat(parts) for parts in zip(self, other, strict=True)))
+        return TextState(*(_joined(*parts) for parts in zip(self, other, strict=True)))
+
+
+def _joined(a: Tensor | None, b: Tensor | None) -> Any:
+    return None if a is None or b is None else torch.cat([a, b])
 
 
 class UnimodalModel(nn.Module):
@@ -64,48 +74,56 @@ class UnimodalModel(nn.Module):
         pretrained: start the towers from their sources' weights, and the bridge from the text tower's where the configuration says so.
     """
 
+    backbone: Any
+    bridge: Any
+
     def __init__(self, config: ModelConfig, *, pretrained: bool = False) -> None:
         super().__init__()
         self.config = config
-        backbone, bridge, embedding = config.backbone, config.bridge, config.embedding
-        self.backbone = TwoTowers(
-            width=backbone.width, vision=backbone.vision, text=backbone.text, pretrained=pretrained
-        )
-        text_config = self.backbone.text.config
-        self.bridge = QFormer(
-            width=bridge.width,
-            layers=bridge.layers,
-            heads=bridge.heads,
-            intermediate=bridge.intermediate,
-            memory_width=backbone.width,
-            cross_attention_every=bridge.cross_attention_every,
-            dropout=bridge.dropout,
-            queries=bridge.queries,
-            vocab_size=text_config.vocab_size if bridge.text_branch else None,
-        )
-        if pretrained and bridge.from_text_tower:
-            self.bridge.load_bert(self.backbone.text.state_dict())
-        shared: dict[str, Any] = {
-            "width": bridge.width,
-            "backbone_width": backbone.width,
-            "dim": embedding.dim,
-            "gate": embedding.gate,
-        }
+        bridge, embedding = config.bridge, config.embedding
+        self.backbone = build_backbone(config.backbone, pretrained=pretrained)
+        self.bridge = None
+        if bridge is not None:
+            self.bridge = QFormer(
+                width=bridge.width,
+                layers=bridge.layers,
+                heads=bridge.heads,
+                intermediate=bridge.intermediate,
+                memory_width=self.backbone.width,
+                cross_attention_every=bridge.cross_attention_every,
+                dropout=bridge.dropout,
+                queries=bridge.queries,
+                vocab_size=self.backbone.vocab_size if bridge.text_branch else None,
+            )
+            if pretrained and bridge.from_text_tower:
+                self.bridge.load_bert(self.backbone.text.state_dict())
         self.heads = nn.ModuleDict()
-        self.heads["image_embedding"] = heads.EmbeddingHead(pool=embedding.pool, **shared)
-        self.heads["text_embedding"] = heads.EmbeddingHead(
-            pool="attention" if embedding.pool == "query" else embedding.pool, **shared
-        )
-        self.log_scale = nn.Parameter(torch.tensor(math.log(embedding.scale)))
-        self.pair_bias = None if embedding.bias is None else nn.Parameter(torch.tensor(float(embedding.bias)))
-        self.int8_step = nn.Parameter(torch.tensor(FIRST_INT8_STEP)) if embedding.quantise else None
+        if embedding is not None and embedding.kind == "bridge":
+            width = self._bridge_width("the embedding head")
+            shared: dict[str, Any] = {"width": width, "backbone_width": self.backbone.width}
+            shared |= {"dim": embedding.dim, "gate": embedding.gate}
+            self.heads["image_embedding"] = heads.EmbeddingHead(pool=embedding.pool, **shared)
+            self.heads["text_embedding"] = heads.EmbeddingHead(
+                pool="attention" if embedding.pool == "query" else embedding.pool, **shared
+            )
+        elif embedding is not None and embedding.dim != self.backbone.embeds:
+            raise ValueError(
+                f"embedding: dim is {embedding.dim}, but the backbone's own embedding has "
+                f"{self.backbone.embeds or 'no'} dimensions; set embedding.dim to that, or embedding.kind to 'bridge'"
+            )
+        scale = embedding.scale if embedding is not None else 1.0
+        bias = embedding.bias if embedding is not None else None
+        self.log_scale = nn.Parameter(torch.tensor(math.log(scale)))
+        self.pair_bias = None if bias is None else nn.Parameter(torch.tensor(float(bias)))
+        quantise = embedding is not None and embedding.quantise
+        self.int8_step = nn.Parameter(torch.tensor(FIRST_INT8_STEP)) if quantise else None
         if (matching := config.matching) is not None:
             if matching.kind == "bridge":
-                self.heads["matching"] = heads.BridgeMatchingHead(width=bridge.width)
+                self.heads["matching"] = heads.BridgeMatchingHead(width=self._bridge_width("the matching head"))
             else:
                 self.heads["matching"] = heads.CachedMatchingHead(
-                    width=bridge.width,
-                    text_width=backbone.width,
+                    width=self._bridge_width("the matching head"),
+                    text_width=self.backbone.width,
                     hidden=matching.hidden,
                     layers=matching.layers,
                     heads=matching.heads,
@@ -116,8 +134,8 @@ class UnimodalModel(nn.Module):
                 self.heads["captioning"] = heads.BridgeCaptioner(bos_id=captioning.bos_id, eos_id=captioning.eos_id)
             else:
                 self.heads["captioning"] = heads.CaptionDecoder(
-                    vocab_size=captioning.vocabulary or text_config.vocab_size,
-                    width=bridge.width,
+                    vocab_size=captioning.vocabulary or self.backbone.vocab_size,
+                    width=self._bridge_width("the captioning head"),
                     hidden=captioning.hidden,
                     layers=captioning.layers,
                     heads=captioning.heads,
@@ -129,33 +147,67 @@ class UnimodalModel(nn.Module):
                 )
         if config.generation is not None:
             self.heads["generation"] = heads.GenerationHead(
-                condition_width=bridge.width,
+                condition_width=self._bridge_width("the generation head"),
                 **{f.name: getattr(config.generation, f.name) for f in dataclasses.fields(config.generation)},
             )
 
+    def _bridge_width(self, who: str) -> int:
+        if self.config.bridge is None:
+            raise ValueError(
+                f"{who} reads what a bridge read, and this model has none; give model.bridge a configuration"
+            )
+        return self.config.bridge.width
+
+    @property
+    def jobs(self) -> tuple[str, ...]:
+        """What the model can do: `embedding`, `matching`, `captioning`, `generation`, as far as they are there."""
+        config = self.config
+        settings = {
+            "embedding": config.embedding,
+            "matching": config.matching,
+            "captioning": config.captioning,
+            "generation": config.generation,
+        }
+        return tuple(job for job, given in settings.items() if given is not None)
+
     # Reading: once per image and once per text, whatever the heads do with it.
 
-    def encode_image(self, pixels: Tensor | None = None, *, features: Tensor | None = None) -> ImageState:
-        """Read images from pixels [B, 3, S, S], or from the image tower's cached features [B, T, C]."""
+    def encode_image(
+        self, pixels: Pixels | None = None, *, features: Tensor | None = None, mask: Tensor | None = None
+    ) -> ImageState:
+        """Read images from pixels [B, 3, S, S], or from the backbone's cached features [B, T, C] and their mask [B, T]."""
         if features is None:
             if pixels is None:
                 raise ValueError("encode_image needs pixels or cached features, got neither")
-            features = self.backbone.image_features(pixels)
-        hidden, mask, _ = self.backbone.image_tokens(features)
+            features, mask = self.backbone.image_features(pixels), self.backbone.image_mask(pixels)
+        own = self.backbone.image_embedding(features, mask) if self._uses_own_embedding else None
+        hidden, mask, _ = self.backbone.image_tokens(features, mask)
         writes = "captioning" in self.heads and isinstance(self.heads["captioning"], heads.BridgeCaptioner)
         cache = KeyValues() if writes else None
-        return ImageState(hidden, mask, self.bridge.read("image", hidden, mask, cache=cache), cache)
+        return ImageState(hidden, mask, self._read("image", hidden, mask, cache), cache, own)
 
     def encode_text(self, ids: Tensor, mask: Tensor) -> TextState:
         """Read texts: token ids and mask, both [M, L]."""
-        hidden, mask, _ = self.backbone.text_tokens(ids, mask)
-        return TextState(ids, mask, hidden, self.bridge.read("text", hidden, mask))
+        features = self.backbone.text_features(ids, mask)
+        own = self.backbone.text_embedding(features, ids, mask) if self._uses_own_embedding else None
+        hidden, mask, _ = self.backbone.text_tokens(features, mask)
+        return TextState(ids, mask, hidden, self._read("text", hidden, mask), own)
+
+    def _read(self, queries: str, hidden: Tensor, mask: Tensor, cache: KeyValues | None = None) -> Tensor:
+        """Bridged tokens [B, N, W]; [B, 0] where the model has no such queries."""
+        if self.bridge is None or queries not in self.bridge.query_sets:
+            return hidden.new_empty(len(hidden), 0)
+        return self.bridge.read(queries, hidden, mask, cache=cache)
+
+    @property
+    def _uses_own_embedding(self) -> bool:
+        return self.config.embedding is not None and self.config.embedding.kind == "backbone"
 
     def head(self, name: str) -> Any:
         """A head by name; a model without it says which it has."""
         if name not in self.heads:
             raise ValueError(
-                f"this model has no {name} head; it has: {', '.join(self.heads)}. Give its configuration to train one"
+                f"this model has no {name} head; it has: {', '.join(self.jobs)}. Give its configuration to train one"
             )
         return self.heads[name]
 
@@ -163,11 +215,29 @@ class UnimodalModel(nn.Module):
 
     def image_embedding(self, state: ImageState) -> Tensor:
         """Unit vectors [B, E], or [B, N, E] where the head pools per query."""
-        return self.heads["image_embedding"](state.bridged, state.tokens, state.mask)
+        return self._embedding("image", state)
 
     def text_embedding(self, state: TextState) -> Tensor:
         """Unit vectors [M, E]."""
-        return self.heads["text_embedding"](state.bridged, state.tokens, state.mask)
+        return self._embedding("text", state)
+
+    def _embedding(self, kind: str, state: ImageState | TextState) -> Tensor:
+        if state.own is not None:
+            return state.own
+        return self.head(f"{kind}_embedding")(state.bridged, state.tokens, state.mask)
+
+    @property
+    def embedding(self) -> EmbeddingConfig:
+        """What the model's embeddings are.
+
+        Raises:
+            ValueError: if it has none.
+        """
+        if self.config.embedding is None:
+            raise ValueError(
+                f"this model has no embedding head; it has: {', '.join(self.jobs)}. Give its configuration to train one"
+            )
+        return self.config.embedding
 
     @property
     def scale(self) -> Tensor:

@@ -11,27 +11,32 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor, nn
 
+from unimodal.backbones import move_pixels
 from unimodal.config import nearest
 from unimodal.model import UnimodalModel
-
-SEES = ("backbone.vision*", "backbone.image*", "bridge.layers.*", "bridge.norm.*", "bridge.query_sets.image")
-READS = ("backbone.text*", "bridge.layers.*", "bridge.norm.*")
 
 
 def paths(model: UnimodalModel) -> dict[str, tuple[str, ...]]:
     """What the output of each head depends on, as patterns; inside the bridge, matching and captioning read words by its own embeddings."""
-    words = "bridge.*embedding.*"
+    backbone = model.backbone
+    sees, reads, own = (tuple(f"backbone.{p}" for p in part) for part in (backbone.sees, backbone.reads, backbone.own))
+    layers = ("bridge.layers.*", "bridge.norm.*")
+    words = ("bridge.*embedding.*",)
+    looks = (*sees, *layers, "bridge.query_sets.image")
     judges_in_bridge, writes_in_bridge = (
         settings is not None and settings.kind == "bridge"
         for settings in (model.config.matching, model.config.captioning)
     )
+    embedding = (*looks, *reads, "bridge.query_sets.text", "heads.image_embedding.*", "heads.text_embedding.*")
+    if model.config.embedding is not None and model.config.embedding.kind == "backbone":
+        embedding = (*sees, *reads, *own)
     out = {
-        "embedding": (*SEES, *READS, "bridge.query_sets.text", "heads.image_embedding.*", "heads.text_embedding.*"),
-        "matching": (*SEES, words if judges_in_bridge else "backbone.text*", "heads.matching.*"),
-        "captioning": (*SEES, *([words, "bridge.lm_*"] if writes_in_bridge else []), "heads.captioning.*"),
-        "generation": (*READS, "bridge.query_sets.generate", "heads.generation.*"),
+        "embedding": embedding,
+        "matching": (*looks, *(words if judges_in_bridge else reads), "heads.matching.*"),
+        "captioning": (*looks, *((*words, "bridge.lm_*") if writes_in_bridge else ()), "heads.captioning.*"),
+        "generation": (*reads, *layers, "bridge.query_sets.generate", "heads.generation.*"),
     }
-    return {head: path for head, path in out.items() if head == "embedding" or head in model.heads}
+    return {head: path for head, path in out.items() if head in model.jobs}
 
 
 def _matches(name: str, patterns: Iterable[str]) -> bool:
@@ -105,10 +110,9 @@ def probe(model: UnimodalModel, heads: Iterable[str]) -> dict[str, Tensor]:
     was_training = {module: module.training for module in model.modules()}
     model.eval()
     device = model.log_scale.device
-    vision, text_config = model.config.backbone.vision, model.backbone.text.config
     generator = torch.Generator().manual_seed(0)
-    pixels = torch.randn(2, 3, vision.image_size, vision.image_size, generator=generator).to(device)
-    ids = torch.randint(0, text_config.vocab_size, (2, 8), generator=generator).to(device)
+    pixels = move_pixels(model.backbone.random_pixels(2, generator), device)
+    ids = torch.randint(0, model.backbone.vocab_size, (2, 8), generator=generator).to(device)
     image, text = model.encode_image(pixels), model.encode_text(ids, torch.ones_like(ids, dtype=torch.bool))
     rows = torch.arange(2, device=device)
     out: dict[str, Tensor] = {}

@@ -1,6 +1,19 @@
 """Backbones: an item becomes tokens [B, T, D] and a mask [B, T]."""
 
-from unimodal.backbones.base import Backbone, Tokens
+from unimodal.backbones.base import Backbone, Pixels, Tokens, move_pixels
+from unimodal.backbones.pair import PretrainedPair
 from unimodal.backbones.towers import TwoTowers
+from unimodal.config import BackboneConfig
 
-__all__ = ["Backbone", "Tokens", "TwoTowers"]
+__all__ = ["Backbone", "Pixels", "PretrainedPair", "Tokens", "TwoTowers", "build_backbone", "move_pixels"]
+
+
+def build_backbone(config: BackboneConfig, *, pretrained: bool) -> Backbone:
+    """The backbone that a configuration describes; `pretrained` loads the weights of its sources."""
+    if config.published is not None:
+        return PretrainedPair(config.published, width=config.width, pretrained=pretrained)
+    if config.width is None:
+        raise ValueError(
+            "backbone.width: two towers need a common width for their tokens, got None; give one, for example 384"
+        )
+    return TwoTowers(width=config.width, vision=config.vision, text=config.text, pretrained=pretrained)

@@ -1,8 +1,22 @@
-"""The backbone contract: items in, tokens and a mask out."""
+"""The backbone contract: items in, tokens and a mask out.
 
-from typing import NamedTuple
+Legend: B images, M texts, L text length, T tokens, C width of a tower, D width of the tokens, E width of an embedding.
+"""
 
+from typing import NamedTuple, cast
+
+import torch
 from torch import Tensor, nn
+
+# Pictures as a backbone's processor makes them: [B, 3, S, S], or named tensors where sizes differ from picture to picture.
+Pixels = Tensor | dict[str, Tensor]
+
+
+def move_pixels(pixels: Pixels, device: torch.device, dtype: torch.dtype | None = None) -> Pixels:
+    """Pixels on a device; floating point ones in a precision, masks and shapes as they are."""
+    if isinstance(pixels, dict):
+        return {name: cast(Tensor, move_pixels(part, device, dtype)) for name, part in pixels.items()}
+    return pixels.to(device, dtype if pixels.is_floating_point() else None)
 
 
 class Tokens(NamedTuple):
@@ -19,14 +33,69 @@ class Tokens(NamedTuple):
 class Backbone(nn.Module):
     """A module that turns images and texts into tokens of one width D.
 
-    `modalities` are the kinds of item it reads; `width` is D; `sources` says where its weights came from: for each tower the Hub id or
-    path, the revision and the sha256 of the weights file, empty where it started from random numbers.
+    It reads in two steps: a tower's raw features, which a feature cache can keep, then tokens for the bridge.
+
+    Attributes:
+        modalities: the kinds of item it reads.
+        width: D.
+        parts: name of each part that has a source, and the prefix of its parameters.
+        sources: for each part the Hub id or path its weights came from, the revision and the sha256 of the weights; empty where it
+            started from random numbers.
+        vocab_size: number of its text tokens.
+        embeds: E of its own embedding; None where it has none.
+        sees, reads, own: patterns over its parameter names: what image tokens, text tokens and only its own embedding depend on.
     """
 
     modalities: tuple[str, ...] = ()
     width: int
+    parts: dict[str, str]
     sources: dict[str, dict[str, str | None]]
+    vocab_size: int
+    embeds: int | None = None
+    sees: tuple[str, ...] = ()
+    reads: tuple[str, ...] = ()
+    own: tuple[str, ...] = ()
+
+    def random_pixels(self, count: int, generator: torch.Generator) -> Pixels:
+        """Noise in the shape of `count` pictures, for a fixed input that shows whether outputs stayed the same."""
+        raise NotImplementedError(f"{type(self).__name__} is a backbone that reads no images; implement random_pixels")
+
+    def image_features(self, pixels: Pixels) -> Tensor:
+        """Raw features [B, T, C] of images."""
+        raise NotImplementedError(f"{type(self).__name__} is a backbone that reads no images; implement image_features")
+
+    def image_mask(self, pixels: Pixels) -> Tensor | None:
+        """Which raw features are real [B, T]; None where all are."""
+        return None
+
+    def image_tokens(self, features: Tensor, mask: Tensor | None = None) -> Tokens:
+        """Raw features [B, T, C] and their mask [B, T] -> tokens [B, T, D]."""
+        raise NotImplementedError(f"{type(self).__name__} is a backbone that reads no images; implement image_tokens")
+
+    def text_features(self, ids: Tensor, mask: Tensor) -> Tensor:
+        """Raw features [M, L, C] of token ids [M, L] with their mask [M, L]."""
+        raise NotImplementedError(f"{type(self).__name__} is a backbone that reads no texts; implement text_features")
+
+    def text_tokens(self, features: Tensor, mask: Tensor) -> Tokens:
+        """Raw features [M, L, C] and their mask [M, L] -> tokens [M, L, D]."""
+        raise NotImplementedError(f"{type(self).__name__} is a backbone that reads no texts; implement text_tokens")
+
+    def image_embedding(self, features: Tensor, mask: Tensor | None) -> Tensor:
+        """The backbone's own unit vectors [B, E] of images, from raw features and their mask."""
+        raise NotImplementedError(f"{type(self).__name__} has no embedding of its own; set embedding.kind to 'bridge'")
+
+    def text_embedding(self, features: Tensor, ids: Tensor, mask: Tensor) -> Tensor:
+        """The backbone's own unit vectors [M, E] of texts, from raw features, token ids and their mask."""
+        raise NotImplementedError(f"{type(self).__name__} has no embedding of its own; set embedding.kind to 'bridge'")
 
     def encode(self, batch: dict[str, Tensor]) -> dict[str, Tokens]:
         """Tokens per modality present in `batch` (keys as in `unimodal.data.batch`)."""
-        raise NotImplementedError(f"{type(self).__name__} is a backbone without encode(); implement it")
+        out = {}
+        if "image_features" in batch:
+            out["image"] = self.image_tokens(batch["image_features"], batch.get("image_features_mask"))
+        elif "image" in batch:
+            pixels = batch["image"]
+            out["image"] = self.image_tokens(self.image_features(pixels), self.image_mask(pixels))
+        if "text" in batch:
+            out["text"] = self.text_tokens(self.text_features(batch["text"], batch["text_mask"]), batch["text_mask"])
+        return out

@@ -6,7 +6,6 @@ added to them.
 Legend: B batch, C tower width, T tokens, D backbone width.
 """
 
-import hashlib
 import math
 from pathlib import Path
 from typing import Any
@@ -18,7 +17,8 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModel
 
-from unimodal.backbones.base import Backbone, Tokens
+from unimodal.backbones.base import Backbone, Pixels, Tokens
+from unimodal.backbones.published import sha256
 from unimodal.config import TextTowerConfig, VisionTowerConfig
 
 CLASSIFIER_PREFIXES = ("classifier.", "head.", "head_drop.", "fc.", "fc_norm.")
@@ -32,15 +32,6 @@ def sincos_positions(height: int, width: int, dim: int) -> Tensor:
     rows, columns = torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij")
     angles = [axis.reshape(-1, 1) * frequency for axis in (rows, columns)]
     return torch.cat([f(a) for a in angles for f in (torch.sin, torch.cos)], dim=-1)
-
-
-def sha256(path: str | Path) -> str:
-    """Hex digest of a file's content."""
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
 
 
 class TwoTowers(Backbone):
@@ -57,6 +48,8 @@ class TwoTowers(Backbone):
     """
 
     modalities = ("image", "text")
+    parts = {"vision": "vision.", "text": "text."}
+    sees, reads = ("vision*", "image*"), ("text*",)
     image_positions: Tensor
 
     def __init__(
@@ -64,11 +57,12 @@ class TwoTowers(Backbone):
     ) -> None:
         super().__init__()
         self.width = width
-        self.stage = vision.stage
+        self.stage, self.image_size = vision.stage, vision.image_size
         self.max_length = text.max_length
         self.sources = {}
         self.vision = self._build_vision(vision, pretrained)
         self.text = self._build_text(text, pretrained)
+        self.vocab_size = self.text.config.vocab_size
         with torch.no_grad():
             self.vision.eval()
             features, grid = self._vision_map(torch.zeros(1, 3, vision.image_size, vision.image_size))
@@ -140,11 +134,16 @@ class TwoTowers(Backbone):
         height, width = features.shape[-2:]
         return features.flatten(2).transpose(1, 2), (height, width)  # [B, C, h, w] -> [B, T, C]
 
-    def image_features(self, pixels: Tensor) -> Tensor:
-        """Raw tokens [B, T, C] of the image tower, before projection: what a feature cache stores."""
+    def random_pixels(self, count: int, generator: torch.Generator) -> Pixels:
+        """[count, 3, S, S]."""
+        return torch.randn(count, 3, self.image_size, self.image_size, generator=generator)
+
+    def image_features(self, pixels: Pixels) -> Tensor:
+        """Raw tokens [B, T, C] of the image tower."""
+        assert isinstance(pixels, Tensor)
         return self._vision_map(pixels)[0]
 
-    def image_tokens(self, features: Tensor) -> Tokens:
+    def image_tokens(self, features: Tensor, mask: Tensor | None = None) -> Tokens:
         """Project raw image tokens [B, T, C] to [B, T, D]."""
         if features.shape[1:] != (len(self.image_positions), self.vision_width):
             raise ValueError(
@@ -154,19 +153,11 @@ class TwoTowers(Backbone):
         hidden = self.image_norm(self.vision_projection(features)) + self.image_positions
         return Tokens(hidden, hidden.new_ones(hidden.shape[:2], dtype=torch.bool), {"image": slice(0, hidden.shape[1])})
 
-    def text_tokens(self, ids: Tensor, mask: Tensor) -> Tokens:
-        """Token ids [B, L] and their mask [B, L] -> tokens [B, L, D]."""
-        states = self.text(input_ids=ids, attention_mask=mask.long()).last_hidden_state  # [B, L, C]
-        hidden = self.text_norm(self.text_projection(states))
-        return Tokens(hidden, mask, {"text": slice(0, hidden.shape[1])})
+    def text_features(self, ids: Tensor, mask: Tensor) -> Tensor:
+        """Raw tokens [M, L, C] of the text tower."""
+        return self.text(input_ids=ids, attention_mask=mask.long()).last_hidden_state
 
-    def encode(self, batch: dict[str, Tensor]) -> dict[str, Tokens]:
-        """Tokens of the images (`image` [B, 3, S, S], or cached `image_features` [B, T, C]) and texts (`text`, `text_mask`) of a batch."""
-        out = {}
-        if "image_features" in batch:
-            out["image"] = self.image_tokens(batch["image_features"])
-        elif "image" in batch:
-            out["image"] = self.image_tokens(self.image_features(batch["image"]))
-        if "text" in batch:
-            out["text"] = self.text_tokens(batch["text"], batch["text_mask"])
-        return out
+    def text_tokens(self, features: Tensor, mask: Tensor) -> Tokens:
+        """Project raw text tokens [M, L, C] to [M, L, D]."""
+        hidden = self.text_norm(self.text_projection(features))
+        return Tokens(hidden, mask, {"text": slice(0, hidden.shape[1])})

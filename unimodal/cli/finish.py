@@ -130,12 +130,12 @@ def _more(numbers: dict[str, float], results: dict[str, Any]) -> dict[str, Any]:
 
 
 def _facts(task: Any, pairs: Pairs) -> dict[str, str]:
-    backbone = task.config.backbone
+    backbone, bridge = task.config.backbone, task.config.bridge
     count = sum(p.numel() for p in task.model.parameters())
+    reader = "" if bridge is None else f", Q-Former of {bridge.layers} x {bridge.width}"
     return {
-        "Model": f"{count / 1e6:.1f} M parameters: {backbone.vision.name} and {backbone.text.name} towers, "
-        f"Q-Former of {task.config.bridge.layers} x {task.config.bridge.width}",
-        "Heads": ", ".join(name.replace("_", " ") for name in task.model.heads),
+        "Model": f"{count / 1e6:.1f} M parameters: {backbone.label}{reader}",
+        "Heads": ", ".join(task.model.jobs),
         "Data": f"{pairs.name}: scored on {len(pairs)} held-out images of the {pairs.split} split",
     }
 

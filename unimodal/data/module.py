@@ -16,13 +16,14 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from transformers import AutoTokenizer
 
-from unimodal.backbones import TwoTowers
+from unimodal.backbones.published import find_published
 from unimodal.config import ModelConfig
 from unimodal.data.batch import Batch
 from unimodal.data.features import FeatureCache
 from unimodal.data.negatives import Negatives, read_negatives
 from unimodal.data.pairs import Pairs, require_captions
 from unimodal.data.processor import Processor, scenes_tokenizer
+from unimodal.data.published import open_processor
 from unimodal.data.sampler import hard_batches, random_batches
 
 SIDED = ("left", "right")  # a caption with one of these words forbids mirroring its picture
@@ -123,7 +124,7 @@ class TrainingSamples(Dataset):
         if self.cache is not None:
             batch["image_features"] = self.cache.read([s["index"] for s in samples], [s["mirrored"] for s in samples])
         else:
-            batch["image"] = self.processor.normalise(torch.stack([s["array"] for s in samples]))
+            batch["image"] = self.processor.pixels([s["array"] for s in samples])
         if self.target_size is not None:
             batch["target"] = as_targets(torch.stack([s["array"] for s in samples]), self.target_size)
         return batch
@@ -142,7 +143,7 @@ class TrainingSamples(Dataset):
             key, shape = "negative_image_features", tuple(self.cache.shape[2:])
         else:
             arrays = [self.array(j) for j in rows]
-            pictures = self.processor.normalise(torch.stack(arrays)) if rows else torch.empty(0)
+            pictures = self.processor.pixels(arrays) if rows else torch.empty(0)
             key, shape = "negative_image", (3, self.processor.image_size, self.processor.image_size)
         out[key] = torch.zeros(*given.shape, *shape)
         if rows:
@@ -259,16 +260,9 @@ class PairData(pl.LightningDataModule):
         self.processor: Processor | None = None
         self.caches: dict[str, FeatureCache] = {}
 
-    def bind(self, config: ModelConfig, backbone: TwoTowers) -> Processor:
+    def bind(self, config: ModelConfig, backbone: Any) -> Processor:
         """Fit the preprocessing to a model, and open (or build) the feature cache of its image tower."""
-        vision = config.backbone.vision
-        self.processor = Processor(
-            scenes_tokenizer() if self.tokenizer == "scenes" else AutoTokenizer.from_pretrained(self.tokenizer),
-            image_size=vision.image_size,
-            mean=vision.mean,
-            std=vision.std,
-            max_length=config.backbone.text.max_length,
-        )
+        self.processor = self._processor(config, backbone)
         if self.feature_cache is not None:
             for split, pairs in (("train", self.train), ("val", self.val), ("test", self.test)):
                 if pairs is not None and split not in self.caches:
@@ -277,6 +271,22 @@ class PairData(pl.LightningDataModule):
                         Path(self.feature_cache), pairs, backbone, self.processor, mirror=mirror
                     )
         return self.processor
+
+    def _processor(self, config: ModelConfig, backbone: Any) -> Processor:
+        vision, published = config.backbone.vision, config.backbone.published
+        if published is not None:
+            if published.source is None:
+                raise ValueError(
+                    "backbone.published.source: training needs the folder or Hub id of its preprocessing, got None"
+                )
+            return open_processor(find_published(published.source, published.revision), backbone)
+        return Processor(
+            scenes_tokenizer() if self.tokenizer == "scenes" else AutoTokenizer.from_pretrained(self.tokenizer),
+            image_size=vision.image_size,
+            mean=vision.mean,
+            std=vision.std,
+            max_length=config.backbone.text.max_length,
+        )
 
     def targets(self, count: int, size: int) -> Tensor:
         """The first `count` training pictures as targets [count, 3, size, size] in [-1, 1]."""

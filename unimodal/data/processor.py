@@ -81,11 +81,15 @@ class Processor:
         mean, std = (torch.tensor(v, dtype=torch.float32).view(3, 1, 1) for v in (self.mean, self.std))
         return (pixels.float() / 255 - mean) / std
 
-    def images(self, pictures: Sequence[Image.Image]) -> Tensor:
+    def pixels(self, arrays: Sequence[Tensor]) -> Any:
+        """What `image_array` made of some pictures -> float32 [B, 3, S, S]."""
+        return self.normalise(torch.stack(list(arrays)))
+
+    def images(self, pictures: Sequence[Image.Image]) -> Any:
         """Pictures -> float32 [B, 3, S, S]."""
         if len(pictures) == 0:
             raise ValueError("images: got an empty list; give at least one picture")
-        return self.normalise(torch.stack([self.image_array(picture) for picture in pictures]))
+        return self.pixels([self.image_array(picture) for picture in pictures])
 
     # Texts.
 
@@ -98,15 +102,7 @@ class Processor:
             TypeError: for a single string in place of a list, or an entry that is no string.
             ValueError: for an empty list, or an empty text.
         """
-        if isinstance(texts, str):
-            raise TypeError(f"texts takes a list of strings, got the string {texts[:40]!r}; put it in a list")
-        if len(texts) == 0:
-            raise ValueError("texts: got an empty list; give at least one text")
-        for i, text in enumerate(texts):
-            if not isinstance(text, str):
-                raise TypeError(f"texts: entry {i} is {type(text).__name__} {text!r}; expected a string")
-            if not text.strip():
-                raise ValueError(f"texts: entry {i} is empty; leave it out or give it words")
+        require_texts(texts)
         rows = self.tokenizer(list(texts), add_special_tokens=True, truncation=False)["input_ids"]
         longer = [i for i, row in enumerate(rows) if len(row) > self.max_length]
         if longer:
@@ -150,6 +146,19 @@ class Processor:
             raise FileNotFoundError(f"{path} does not exist; {folder} holds no processor written by save_pretrained")
         tokenizer = AutoTokenizer.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
         return cls(tokenizer, **json.loads(path.read_text()))
+
+
+def require_texts(texts: Sequence[str]) -> None:
+    """Refuse what is not a list of texts with words in them."""
+    if isinstance(texts, str):
+        raise TypeError(f"texts takes a list of strings, got the string {texts[:40]!r}; put it in a list")
+    if len(texts) == 0:
+        raise ValueError("texts: got an empty list; give at least one text")
+    for i, text in enumerate(texts):
+        if not isinstance(text, str):
+            raise TypeError(f"texts: entry {i} is {type(text).__name__} {text!r}; expected a string")
+        if not text.strip():
+            raise ValueError(f"texts: entry {i} is empty; leave it out or give it words")
 
 
 def word_tokenizer(words: Sequence[str]) -> PreTrainedTokenizerFast:

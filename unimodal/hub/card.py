@@ -133,18 +133,17 @@ def _table(name: str, measured: Measured) -> str:
 
 
 def _parts(model: UnimodalModel, sources: dict[str, Source]) -> str:
-    config = model.config.backbone
     parts = {
-        f"backbone: {config.vision.name} and {config.text.name}": model.backbone,
-        "bridge": model.bridge,
+        f"backbone: {model.config.backbone.label}": model.backbone,
+        **({} if model.bridge is None else {"bridge": model.bridge}),
         **{f"head: {name}": head for name, head in model.heads.items()},
     }
     counts = {name: sum(p.numel() for p in part.parameters()) for name, part in parts.items()}
     rows = [f"| {name} | {count:,} |" for name, count in counts.items()]
     origins = [
-        f"- {tower} tower, first weights: {source.source}"
+        f"- {part}, first weights: {source.source}"
         + (f" at {source.revision}" if source.revision else "")
         + f", sha256 {source.sha256}"
-        for tower, source in sources.items()
+        for part, source in sources.items()
     ]
     return "\n".join(["| Part | Parameters |", "| --- | ---: |", *rows, *([""] + origins if origins else [])])

@@ -23,16 +23,17 @@ from safetensors.torch import load_file, save_file
 from unimodal import __version__
 from unimodal.config import ModelConfig, to_dict
 from unimodal.data.processor import Processor
+from unimodal.data.published import saved_processor
 from unimodal.hub import towers
 from unimodal.hub.card import Card, Measured, render_card
 from unimodal.hub.contents import choose_heads, describe, is_ours, read_contents
 from unimodal.hub.example import differences, example_inputs, example_outputs
 from unimodal.hub.folder import FILES, replacing, restore
+from unimodal.hub.published import PUBLISHED_FILES, is_published, open_published
 from unimodal.hub.weights import CheckpointError, load_weights, open_weights, weight_files
 from unimodal.model import UnimodalModel
 
 logger = logging.getLogger(__name__)
-TOWERS = tuple(towers.PREFIXES.values())
 
 
 def save_checkpoint(
@@ -65,9 +66,8 @@ def save_checkpoint(
     """
     if not include_backbone:
         towers.require_unchanged(model)
-    weights = {
-        name: tensor for name, tensor in model.state_dict().items() if include_backbone or not name.startswith(TOWERS)
-    }
+    apart = () if include_backbone else tuple(towers.prefixes(model).values())
+    weights = {name: tensor for name, tensor in model.state_dict().items() if not name.startswith(apart)}
     with replacing(folder, is_ours) as fresh:
         contents = describe(model, include_backbone)
         (fresh / "config.json").write_text(json.dumps(to_dict(contents), indent=2) + "\n", encoding="utf-8")
@@ -95,7 +95,7 @@ def load_checkpoint(
     device: torch.device | str | None = None,
     dtype: torch.dtype | None = None,
 ) -> tuple[UnimodalModel, Processor]:
-    """Load a model, in evaluation mode, and its processor.
+    """Load a model, in evaluation mode, and its processor: a checkpoint of this library, or a published model.
 
     Args:
         path_or_id: a local folder, which is read without any network, or a Hub id.
@@ -103,7 +103,7 @@ def load_checkpoint(
         cache_dir: where downloads are kept.
         local_files_only: read a Hub id from the cache alone.
         token: access token of the Hub; None takes the stored one.
-        heads: load only these (`embedding` is always there); None loads all.
+        heads: load only these (`embedding` comes with them); None loads all.
         backbone_sources: for checkpoints without their towers, where they are: {"vision": file, "text": folder}.
         device: where to put the model.
         dtype: precision of its floating point weights; None leaves float32.
@@ -114,6 +114,9 @@ def load_checkpoint(
         CheckpointMismatch: if the weights are not those of its configuration; every name is listed.
     """
     folder = _find(path_or_id, revision, cache_dir, local_files_only, token)
+    if is_published(folder):
+        published, processor = open_published(folder, str(path_or_id), revision, heads)
+        return published.to(device=device, dtype=dtype).eval(), processor
     contents = read_contents(folder)
     config, dropped = choose_heads(contents.model, heads)
     sources = contents.backbone.sources
@@ -127,11 +130,11 @@ def load_checkpoint(
         model,
         folder,
         ignored=[f"heads.{name}." for name in dropped],
-        provided=() if contents.backbone.included else TOWERS,
+        provided=() if contents.backbone.included else tuple(towers.prefixes(model).values()),
     )
     if ignored:
         logger.info("%s: left out as asked: %s (%d tensors)", folder, ", ".join(dropped), len(ignored))
-    return model.to(device=device, dtype=dtype).eval(), Processor.from_pretrained(folder)
+    return model.to(device=device, dtype=dtype).eval(), saved_processor(folder)
 
 
 def find_calibration(
@@ -248,7 +251,7 @@ def _find(
                 cache_dir=cache_dir,
                 local_files_only=local_only,
                 token=token,
-                allow_patterns=list(FILES),
+                allow_patterns=[*FILES, *PUBLISHED_FILES],
                 library_name="unimodal",
                 library_version=__version__,
             )

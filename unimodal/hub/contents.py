@@ -63,20 +63,24 @@ class Contents:
 def describe(model: UnimodalModel, include_backbone: bool) -> Contents:
     """The content of config.json for a model, complete even where a source brought the text tower's configuration."""
     backbone = model.config.backbone
-    sources = {tower: _as_source(source) for tower, source in model.backbone.sources.items()}
-    vision, text = backbone.vision, backbone.text
+    sources = {part: _as_source(source) for part, source in model.backbone.sources.items()}
+    if backbone.published is not None:
+        published = replace(backbone.published, kwargs=_architecture(model.backbone.model.config.to_diff_dict()))
+        if sources:
+            published = replace(published, source=sources["published"].source)
+        backbone = replace(backbone, published=published)
     if "vision" in sources:
-        vision = replace(vision, source=sources["vision"].source)
+        backbone = replace(backbone, vision=replace(backbone.vision, source=sources["vision"].source))
     if "text" in sources:
         settings = model.backbone.text.config.to_diff_dict()
-        known = _text_settings(text.name) - NO_ARCHITECTURE
+        known = _settings(backbone.text.name) - NO_ARCHITECTURE
         kwargs = {name: value for name, value in settings.items() if name in known}
-        text = replace(text, source=sources["text"].source, kwargs=kwargs)
+        backbone = replace(backbone, text=replace(backbone.text, source=sources["text"].source, kwargs=kwargs))
     return Contents(
         library=LIBRARY,
         format=FORMAT,
         version=__version__,
-        model=replace(model.config, backbone=replace(backbone, vision=vision, text=text)),
+        model=replace(model.config, backbone=backbone),
         backbone=BackboneContents(included=include_backbone, sources=sources),
     )
 
@@ -141,22 +145,44 @@ def _as_source(source: dict[str, Any]) -> Source:
     return Source(source=name, revision=source["revision"], sha256=source["sha256"], local=local)
 
 
-def _text_settings(name: str) -> set[str]:
+def _settings(name: str) -> set[str]:
     """The settings of a transformers model type; any other could make it fetch kernels, which is code, from the Hub."""
     if name not in CONFIG_MAPPING:
-        raise ValueError(f"text tower {name!r} is no transformers model type; {nearest(name, CONFIG_MAPPING.keys())}")
+        raise ValueError(f"{name!r} is no transformers model type; {nearest(name, CONFIG_MAPPING.keys())}")
     return set(inspect.signature(CONFIG_MAPPING[name].__init__).parameters) - {"self", "kwargs"}
 
 
+def _architecture(values: dict[str, Any]) -> dict[str, Any]:
+    """The settings of a published model that say what it is, those of its parts included; not who saved it, nor how."""
+    known = _settings(values["model_type"]) - NO_ARCHITECTURE
+    kept = {name: value for name, value in values.items() if name in known}
+    for name, value in _parts(values):
+        kept[name] = {"model_type": value["model_type"], **_architecture(value)}
+    return kept
+
+
+def _parts(values: dict[str, Any]) -> list[tuple[str, dict[str, Any]]]:
+    """The settings of a published model's parts, such as `text_config`."""
+    return [(name, value) for name, value in values.items() if isinstance(value, dict) and "model_type" in value]
+
+
+def _orders(name: str, values: dict[str, Any]) -> set[str]:
+    """Settings that are none of this model type's, nor of its parts'."""
+    found = values.keys() - _settings(name) - {"model_type"}
+    for part, part_values in _parts(values):
+        found |= {f"{part}.{order}" for order in _orders(part_values["model_type"], part_values)}
+    return found
+
+
 def _refuse_orders(config: ModelConfig) -> None:
-    vision, text = config.backbone.vision, config.backbone.text
-    for tower, orders in (
-        ("vision", vision.kwargs.keys() & TIMM_LOADING),
-        ("text", text.kwargs.keys() - _text_settings(text.name)),
-    ):
+    vision, text, published = config.backbone.vision, config.backbone.text, config.backbone.published
+    found = {"vision": vision.kwargs.keys() & TIMM_LOADING, "text": _orders(text.name, text.kwargs)}
+    if published is not None:
+        found["published"] = _orders(published.name, published.kwargs)
+    for part, orders in found.items():
         if orders:
             raise ValueError(
-                f"model.backbone.{tower}.kwargs: {', '.join(sorted(orders))} is no setting of the architecture, and a "
+                f"model.backbone.{part}.kwargs: {', '.join(sorted(orders))} is no setting of the architecture, and a "
                 "checkpoint may not say how to load anything; do not use it unless you know who wrote it"
             )
 

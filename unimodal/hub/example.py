@@ -22,11 +22,15 @@ class Reader(Protocol):
 
 
 def example_inputs(model: UnimodalModel, processor: Reader) -> dict[str, Tensor]:
-    """Fixed inputs: pixels [2, 3, S, S], ids and mask [2, L], and noise [2, C, H, W] where the model draws."""
+    """Fixed inputs: pixels [2, 3, S, S] or the named tensors that stand for them, ids and mask [2, L], and, where the model draws, noise
+    [2, C, H, W]."""
     generator = torch.Generator().manual_seed(0)
-    size = model.config.backbone.vision.image_size
+    pixels = model.backbone.random_pixels(2, generator)
+    named = (
+        {"pixels": pixels} if isinstance(pixels, Tensor) else {f"pixels.{name}": part for name, part in pixels.items()}
+    )
     ids, mask = processor.texts(TEXTS)
-    inputs = {"pixels": torch.randn(2, 3, size, size, generator=generator), "ids": ids, "mask": mask}
+    inputs = {**named, "ids": ids, "mask": mask}
     if "generation" in model.heads:
         inputs["noise"] = torch.randn(2, *model.head("generation").latent_shape, generator=generator)
     return inputs
@@ -38,8 +42,12 @@ def example_outputs(model: UnimodalModel, inputs: dict[str, Tensor]) -> dict[str
     modes = {module: module.training for module in model.modules()}
     model.eval()
     inputs = {name: tensor.to(next(model.parameters()).device) for name, tensor in inputs.items()}
-    image, text = model.encode_image(inputs["pixels"]), model.encode_text(inputs["ids"], inputs["mask"])
-    outputs = {"image_embedding": model.image_embedding(image), "text_embedding": model.text_embedding(text)}
+    named = {name.removeprefix("pixels."): part for name, part in inputs.items() if name.startswith("pixels.")}
+    image = model.encode_image(named or inputs["pixels"])
+    text = model.encode_text(inputs["ids"], inputs["mask"])
+    outputs = {}
+    if "embedding" in model.jobs:
+        outputs = {"image_embedding": model.image_embedding(image), "text_embedding": model.text_embedding(text)}
     pairs = torch.arange(2, device=inputs["ids"].device)
     if "matching" in model.heads:
         outputs["match"] = model.match(image, text, pairs, pairs)

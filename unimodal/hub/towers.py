@@ -10,7 +10,10 @@ from unimodal.hub.contents import Source
 from unimodal.hub.weights import CheckpointError
 from unimodal.model import UnimodalModel
 
-PREFIXES = {"vision": "backbone.vision.", "text": "backbone.text."}
+
+def prefixes(model: UnimodalModel) -> dict[str, str]:
+    """Name of each part of the backbone that has a source, and the prefix of its weights: `vision` and `text`, or `published`."""
+    return {part: f"backbone.{prefix}" for part, prefix in model.backbone.parts.items()}
 
 
 def require_unchanged(model: UnimodalModel) -> None:
@@ -19,14 +22,14 @@ def require_unchanged(model: UnimodalModel) -> None:
     Raises:
         ValueError: if a tower has no source, or its weights are no longer the source's.
     """
-    for tower in PREFIXES:
+    for tower in prefixes(model):
         if tower not in model.backbone.sources:
             raise ValueError(
                 f"include_backbone=False: the {tower} tower was not loaded from a source, so nobody could get it back; "
                 "save with include_backbone=True"
             )
     origin = UnimodalModel(model.config, pretrained=True).state_dict()
-    for tower, prefix in PREFIXES.items():
+    for tower, prefix in prefixes(model).items():
         weights = {name: tensor for name, tensor in model.state_dict().items() if name.startswith(prefix)}
         changed = [name for name, tensor in weights.items() if not torch.equal(tensor.cpu(), origin[name])]
         if changed:
@@ -44,8 +47,7 @@ def locate(config: ModelConfig, sources: dict[str, Source], given: dict[str, str
         CheckpointError: if a tower came from a local file, and none is given or it does not exist.
     """
     places = {}
-    for tower in PREFIXES:
-        source = sources[tower]
+    for tower, source in sources.items():
         if tower in given and not Path(given[tower]).exists():
             raise CheckpointError(f"backbone_sources: {tower} tower at {given[tower]}: no such file or folder")
         if tower not in given and source.local:

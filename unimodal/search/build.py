@@ -60,7 +60,7 @@ def build_index(
     """
     if precision not in ("int8", "float32"):
         raise ValueError(f"precision: the tokens of an index are 'int8' or 'float32', got {precision!r}")
-    dim = encoder.model.config.embedding.dim
+    dim = encoder.model.embedding.dim
     if first_width is not None and not 1 <= first_width <= dim:
         raise ValueError(f"first_width: expected 1 to {dim}, the width of this model, got {first_width}")
     items = as_items(documents, check_files=on_error == "raise")

@@ -20,6 +20,7 @@ from rich.progress import track
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
+from unimodal.backbones import move_pixels
 from unimodal.data.images import load_image
 from unimodal.data.items import Item
 from unimodal.data.processor import Processor
@@ -61,7 +62,7 @@ class Encoder:
     def images(self, sources: Sequence[Any]) -> ImageState:
         """Read images in any form that `load_image` takes, as one batch."""
         pixels = self.processor.images([load_image(source) for source in sources])
-        return self.model.encode_image(self._place(pixels))
+        return self.model.encode_image(move_pixels(pixels, self.device, self.model.log_scale.dtype))
 
     def texts(self, texts: Sequence[str]) -> TextState:
         """Read texts as one batch."""
@@ -70,7 +71,7 @@ class Encoder:
 
     def check_one_shape(self, items: Sequence[Item]) -> None:
         """Refuse items whose embeddings do not fit one array."""
-        if self.model.config.embedding.pool == "query" and len({item.kind == "text" for item in items}) > 1:
+        if self.model.embedding.pool == "query" and len({item.kind == "text" for item in items}) > 1:
             raise ValueError(
                 "this model has one vector per query for an image and a single one for a text, which do not fit one "
                 "array; pass images and texts in separate calls"
@@ -136,7 +137,8 @@ class Encoder:
     def fingerprint(self) -> str:
         """16 hex digits of all that embeddings and match scores depend on: weights, shape, preprocessing."""
         parts = asdict(self.model.config)
-        parts["bridge"].pop("queries")
+        if parts["bridge"] is not None:
+            parts["bridge"].pop("queries")
         settings = {name: parts[name] for name in ("bridge", "embedding", "matching")}
         reads = [self.processor.settings(), self.processor.tokenizer.get_vocab()]
         digest = hashlib.sha256(json.dumps([settings, reads], sort_keys=True).encode())

@@ -115,8 +115,8 @@ class Index:
     @property
     def _each(self) -> int:
         """Vectors per document."""
-        several = self.encoder.model.config.embedding.pool == "query" and self.manifest["kind"] == "image"
-        return self.encoder.model.config.bridge.queries["image"] if several else 1
+        several = self.encoder.model.embedding.pool == "query" and self.manifest["kind"] == "image"
+        return len(self.encoder.model.bridge.query_sets["image"]) if several else 1
 
     # Changing.
 
@@ -300,7 +300,7 @@ class Index:
 
     def _embeddings(self, rows: np.ndarray) -> Tensor:
         """Embeddings of rows [n] in order, [n, E] or [n, N, E]."""
-        size, width = self.manifest["part"], self.encoder.model.config.embedding.dim
+        size, width = self.manifest["part"], self.encoder.model.embedding.dim
         shape = (len(rows), self._each, width) if self._each > 1 else (len(rows), width)
         out = np.empty(shape, np.float32)
         numbers = rows // size

@@ -162,7 +162,7 @@ def cost_curve(
         combine, match_scale: as in `Index.search`.
     """
     encoder = pairing.encoder
-    embedding = encoder.model.config.embedding
+    embedding = encoder.model.embedding
     widths = sorted({*embedding.matryoshka, embedding.dim})
     texts, images = pairing.rows["text"].tolist(), len(pairing.image.tokens)
     reading = _median(lambda i: encoder.read([Item(text=pairing.texts[i])]), texts)
@@ -226,7 +226,7 @@ def cheapest(settings: Sequence[Setting], recall: float) -> Setting | None:
 
 def held_out_pairs(pairing: Pairing, depth: int) -> tuple[Tensor, Tensor]:
     """Match logits [P] and which pairs are true [P], of the pairs that a text to image search of this depth would score."""
-    width = pairing.encoder.model.config.embedding.dim
+    width = pairing.encoder.model.embedding.dim
     with tempfile.TemporaryDirectory() as folder:
         stage = _stage(pairing.image, Path(folder), "float32", width)
         found = stage.candidates(pairing.text.embedding[pairing.rows["text"]], depth)

@@ -58,7 +58,7 @@ class EmbeddingObjective(Objective):
 
         form = partial(quantised, loss_fn, step=step.model.step) if self.quantise else loss_fn
         if self.matryoshka:
-            embedding = step.model.config.embedding
+            embedding = step.model.embedding
             value = matryoshka(form, *embeddings, dims=(*embedding.matryoshka, embedding.dim))
         else:
             value = form(*embeddings)

@@ -1,0 +1,122 @@
+"""A pretrained pair: the two towers of CLIP (arXiv 2103.00020), SigLIP (2303.15343) or SigLIP 2 (2502.14786), with their embeddings.
+
+The towers, and how each model pools them, are transformers'. The bridge reads their tokens, projected to one width.
+
+Legend: B images, M texts, L text length, T patches, C width of a tower, D width of the tokens, E width of an embedding.
+"""
+
+import math
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import CLIPModel, Siglip2Model, SiglipModel
+
+from unimodal.backbones.base import Backbone, Pixels, Tokens
+from unimodal.backbones.published import load_published
+from unimodal.config import PublishedConfig
+
+CLASSES: dict[str, Any] = {"clip": CLIPModel, "siglip": SiglipModel, "siglip2": Siglip2Model}
+
+
+class PretrainedPair(Backbone):
+    """Both towers of a published image-text pair.
+
+    Args:
+        config: which one.
+        width: D; None leaves the towers' tokens as they are, for use without a bridge.
+        pretrained: load the weights of its source.
+
+    Raises:
+        FileNotFoundError, ValueError: as `load_published`.
+    """
+
+    modalities = ("image", "text")
+    parts = {"published": "model."}
+    sees: tuple[str, ...] = (
+        "image_projection.*",
+        *(f"model.vision_model.{part}.*" for part in ("embeddings", "pre_layrnorm", "encoder")),
+    )
+    reads = (
+        "text_projection.*",
+        *(f"model.text_model.{part}.*" for part in ("embeddings", "encoder", "final_layer_norm")),
+    )
+    own: tuple[str, ...] = ("model.*projection.*", "model.*.head.*")
+
+    def __init__(self, config: PublishedConfig, *, width: int | None, pretrained: bool = False) -> None:
+        super().__init__()
+        self.name = config.name
+        self.model: Any
+        self.model, self.sources = load_published(CLASSES[config.name], config, pretrained=pretrained)
+        settings = self.model.config
+        image_width, text_width = settings.vision_config.hidden_size, settings.text_config.hidden_size
+        after_tower = ("model.vision_model.post_layernorm.*",)  # SigLIP normalises all tokens, CLIP only what it pools
+        if self.name == "clip":
+            self.own = (*self.own, *after_tower)
+        else:
+            self.sees = (*self.sees, *after_tower)
+        self.vocab_size = settings.text_config.vocab_size
+        self.embeds = settings.projection_dim if self.name == "clip" else settings.text_config.projection_size
+        self.width = width or image_width
+        self.projects = width is not None
+        if width is not None:
+            self.image_projection = nn.Sequential(nn.Linear(image_width, width), nn.LayerNorm(width))
+            self.text_projection = nn.Sequential(nn.Linear(text_width, width), nn.LayerNorm(width))
+
+    def random_pixels(self, count: int, generator: torch.Generator) -> Pixels:
+        """[count, 3, S, S], or for NaFlex patches of square pictures, their mask and shapes."""
+        vision = self.model.config.vision_config
+        if self.name != "siglip2":
+            return torch.randn(count, 3, vision.image_size, vision.image_size, generator=generator)
+        side = math.isqrt(vision.num_patches)
+        return {
+            "pixel_values": torch.randn(count, side**2, 3 * vision.patch_size**2, generator=generator),
+            "pixel_attention_mask": torch.ones(count, side**2, dtype=torch.long),
+            "spatial_shapes": torch.tensor([[side, side]] * count),
+        }
+
+    def image_features(self, pixels: Pixels) -> Tensor:
+        """Last hidden states [B, T, C] of the image tower: [B, 3, S, S], or the patches, mask and shapes of a NaFlex batch."""
+        inputs = {"pixel_values": pixels} if isinstance(pixels, Tensor) else pixels
+        return self.model.vision_model(**inputs).last_hidden_state
+
+    def image_mask(self, pixels: Pixels) -> Tensor | None:
+        """Which patches are real [B, T], for NaFlex."""
+        return None if isinstance(pixels, Tensor) else pixels["pixel_attention_mask"].bool()
+
+    def image_tokens(self, features: Tensor, mask: Tensor | None = None) -> Tokens:
+        """[B, T, C] -> [B, T, D]."""
+        hidden = self.image_projection(features) if self.projects else features
+        mask = hidden.new_ones(hidden.shape[:2], dtype=torch.bool) if mask is None else mask
+        return Tokens(hidden, mask, {"image": slice(0, hidden.shape[1])})
+
+    def text_features(self, ids: Tensor, mask: Tensor) -> Tensor:
+        """Last hidden states [M, L, C] of the text tower. SigLIP was trained without a mask: it reads its padding, too."""
+        seen = mask.long() if self.name == "clip" else None
+        return self.model.text_model(input_ids=ids, attention_mask=seen).last_hidden_state
+
+    def text_tokens(self, features: Tensor, mask: Tensor) -> Tokens:
+        """[M, L, C] -> [M, L, D]."""
+        hidden = self.text_projection(features) if self.projects else features
+        return Tokens(hidden, mask, {"text": slice(0, hidden.shape[1])})
+
+    def image_embedding(self, features: Tensor, mask: Tensor | None) -> Tensor:
+        """CLIP projects the class token, SigLIP pools by attention: [B, T, C] -> unit vectors [B, E]."""
+        tower = self.model.vision_model
+        if self.name == "clip":
+            pooled = self.model.visual_projection(tower.post_layernorm(features[:, 0]))
+        elif mask is None:
+            pooled = tower.head(features)
+        else:
+            pooled = tower.head(features, mask)
+        return F.normalize(pooled, dim=-1)
+
+    def text_embedding(self, features: Tensor, ids: Tensor, mask: Tensor) -> Tensor:
+        """CLIP reads the end-of-text token, SigLIP the last position whatever it holds: [M, L, C] -> unit vectors [M, E]."""
+        if self.name != "clip":
+            return F.normalize(self.model.text_model.head(features[:, -1]), dim=-1)
+        end = self.model.config.text_config.eos_token_id
+        # Early configurations name another id; the end-of-text token then is the largest id of a text.
+        place = ids.argmax(-1) if end == 2 else (ids == end).int().argmax(-1)
+        return F.normalize(self.model.text_projection(features[torch.arange(len(ids)), place]), dim=-1)

@@ -1,0 +1,99 @@
+"""Published models as their authors released them: found, loaded whole, named by source and hash.
+
+Only weights in safetensors are read, and no code that a repository may carry.
+"""
+
+import hashlib
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HFValidationError
+from transformers import CONFIG_MAPPING, AutoConfig
+
+from unimodal.config import PublishedConfig
+
+FILES = ("*.json", "*.safetensors", "*.txt", "*.model", "*.jinja")
+
+
+def sha256(*paths: str | Path) -> str:
+    """Hex digest of the content of files, one after another."""
+    digest = hashlib.sha256()
+    for path in paths:
+        with open(path, "rb") as file:
+            while block := file.read(1 << 20):
+                digest.update(block)
+    return digest.hexdigest()
+
+
+def find_published(source: str | Path, revision: str | None = None, **options: Any) -> Path:
+    """The folder of a published model: the one given, or a Hub id's in the cache, downloaded where needed.
+
+    Args:
+        source: local folder or Hub id.
+        revision: branch, tag or commit of a Hub id.
+        options: `cache_dir`, `local_files_only`, `token`, as huggingface_hub takes them.
+
+    Raises:
+        FileNotFoundError: no such folder, no such model or revision, or no network and not in the cache.
+    """
+    if Path(source).is_dir():
+        return Path(source)
+    try:
+        return Path(snapshot_download(str(source), revision=revision, allow_patterns=list(FILES), **options))
+    except (OSError, HFValidationError) as error:
+        at = f" at revision {revision!r}" if revision else ""
+        raise FileNotFoundError(
+            f"{source}{at}: no such folder here, and not from the Hub or its cache ({type(error).__name__}: {error}). Give the "
+            "path of a folder or a Hub id like owner/name; without a network, fetch it once where there is one"
+        ) from error
+
+
+def load_published(
+    model_class: Any, config: PublishedConfig, *, pretrained: bool
+) -> tuple[Any, dict[str, dict[str, str | None]]]:
+    """A transformers model, from its source or from random numbers, and the source's description for `Backbone.sources`.
+
+    Args:
+        model_class: the transformers class its weights are for.
+        config: which model.
+        pretrained: load the weights of `config.source`; otherwise build `config.kwargs`, or the source's shape where kwargs are empty.
+
+    Raises:
+        FileNotFoundError: as `find_published`.
+        ValueError: the folder is another kind of model, has no safetensors, or its weights are not all of the model's.
+    """
+    if config.source is None or (not pretrained and config.kwargs):
+        settings: Any = CONFIG_MAPPING[config.name](**config.kwargs)
+    else:
+        folder = find_published(config.source, config.revision)
+        settings = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+        if settings.model_type != config.name:
+            raise ValueError(
+                f"{config.source} is a model of type {settings.model_type!r}, expected {config.name!r}; set published.name"
+            )
+    if not pretrained or config.source is None:
+        return model_class._from_config(settings, dtype=torch.float32), {}
+    files = sorted(folder.glob("*.safetensors"))
+    if not files:
+        raise ValueError(f"{config.source} holds no safetensors weights; give a revision or a repository that has them")
+    try:
+        model, report = model_class.from_pretrained(
+            folder,
+            config=settings,
+            dtype=torch.float32,
+            use_safetensors=True,
+            local_files_only=True,
+            output_loading_info=True,
+        )
+    except (OSError, RuntimeError) as error:
+        raise ValueError(f"{config.source} is incomplete or damaged: {error}; get it again") from error
+    wrong = {kind: sorted(map(str, report[kind])) for kind in ("missing_keys", "mismatched_keys") if report[kind]}
+    if wrong:
+        raise ValueError(
+            f"{config.source} does not hold all weights of {model_class.__name__}: {wrong}; it is incomplete, or its config.json "
+            "is another model's: get it again"
+        )
+    described = {"source": config.source, "revision": config.revision, "sha256": sha256(*files)}
+    return model, {"published": described}

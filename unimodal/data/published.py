@@ -1,0 +1,158 @@
+"""The preprocessing of a published model, by transformers' own image processor and tokenizer, so that nothing differs from its authors'.
+
+Legend: B items, L text length in tokens, S image side in pixels, N patches.
+"""
+
+from __future__ import annotations
+
+import json
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+from transformers import AutoImageProcessor, AutoTokenizer, PreTrainedTokenizerBase
+
+from unimodal.backbones import PretrainedPair
+from unimodal.data.processor import SETTINGS_FILE, Processor, TruncationWarning, require_texts
+
+TEXT_KEY = "unimodal"  # what this library adds to preprocessor_config.json
+
+
+class PublishedProcessor(Processor):
+    """Pictures and texts as a published model wants them.
+
+    Args:
+        tokenizer: its tokenizer.
+        image_processor: its image processor.
+        max_length: longest text in tokens, start and end included.
+        pad_to_max: pad every text to `max_length`, for models that read their padding (SigLIP).
+        lower_case: put texts into lower case, for models trained on such (SigLIP 2, whose published tokenizer may not do it).
+    """
+
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        image_processor: Any,
+        *,
+        max_length: int,
+        pad_to_max: bool = False,
+        lower_case: bool = False,
+    ) -> None:
+        self.tokenizer, self.image_processor = tokenizer, image_processor
+        self.max_length, self.pad_to_max, self.lower_case = max_length, pad_to_max, lower_case
+        self.mean, self.std = tuple(image_processor.image_mean), tuple(image_processor.image_std)
+        settings = json.loads(image_processor.to_json_string())
+        size = settings.get("crop_size") or settings.get("size") or {}
+        self.image_size = size.get("height") or size.get("shortest_edge") or 0
+
+    def settings(self) -> dict[str, Any]:
+        """Everything but the tokenizer, as JSON values."""
+        own = {"max_length": self.max_length, "pad_to_max": self.pad_to_max, "lower_case": self.lower_case}
+        return {**json.loads(self.image_processor.to_json_string()), TEXT_KEY: own}
+
+    # Pictures.
+
+    @property
+    def any_size(self) -> bool:
+        """Whether pictures keep their own sizes: such a model reads patches, of as many as fit (NaFlex)."""
+        return hasattr(self.image_processor, "max_num_patches")
+
+    def image_array(self, picture: Image.Image) -> Tensor:
+        """A picture resized and cropped, as uint8 [3, S, S]; as it is, [3, h, w], where pictures keep their own sizes."""
+        if not isinstance(picture, Image.Image):
+            raise TypeError(
+                f"image_array takes a PIL image, got {type(picture).__name__}; load it with unimodal.data.load_image"
+            )
+        if self.any_size:
+            return torch.from_numpy(np.array(picture.convert("RGB"))).permute(2, 0, 1)
+        out = self.image_processor(picture.convert("RGB"), do_rescale=False, do_normalize=False, return_tensors="pt")
+        return out["pixel_values"][0]
+
+    def pixels(self, arrays: Sequence[Tensor]) -> Any:
+        """What `image_array` made of some pictures, as `images`."""
+        return self._processed(list(arrays)) if self.any_size else super().pixels(arrays)
+
+    def images(self, pictures: Sequence[Image.Image]) -> Any:
+        """Pictures -> float32 [B, 3, S, S]; for NaFlex patches [B, N, 3 p p], their mask [B, N] and grid shapes [B, 2]."""
+        if len(pictures) == 0:
+            raise ValueError("images: got an empty list; give at least one picture")
+        return self._processed([picture.convert("RGB") for picture in pictures])
+
+    def _processed(self, pictures: list[Any]) -> Any:
+        out = self.image_processor(pictures, return_tensors="pt")
+        return out["pixel_values"] if len(out) == 1 else dict(out)
+
+    # Texts.
+
+    def texts(self, texts: Sequence[str]) -> tuple[Tensor, Tensor]:
+        """As `Processor.texts`, by the published tokenizer's own rules of padding and cutting."""
+        require_texts(texts)
+        given = [text.lower() for text in texts] if self.lower_case else list(texts)
+        longer = [i for i, row in enumerate(self.tokenizer(given)["input_ids"]) if len(row) > self.max_length]
+        if longer:
+            warnings.warn(
+                f"{len(longer)} of {len(given)} texts are longer than {self.max_length} tokens and were cut, "
+                f"first {texts[longer[0]][:60]!r}",
+                TruncationWarning,
+                stacklevel=2,
+            )
+        out = self.tokenizer(
+            given,
+            padding="max_length" if self.pad_to_max else True,
+            truncation=True,
+            max_length=self.max_length,
+            return_attention_mask=True,
+            return_tensors="pt",
+        )
+        return out["input_ids"], out["attention_mask"].bool()
+
+    # Files.
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Write the tokenizer's files and `preprocessor_config.json`, which transformers reads, too."""
+        self.tokenizer.save_pretrained(str(folder))
+        (Path(folder) / SETTINGS_FILE).write_text(json.dumps(self.settings(), indent=1) + "\n")
+
+    @classmethod
+    def from_pretrained(cls, folder: str | Path) -> PublishedProcessor:
+        """Read what `save_pretrained` wrote; nothing is downloaded."""
+        settings = json.loads((Path(folder) / SETTINGS_FILE).read_text())[TEXT_KEY]
+        return cls(*published_parts(folder), **settings)
+
+
+def saved_processor(folder: str | Path) -> Processor:
+    """The processor of a checkpoint folder, of either kind; see `Processor.from_pretrained`."""
+    path = Path(folder) / SETTINGS_FILE
+    published = path.is_file() and TEXT_KEY in json.loads(path.read_text())
+    return (PublishedProcessor if published else Processor).from_pretrained(folder)
+
+
+def published_parts(folder: str | Path) -> tuple[PreTrainedTokenizerBase, Any]:
+    """Tokenizer and image processor of a folder."""
+    options: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
+    tokenizer = AutoTokenizer.from_pretrained(str(folder), **options)
+    return tokenizer, AutoImageProcessor.from_pretrained(str(folder), backend="torchvision", **options)
+
+
+def open_processor(folder: str | Path, backbone: PretrainedPair) -> PublishedProcessor:
+    """The preprocessing of a published backbone, from its folder.
+
+    Raises:
+        ValueError: the tokenizer has more tokens than the backbone.
+    """
+    tokenizer, image_processor = published_parts(folder)
+    if len(tokenizer) > backbone.vocab_size:
+        raise ValueError(
+            f"the tokenizer in {folder} has {len(tokenizer)} tokens, the model's vocabulary {backbone.vocab_size}: they do not "
+            "belong together; get the folder again"
+        )
+    text = backbone.model.config.text_config
+    siglip = backbone.model.config.model_type != "clip"
+    return PublishedProcessor(
+        tokenizer, image_processor, max_length=text.max_position_embeddings, pad_to_max=siglip, lower_case=siglip
+    )
