@@ -270,7 +270,10 @@ def index_to(name: str) -> Callable[[Path], None]:
             config_edit("model", "backbone", "text", "kwargs", "attn_implementation", value="someone/kernel"),
             ["model.backbone.text.kwargs: attn_implementation", "unless you know who wrote it"],
         ),
-        (config_edit("model", "backbone", "text", "name", value="brt"), ["text tower 'brt'", "did you mean 'bert'"]),
+        (
+            config_edit("model", "backbone", "text", "name", value="brt"),
+            ["'brt' is no transformers model type", "did you mean 'bert'"],
+        ),
         (config_edit("model", "backbone", "vision", "name", value="os.system"), ["'os.system' is not a timm arch"]),
         (
             lambda f: edit(

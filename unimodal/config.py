@@ -236,10 +236,11 @@ class ModelConfig:
 
 
 def nearest(name: str, known: typing.Iterable[str]) -> str:
-    """The hint of an error about an unknown `name`: the nearest known one, and all of them."""
+    """The hint of an error about an unknown `name`: the nearest known one, and all of them where they are few."""
     known = sorted(known)
     close = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
-    return (f"did you mean {close[0]!r}? " if close else "") + f"known: {', '.join(known)}"
+    hint = f"did you mean {close[0]!r}? " if close else ""
+    return hint + (f"known: {', '.join(known)}" if len(known) <= 100 else f"{len(known)} are known")
 
 
 def from_dict(cls: type[T], values: dict[str, Any], where: str = "") -> T:

@@ -29,6 +29,8 @@ from unimodal.search import Calibration, Encoder, Index, Precision, build_index,
 from unimodal.search.encoder import batches, progress
 from unimodal.search.index import require_same_model
 
+VERBS = {"embedding": "encode", "matching": "rank", "captioning": "caption", "generation": "generate_image"}
+
 
 @dataclass
 class GeneratedImages:
@@ -63,7 +65,7 @@ class Unimodal:
         token: str | bool | None = None,
         heads: Sequence[str] | None = None,
     ) -> "Unimodal":
-        """Load a checkpoint.
+        """Load a checkpoint, or a published model: CLIP, SigLIP, SigLIP 2. `heads` says what it can do, `missing_heads` what not.
 
         Args:
             name_or_path: a checkpoint folder, read without any network, or a Hub id.
@@ -452,6 +454,21 @@ class Unimodal:
         return commit.commit_url
 
     # Facts.
+
+    @property
+    def heads(self) -> tuple[str, ...]:
+        """What the model can do: `embedding` (encode), `matching` (predict, rank), `captioning`, `generation`."""
+        return self.model.jobs
+
+    @property
+    def missing_heads(self) -> tuple[str, ...]:
+        """The heads it lacks; they can be trained on top."""
+        return tuple(head for head in VERBS if head not in self.heads)
+
+    def __repr__(self) -> str:
+        lacking = f"; has no head for {', '.join(self.missing_heads)}" if self.missing_heads else ""
+        verbs = ", ".join(VERBS[head] for head in self.heads)
+        return f"Unimodal({self.model.config.backbone.label}: can {verbs}{lacking})"
 
     @property
     def device(self) -> torch.device:

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HFValidationError
+from safetensors import SafetensorError
 from transformers import CONFIG_MAPPING, AutoConfig
 
 from unimodal.config import PublishedConfig
@@ -87,7 +88,7 @@ def load_published(
             local_files_only=True,
             output_loading_info=True,
         )
-    except (OSError, RuntimeError) as error:
+    except (OSError, RuntimeError, SafetensorError) as error:
         raise ValueError(f"{config.source} is incomplete or damaged: {error}; get it again") from error
     wrong = {kind: sorted(map(str, report[kind])) for kind in ("missing_keys", "mismatched_keys") if report[kind]}
     if wrong:

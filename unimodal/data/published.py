@@ -133,9 +133,16 @@ def saved_processor(folder: str | Path) -> Processor:
 
 
 def published_parts(folder: str | Path) -> tuple[PreTrainedTokenizerBase, Any]:
-    """Tokenizer and image processor of a folder."""
+    """Tokenizer and image processor of a folder.
+
+    Raises:
+        ValueError: its tokenizer needs a library that is not installed.
+    """
     options: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
-    tokenizer = AutoTokenizer.from_pretrained(str(folder), **options)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(str(folder), **options)
+    except ImportError as error:
+        raise ValueError(f"the tokenizer in {folder} needs sentencepiece: pip install 'unimodal[siglip]' ({error})") from error
     return tokenizer, AutoImageProcessor.from_pretrained(str(folder), backend="torchvision", **options)
 
 

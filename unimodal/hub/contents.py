@@ -148,7 +148,9 @@ def _as_source(source: dict[str, Any]) -> Source:
 def _settings(name: str) -> set[str]:
     """The settings of a transformers model type; any other could make it fetch kernels, which is code, from the Hub."""
     if name not in CONFIG_MAPPING:
-        raise ValueError(f"{name!r} is no transformers model type; {nearest(name, CONFIG_MAPPING.keys())}")
+        raise ValueError(
+            f"model.backbone: {name!r} is no transformers model type; {nearest(name, CONFIG_MAPPING.keys())}"
+        )
     return set(inspect.signature(CONFIG_MAPPING[name].__init__).parameters) - {"self", "kwargs"}
 
 
