@@ -151,9 +151,11 @@ class Unimodal:
         prefix = self._prompt(prompt_name) if prompt is None else prompt
         items = [item if item.text is None else Item(item.image, prefix + item.text) for item in as_items(inputs)]
         self.encoder.check_one_shape(items)
-        steps = progress(batches(len(items), batch_size), "Encoding", show_progress_bar)
-        read = [self.encoder.read(items[rows]).embedding[..., :dim] for rows in steps]
-        embedding = torch.cat(read) if read else torch.empty(0, dim)
+        # Images together, then texts by their length: a batch is padded to its longest text.
+        order = sorted(range(len(items)), key=lambda i: len(items[i].text or ""))
+        steps = progress([order[rows] for rows in batches(len(items), batch_size)], "Encoding", show_progress_bar)
+        read = [self.encoder.read([items[i] for i in rows]).embedding[..., :dim] for rows in steps]
+        embedding = torch.cat(read)[torch.tensor(order).argsort()] if read else torch.empty(0, dim)
         if truncate_dim is not None:
             embedding = F.normalize(embedding, dim=-1)
         if precision != "float32":

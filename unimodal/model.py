@@ -22,24 +22,25 @@ FIRST_INT8_STEP = 2 * math.sqrt(2 / math.pi) / math.sqrt(127)
 
 class ImageState(NamedTuple):
     """What the model read from B images: backbone tokens [B, T, D], their mask, bridged tokens [B, N, W] ([B, 0] without a bridge), where
-    the bridge writes the captions the keys and values that its text looks back at, and, where the model uses it, the backbone's own
-    embedding [B, E]."""
+    the bridge writes the captions the keys and values that its text looks back at, where it judges the keys and values of the tokens, and,
+    where the model uses it, the backbone's own embedding [B, E]."""
 
     tokens: Tensor
     mask: Tensor
     bridged: Tensor
     cache: KeyValues | None = None
+    memory: KeyValues | None = None
     own: Tensor | None = None
 
     def select(self, index: Tensor) -> "ImageState":
-        """Rows `index` [P], without what a captioner needs of them."""
+        """Rows `index` [P], without keys and values."""
         own = None if self.own is None else self.own[index]
-        return ImageState(self.tokens[index], self.mask[index], self.bridged[index], None, own)
+        return ImageState(self.tokens[index], self.mask[index], self.bridged[index], own=own)
 
     def append(self, other: "ImageState") -> "ImageState":
-        """These images, then `other`'s, without what a captioner needs of them."""
+        """These images, then `other`'s, without keys and values."""
         tokens, mask, bridged = (torch.cat(parts) for parts in zip(self[:3], other[:3], strict=True))
-        return ImageState(tokens, mask, bridged, None, _joined(self.own, other.own))
+        return ImageState(tokens, mask, bridged, own=_joined(self.own, other.own))
 
 
 class TextState(NamedTuple):
@@ -182,9 +183,13 @@ class UnimodalModel(nn.Module):
             features, mask = self.backbone.image_features(pixels), self.backbone.image_mask(pixels)
         own = self.backbone.image_embedding(features, mask) if self._uses_own_embedding else None
         hidden, mask, _ = self.backbone.image_tokens(features, mask)
-        writes = "captioning" in self.heads and isinstance(self.heads["captioning"], heads.BridgeCaptioner)
+        writes, judges = (
+            job in self.heads and isinstance(self.heads[job], kind)
+            for job, kind in (("captioning", heads.BridgeCaptioner), ("matching", heads.BridgeMatchingHead))
+        )
         cache = KeyValues() if writes else None
-        return ImageState(hidden, mask, self._read("image", hidden, mask, cache), cache, own)
+        memory = self.bridge.project_memory(hidden, mask) if judges else None
+        return ImageState(hidden, mask, self._read("image", memory or hidden, mask, cache), cache, memory, own)
 
     def encode_text(self, ids: Tensor, mask: Tensor) -> TextState:
         """Read texts: token ids and mask, both [M, L]."""
@@ -193,11 +198,11 @@ class UnimodalModel(nn.Module):
         hidden, mask, _ = self.backbone.text_tokens(features, mask)
         return TextState(ids, mask, hidden, self._read("text", hidden, mask), own)
 
-    def _read(self, queries: str, hidden: Tensor, mask: Tensor, cache: KeyValues | None = None) -> Tensor:
+    def _read(self, queries: str, memory: Tensor | KeyValues, mask: Tensor, cache: KeyValues | None = None) -> Tensor:
         """Bridged tokens [B, N, W]; [B, 0] where the model has no such queries."""
         if self.bridge is None or queries not in self.bridge.query_sets:
-            return hidden.new_empty(len(hidden), 0)
-        return self.bridge.read(queries, hidden, mask, cache=cache)
+            return self.log_scale.new_empty(len(mask), 0)
+        return self.bridge.read(queries, memory, mask, cache=cache)
 
     @property
     def _uses_own_embedding(self) -> bool:
@@ -266,9 +271,9 @@ class UnimodalModel(nn.Module):
         """Match logits [P] of pairs (image_index[p], text_index[p]); what an image needs is projected once and gathered per pair."""
         head = self.head("matching")
         if isinstance(head, heads.BridgeMatchingHead):
-            memory = self.bridge.project_memory(image.tokens, image.mask).select(image_index)
+            memory = image.memory or self.bridge.project_memory(image.tokens, image.mask)
             pair = text.select(text_index)
-            return head(self.bridge.match("image", pair.ids, pair.mask, memory))
+            return head(self.bridge.match("image", pair.ids, pair.mask, memory.select(image_index)))
         return head(
             text.tokens[text_index], text.mask[text_index], head.project_images(image.bridged).select(image_index)
         )

@@ -142,7 +142,9 @@ def published_parts(folder: str | Path) -> tuple[PreTrainedTokenizerBase, Any]:
     try:
         tokenizer = AutoTokenizer.from_pretrained(str(folder), **options)
     except ImportError as error:
-        raise ValueError(f"the tokenizer in {folder} needs sentencepiece: pip install 'unimodal[siglip]' ({error})") from error
+        raise ValueError(
+            f"the tokenizer in {folder} needs sentencepiece: pip install 'unimodal[siglip]' ({error})"
+        ) from error
     return tokenizer, AutoImageProcessor.from_pretrained(str(folder), backend="torchvision", **options)
 
 

@@ -56,7 +56,9 @@ class Step:
     # Token states.
 
     def _read_image(self, pixels: Tensor | None, features: Tensor | None) -> ImageState:
-        return self.model.encode_image(pixels, features=features)
+        state = self.model.encode_image(pixels, features=features)
+        # Keys and values of a whole batch would be the memory that chunks save: they are projected again where they are read.
+        return state if self.mini_batch_size is None else state._replace(memory=None)
 
     @cached_property
     def image(self) -> ImageState:
