@@ -312,6 +312,7 @@ def test_its_own_embedding_beside_a_trained_matching_head(tmp_path: Path) -> Non
     model = unimodal.Unimodal(UnimodalModel(config, pretrained=True), plain.processor)
     np.testing.assert_array_equal(model.encode(pictures()), plain.encode(pictures()))
     assert model.heads == ("embedding", "matching")
+    assert model.model.scale == plain.model.scale  # CLIP's, not the configuration's
     assert len(model.rank("a dog", pictures())) == 3
 
 

@@ -116,6 +116,10 @@ class UnimodalModel(nn.Module):
         bias = embedding.bias if embedding is not None else None
         self.log_scale = nn.Parameter(torch.tensor(math.log(scale)))
         self.pair_bias = None if bias is None else nn.Parameter(torch.tensor(float(bias)))
+        if pretrained and self._uses_own_embedding and self.backbone.log_scale is not None:
+            self.log_scale.data.fill_(self.backbone.log_scale)
+            if self.pair_bias is not None and self.backbone.bias is not None:
+                self.pair_bias.data.fill_(self.backbone.bias)
         quantise = embedding is not None and embedding.quantise
         self.int8_step = nn.Parameter(torch.tensor(FIRST_INT8_STEP)) if quantise else None
         if (matching := config.matching) is not None:

@@ -2,10 +2,11 @@
 
     python tests/benchmarks/bridge.py [--dtype float32|bfloat16] [--device cpu|cuda] [--runs 3]
 
-12 layers, width 768, 32 queries, image features 257 x 1408, texts of 32 tokens, batch 16; forward and backward. The straightforward form runs
-transformers' `Blip2QFormerModel` three times (queries and texts apart, matching pairs together, queries before a causal text) and projects an
-image's keys and values anew in every pass and for every pair. Both have the same weights, the same negatives, no dropout. Times are medians
-of alternating steps in one process; peaks are those of a process of its own each (on the CPU the growth of its largest resident size).
+12 layers, width 768, 32 queries, image features 257 x 1408, texts of 32 tokens, batch 16; forward and backward. The straightforward
+form runs transformers' `Blip2QFormerModel` three times (queries and texts apart, matching pairs together, queries before a causal text)
+and projects an image's keys and values anew in every pass and for every pair. Both have the same weights, the same negatives and no
+dropout. Times are medians of alternating steps in one process; peaks are those of a process of its own each, on the CPU the growth of
+its largest resident size.
 """
 
 import argparse

@@ -43,6 +43,7 @@ class Backbone(nn.Module):
             started from random numbers.
         vocab_size: number of its text tokens.
         embeds: E of its own embedding; None where it has none.
+        log_scale, bias: logarithm of the inverse temperature, and the bias, that its own embedding was trained with; None without.
         sees, reads, own: patterns over its parameter names: what image tokens, text tokens and only its own embedding depend on.
     """
 
@@ -52,6 +53,8 @@ class Backbone(nn.Module):
     sources: dict[str, dict[str, str | None]]
     vocab_size: int
     embeds: int | None = None
+    log_scale: float | None = None
+    bias: float | None = None
     sees: tuple[str, ...] = ()
     reads: tuple[str, ...] = ()
     own: tuple[str, ...] = ()

@@ -58,6 +58,8 @@ class PretrainedPair(Backbone):
             self.sees = (*self.sees, *after_tower)
         self.vocab_size = settings.text_config.vocab_size
         self.embeds = settings.projection_dim if self.name == "clip" else settings.text_config.projection_size
+        self.log_scale = self.model.logit_scale.item()
+        self.bias = None if self.name == "clip" else self.model.logit_bias.item()
         self.width = width or image_width
         self.projects = width is not None
         if width is not None:

@@ -9,7 +9,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import torch
 from transformers import AutoConfig
 
 from unimodal.backbones.pair import CLASSES as PAIRS
@@ -63,17 +62,12 @@ def open_published(
     return model, processor
 
 
-@torch.no_grad()
 def _open_pair(settings: Any, published: PublishedConfig) -> UnimodalModel:
     clip = settings.model_type == "clip"
     dim = settings.projection_dim if clip else settings.text_config.projection_size
     embedding = EmbeddingConfig(kind="backbone", dim=dim, gate=False, bias=None if clip else 0.0)
     config = ModelConfig(backbone=BackboneConfig(width=None, published=published), bridge=None, embedding=embedding)
     model = UnimodalModel(config, pretrained=True)
-    trained = model.backbone.model
-    model.log_scale.fill_(trained.logit_scale.item())
-    if model.pair_bias is not None:
-        model.pair_bias.fill_(trained.logit_bias.item())
     scale, bias = math.exp(model.log_scale.item()), None if clip else model.bias.item()
     model.config = replace(config, embedding=replace(embedding, scale=scale, bias=bias))
     return model
