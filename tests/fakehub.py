@@ -76,7 +76,7 @@ class Handler(BaseHTTPRequestHandler):
     def route(self) -> tuple[str, dict[str, list[str]]]:
         url = urlparse(self.path)
         self.server.log.append((self.command, unquote(url.path)))
-        return unquote(url.path), parse_qs(url.query)
+        return unquote(url.path).replace("/./", "/"), parse_qs(url.query)  # as RFC 3986 has it
 
     def do_POST(self) -> None:
         path, query = self.route()

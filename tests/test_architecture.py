@@ -45,7 +45,12 @@ ROOMS: dict[str, tuple[set[str], str]] = {
         {"model", "hub", "data", "search", "explain", "config", "candidates"},
         "inference uses a model, it does not train one",
     ),
-    "adapters": ({"inference"}, "another program's view of a finished model"),
+    "adapters": (
+        {"inference", "model", "hub", "data", "backbones", "config"},
+        "another program's view of a finished model",
+    ),
+    "lavis": ({"inference", "model", "candidates", "search", "data"}, "another program's view of a finished model"),
+    "export": ({"inference", "model", "hub"}, "a finished model for machines without torch"),
     "__main__": ({"cli"}, "it starts the command line"),
     "cli": (
         {
@@ -61,6 +66,8 @@ ROOMS: dict[str, tuple[set[str], str]] = {
             "report",
             "stages",
             "merge",
+            "adapters",
+            "export",
         },
         "the command line is the only entry point",
     ),

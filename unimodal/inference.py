@@ -230,7 +230,7 @@ class Unimodal:
                 also what `as_items` and `load_image` raise.
         """
         single = len(inputs) == 2 and all(is_single(part) for part in inputs)
-        pairs = [_as_pair(pair, f"pair {i}: ") for i, pair in enumerate([inputs] if single else inputs)]
+        pairs = [as_pair(pair, f"pair {i}: ") for i, pair in enumerate([inputs] if single else inputs)]
         scores = (activation_fn or self.encoder.probability)(self._logits(pairs, batch_size, show_progress_bar)).numpy()
         return scores[0] if single else scores
 
@@ -264,7 +264,7 @@ class Unimodal:
         if is_single(documents):
             raise TypeError(f"rank: documents must be a list, got {type(documents).__name__}; put it into a list")
         asked = as_item(query, "query: ")
-        pairs = [_as_pair((asked, document), f"document {i}: ") for i, document in enumerate(documents)]
+        pairs = [as_pair((asked, document), f"document {i}: ") for i, document in enumerate(documents)]
         logits = self._logits(pairs, batch_size, show_progress_bar)
         # Sorted by logits, which still differ where probabilities have both become 1.
         order, scores = (
@@ -277,13 +277,13 @@ class Unimodal:
     def _logits(self, pairs: list[tuple[Item, Item]], batch_size: int, show: bool | None) -> Tensor:
         """Match logits [P] of (image, text)."""
         self.model.head("matching")
-        images, texts = ({_identity(pair[side]): pair[side] for pair in pairs} for side in (0, 1))
+        images, texts = ({identity(pair[side]): pair[side] for pair in pairs} for side in (0, 1))
         steps = [list(d.items())[rows] for d in (images, texts) for rows in batches(len(d), batch_size)]
         tokens: dict[Any, Tensor] = {}
         for step in progress(steps, "Reading", show):
             names, items = zip(*step)
             tokens |= zip(names, self.encoder.read(items).tokens)
-        return self.encoder.match([(tokens[_identity(a)], tokens[_identity(b)]) for a, b in pairs], batch_size, show)
+        return self.encoder.match([(tokens[identity(a)], tokens[identity(b)]) for a, b in pairs], batch_size, show)
 
     def explain(self, image: Any, text: str, *, steps: int = 64, batch_size: int = 16) -> Explanation:
         """Why the matching head scores this pair as it does; see `unimodal.explain.explain`."""
@@ -513,7 +513,7 @@ class Unimodal:
         return self.prompts[name]
 
 
-def _as_pair(pair: Any, where: str) -> tuple[Item, Item]:
+def as_pair(pair: Any, where: str) -> tuple[Item, Item]:
     """(image, text), given in either order."""
     if not isinstance(pair, list | tuple) or len(pair) != 2:
         raise TypeError(f"{where}expected (query, document), got {type(pair).__name__} {pair!r}")
@@ -526,6 +526,6 @@ def _as_pair(pair: Any, where: str) -> tuple[Item, Item]:
     return (a, b) if a.kind == "image" else (b, a)
 
 
-def _identity(item: Item) -> Any:
+def identity(item: Item) -> Any:
     """Equal for items that need reading only once."""
     return ("text", item.text) if item.kind == "text" else ("image", item.document or id(item.image))

@@ -25,6 +25,7 @@ VERBS = {
     "caption": ("verbs", "caption", "caption images"),
     "generate": ("verbs", "generate", "draw a picture from a text"),
     "mine": ("verbs", "mine", "mine hard negatives of a split into a .jsonl file"),
+    "export": ("verbs", "export", "export onnx|sentence-transformers|cross-encoder: a checkpoint for other programs"),
     "push": ("verbs", "push", "push a checkpoint folder to the Hub"),
     "data": ("verbs", "data", "check a data set before training: unimodal data check PATH"),
     "doctor": ("verbs", "doctor", "report versions, devices and, for a checkpoint, whether it replays"),

@@ -1,4 +1,4 @@
-"""The verbs that use a model or look at data, `unimodal embed|search|rank|caption|generate|mine|push|data`, and their one parser.
+"""The verbs that use a model or look at data, `unimodal embed|search|rank|caption|generate|mine|export|push|data`, and their one parser.
 
 Results go to standard output, messages to standard error. What a user can get wrong is one line and status 1; a file
 that cannot be read is named and left out, and the others are done.
@@ -18,8 +18,8 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from unimodal.cli import exporting, searching
 from unimodal.cli import mine as mining
-from unimodal.cli import searching
 from unimodal.cli.data import add_parser, check_data
 from unimodal.cli.doctor import examine
 from unimodal.data.images import load_image
@@ -79,6 +79,8 @@ def parser() -> argparse.ArgumentParser:
     verb = verbs.add_parser("mine", parents=[model], help="mine hard negatives of a split into a .jsonl file")
     mining.add_arguments(verb)
 
+    exporting.add_parser(verbs)
+
     verb = verbs.add_parser("push", help="push a checkpoint folder to the Hub")
     verb.add_argument("folder", type=Path, help=f"a checkpoint, for example {DEFAULT_MODEL}")
     verb.add_argument("repo_id", metavar="OWNER/NAME", help="the repository; made if it does not exist")
@@ -109,7 +111,7 @@ def _verb(work: Callable[[argparse.Namespace], int | None]) -> Callable[[Sequenc
         options = parse(arguments)
         try:
             return work(options) or 0
-        except (OSError, ValueError, TypeError) as error:
+        except (OSError, ValueError, TypeError, ImportError) as error:
             _say(f"unimodal {options.verb}: {error}")
             return 1
 
@@ -186,6 +188,11 @@ def mine(options: argparse.Namespace) -> None:
 
 
 @_verb
+def export(options: argparse.Namespace) -> None:
+    exporting.export(options, _checkpoint(options))
+
+
+@_verb
 def push(options: argparse.Namespace) -> None:
     if not options.folder.is_dir():
         raise FileNotFoundError(f"{options.folder}: no such folder; give a checkpoint, for example {DEFAULT_MODEL}")
@@ -209,10 +216,14 @@ def doctor(options: argparse.Namespace) -> int:
     return examine(options.model, ask_hub=options.hub)
 
 
-def _load(options: argparse.Namespace) -> Unimodal:
+def _checkpoint(options: argparse.Namespace) -> str:
     if options.model is None and not Path(DEFAULT_MODEL).is_dir():
         raise FileNotFoundError(f"no model in {DEFAULT_MODEL}; run `make demo` first, or give --model")
-    return Unimodal.from_pretrained(options.model or DEFAULT_MODEL, device=options.device)
+    return options.model or DEFAULT_MODEL
+
+
+def _load(options: argparse.Namespace) -> Unimodal:
+    return Unimodal.from_pretrained(_checkpoint(options), device=options.device)
 
 
 def _pictures(folder: Path) -> list[Path]:

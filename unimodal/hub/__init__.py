@@ -1,7 +1,14 @@
 """Checkpoints: a folder that is saved whole or not at all, loads strictly and offline, and goes to the Hub as it is."""
 
 from unimodal.hub.card import Card
-from unimodal.hub.checkpoint import find_calibration, load_checkpoint, push_to_hub, save_checkpoint, verify_checkpoint
+from unimodal.hub.checkpoint import (
+    find_calibration,
+    find_checkpoint,
+    load_checkpoint,
+    push_to_hub,
+    save_checkpoint,
+    verify_checkpoint,
+)
 from unimodal.hub.weights import CheckpointError, CheckpointMismatch
 
 __all__ = [
@@ -9,6 +16,7 @@ __all__ = [
     "CheckpointError",
     "CheckpointMismatch",
     "find_calibration",
+    "find_checkpoint",
     "load_checkpoint",
     "push_to_hub",
     "save_checkpoint",

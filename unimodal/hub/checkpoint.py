@@ -28,7 +28,7 @@ from unimodal.hub import towers
 from unimodal.hub.card import Card, Measured, render_card
 from unimodal.hub.contents import choose_heads, describe, is_ours, read_contents
 from unimodal.hub.example import differences, example_inputs, example_outputs
-from unimodal.hub.folder import FILES, replacing, restore
+from unimodal.hub.folder import COMPANIONS, FILES, replacing, restore
 from unimodal.hub.published import PUBLISHED_FILES, is_published, open_published
 from unimodal.hub.weights import CheckpointError, load_weights, open_weights, weight_files
 from unimodal.model import UnimodalModel
@@ -113,7 +113,7 @@ def load_checkpoint(
         CheckpointError: if it is not a checkpoint that can be read safely and completely.
         CheckpointMismatch: if the weights are not those of its configuration; every name is listed.
     """
-    folder = _find(path_or_id, revision, cache_dir, local_files_only, token)
+    folder = find_checkpoint(path_or_id, revision, cache_dir, local_files_only, token)
     if is_published(folder):
         published, processor = open_published(folder, str(path_or_id), revision, heads)
         return published.to(device=device, dtype=dtype).eval(), processor
@@ -146,7 +146,7 @@ def find_calibration(
     token: str | bool | None = None,
 ) -> Path | None:
     """The calibration file of a checkpoint, None where it has none; arguments as in `load_checkpoint`."""
-    path = _find(path_or_id, revision, cache_dir, local_files_only, token) / "calibration.json"
+    path = find_checkpoint(path_or_id, revision, cache_dir, local_files_only, token) / "calibration.json"
     return path if path.exists() else None
 
 
@@ -197,7 +197,7 @@ def push_to_hub(
     create_pr: bool = False,
     commit_message: str = "Upload a unimodal checkpoint",
 ) -> CommitInfo:
-    """Upload a checkpoint folder; nothing but a checkpoint's own files leaves the machine.
+    """Upload a checkpoint folder; nothing but its own files, and those that sentence-transformers reads, leaves the machine.
 
     Args:
         folder: as written by `save_checkpoint`.
@@ -225,18 +225,19 @@ def push_to_hub(
         revision=revision,
         create_pr=create_pr,
         commit_message=commit_message,
-        allow_patterns=list(FILES),
+        allow_patterns=[*FILES, *COMPANIONS],
         delete_patterns=["model.safetensors*", "model-*.safetensors"],  # shards of an older, larger or smaller model
     )
 
 
-def _find(
+def find_checkpoint(
     path_or_id: str | Path,
-    revision: str | None,
-    cache_dir: str | Path | None,
-    local_only: bool,
-    token: str | bool | None,
+    revision: str | None = None,
+    cache_dir: str | Path | None = None,
+    local_only: bool = False,
+    token: str | bool | None = None,
 ) -> Path:
+    """The folder of a checkpoint, downloaded where it is a Hub id; arguments and errors as in `load_checkpoint`."""
     folder = Path(path_or_id)
     restore(folder)
     if folder.is_dir():

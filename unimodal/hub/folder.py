@@ -31,6 +31,8 @@ FILES = (
     "vocab.json",
     "merges.txt",
 )
+# What another library reads beside a checkpoint (`unimodal.adapters`): it goes up to the Hub along with one.
+COMPANIONS = ("modules.json", "config_sentence_transformers.json")
 
 
 def is_checkpoint_file(name: str) -> bool:

@@ -1,0 +1,255 @@
+"""sentence-transformers loads an exported checkpoint and computes what we do, by its own code where it is installed."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import fakehub
+import numpy as np
+import pytest
+import torch
+from huggingface_hub import constants
+from PIL import Image
+from toy import toy_model, toy_processor
+
+from tests.test_published import pictures, saved
+from unimodal import Unimodal, cli
+from unimodal.adapters import (
+    CrossEncoderModule,
+    SentenceTransformerModule,
+    export_cross_encoder,
+    export_sentence_transformer,
+)
+from unimodal.data import Scenes
+from unimodal.hub import CheckpointError, push_to_hub, save_checkpoint, verify_checkpoint
+from unimodal.search import Calibration
+
+TEXTS = ["circle", "a small red square left of a star", "a blue star"]
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("st") / "model"
+    model = Unimodal(toy_model(), toy_processor())
+    model.encoder.calibration = Calibration(0.5, -0.25, 2, 1, 0.1, 0.0, ((0.5, 1.0),), model.encoder.fingerprint())
+    model.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def ours(checkpoint: Path) -> Unimodal:
+    return Unimodal.from_pretrained(checkpoint)
+
+
+@pytest.fixture(scope="module")
+def images() -> list[Image.Image]:
+    scenes = Scenes("test", count=3)
+    return [scenes.image(i) for i in range(3)]
+
+
+@pytest.fixture(scope="module")
+def embedder(checkpoint: Path) -> Path:
+    return export_sentence_transformer(checkpoint, checkpoint.parent / "embedder", prompts={"query": "a red "})
+
+
+@pytest.fixture(scope="module")
+def reranker(checkpoint: Path) -> Path:
+    return export_cross_encoder(checkpoint, checkpoint.parent / "reranker")
+
+
+def library(name: str) -> Any:
+    return getattr(pytest.importorskip("sentence_transformers"), name)
+
+
+@pytest.fixture(scope="module")
+def sentence_transformer(embedder: Path) -> Any:
+    return library("SentenceTransformer")(str(embedder), device="cpu", trust_remote_code=True)
+
+
+@pytest.fixture(scope="module")
+def cross_encoder(reranker: Path) -> Any:
+    return library("CrossEncoder")(str(reranker), device="cpu", trust_remote_code=True)
+
+
+def near(values: Any) -> Any:
+    return pytest.approx(np.asarray(values), abs=1e-6)
+
+
+# Embeddings.
+
+
+def test_texts_and_images(sentence_transformer, ours: Unimodal, images: list[Image.Image], tmp_path: Path) -> None:
+    assert sentence_transformer.encode(TEXTS, batch_size=2) == near(ours.encode(TEXTS))
+    assert sentence_transformer.encode(images) == near(ours.encode(images))
+    assert sentence_transformer.encode(TEXTS[0]) == near(ours.encode(TEXTS[0]))
+    images[0].save(tmp_path / "one.png")
+    assert sentence_transformer.encode(str(tmp_path / "one.png")) == near(ours.encode(images[0]))
+    both = [{"image": image, "text": text} for image, text in zip(images, TEXTS)]
+    assert sentence_transformer.encode(both) == near(ours.encode(both))
+    mixed = [
+        tmp_path / "one.png",
+        TEXTS[1],
+        both[2],
+    ]  # a Path is nothing to sentence-transformers, so it leaves the batch to us
+    assert sentence_transformer.encode(mixed) == near(ours.encode([images[0], TEXTS[1], both[2]]))
+
+
+def test_prompts_similarity_and_width(sentence_transformer, ours: Unimodal, images: list[Image.Image]) -> None:
+    assert sentence_transformer.encode_query(TEXTS) == near(ours.encode(TEXTS, prompt="a red "))
+    assert sentence_transformer.encode_document(TEXTS) == near(ours.encode(TEXTS))
+    a, b = ours.encode(TEXTS), ours.encode(images)
+    found = sentence_transformer.similarity(sentence_transformer.encode(TEXTS), sentence_transformer.encode(images))
+    assert found.numpy() == near(ours.similarity(a, b))
+    short = sentence_transformer.encode(TEXTS, truncate_dim=8, normalize_embeddings=True)
+    assert short == near(ours.encode(TEXTS, truncate_dim=8))
+
+
+def test_what_it_says_of_itself(sentence_transformer, ours: Unimodal) -> None:
+    assert sentence_transformer.get_embedding_dimension() == 16 and sentence_transformer.max_seq_length == 32
+    assert sentence_transformer.supports("image") and sentence_transformer.supports(("image", "text"))
+    assert not sentence_transformer.supports("audio")
+    assert list(sentence_transformer[0].model.heads) == ["image_embedding", "text_embedding"]  # no other is loaded
+    assert sentence_transformer.tokenizer.get_vocab() == ours.processor.tokenizer.get_vocab()
+
+
+def test_it_trains(embedder: Path, images: list[Image.Image]) -> None:
+    model = library("SentenceTransformer")(str(embedder), device="cpu", trust_remote_code=True)
+    text, image = (model(model.preprocess(part))["sentence_embedding"] for part in (TEXTS, images))
+    (text @ image.T).trace().backward()
+    assert all(p.grad is not None for name, p in model.named_parameters() if ".heads." in name)
+
+
+def test_saved_again(sentence_transformer, ours: Unimodal, images: list[Image.Image], tmp_path: Path) -> None:
+    sentence_transformer.save_pretrained(str(tmp_path / "again"))
+    again = library("SentenceTransformer")(str(tmp_path / "again"), device="cpu", trust_remote_code=True)
+    assert again.encode(images) == near(ours.encode(images)) and again.prompts["query"] == "a red "
+    with pytest.raises(ValueError, match="safe_serialization=False: checkpoints are safetensors alone"):
+        sentence_transformer.save_pretrained(str(tmp_path / "pickle"), safe_serialization=False)
+
+
+def test_model_in_memory_needs_no_trust(ours: Unimodal, images: list[Image.Image]) -> None:
+    memory = library("SentenceTransformer")(modules=[SentenceTransformerModule(ours)], device="cpu")
+    assert memory.encode(images) == near(ours.encode(images))
+
+
+def test_settings_of_another_kind_are_refused(embedder: Path) -> None:
+    half = library("SentenceTransformer")(
+        str(embedder), device="cpu", trust_remote_code=True, model_kwargs={"dtype": torch.bfloat16}
+    )
+    assert half[0].model.log_scale.dtype == torch.bfloat16
+    assert np.linalg.norm(half.encode(TEXTS), axis=1) == pytest.approx(1, abs=1e-6)
+    for settings, told in (({"backend": "onnx"}, "backend='onnx'"), ({"processor_kwargs": {"size": 3}}, "got size;")):
+        with pytest.raises(ValueError, match=f"a unimodal checkpoint is loaded as it is.*{told}"):
+            library("SentenceTransformer")(str(embedder), trust_remote_code=True, **settings)
+
+
+def test_pictures_in_their_own_sizes(tmp_path: Path) -> None:
+    """NaFlex: a picture is several tensors."""
+    saved("naflex", tmp_path / "published")
+    published = Unimodal.from_pretrained(tmp_path / "published")
+    published.save_pretrained(tmp_path / "model")
+    export_sentence_transformer(tmp_path / "model", tmp_path / "embedder")
+    theirs = library("SentenceTransformer")(str(tmp_path / "embedder"), device="cpu", trust_remote_code=True)
+    assert theirs.encode(pictures(), batch_size=2) == near(published.encode(pictures()))
+    both = [{"image": image, "text": "a star"} for image in pictures()]
+    assert theirs.encode(both) == near(published.encode(both))
+
+
+# Matching.
+
+
+def test_predict(cross_encoder, ours: Unimodal, images: list[Image.Image]) -> None:
+    pairs = [(text, image) for text in TEXTS for image in images] + [(images[0], TEXTS[1])]
+    assert cross_encoder.predict(pairs, batch_size=4) == near(ours.predict(pairs))
+    assert cross_encoder.predict(pairs[0]) == near(ours.predict(pairs[0]))
+    logits = cross_encoder.predict(pairs, activation_fn=torch.nn.Identity())
+    assert logits == near(ours.predict(pairs, activation_fn=lambda logit: 0.5 * logit - 0.25))
+    prompted = cross_encoder.predict(pairs, prompt="a red ")
+    assert prompted[:3] == near(ours.predict([("a red " + text, image) for text, image in pairs[:3]]))
+    with pytest.raises(ValueError, match=r"pair 0: the matching head judges one image and one text, got text 'circle'"):
+        cross_encoder.predict([(TEXTS[0], TEXTS[1])])
+
+
+def test_rank(cross_encoder, ours: Unimodal, images: list[Image.Image]) -> None:
+    for query, documents in ((TEXTS[1], images), (images[2], TEXTS)):
+        found, expected = cross_encoder.rank(query, documents), ours.rank(query, documents)
+        assert [hit["corpus_id"] for hit in found] == [hit["corpus_id"] for hit in expected]
+        assert [hit["score"] for hit in found] == near([hit["score"] for hit in expected])
+
+
+def test_matching_in_the_bridge(images: list[Image.Image], tmp_path: Path) -> None:
+    model = Unimodal(toy_model(matching={"kind": "bridge"}, embedding={"dim": 16, "pool": "query"}), toy_processor())
+    save_checkpoint(model.model, toy_processor(), tmp_path / "model")
+    export_cross_encoder(tmp_path / "model", tmp_path / "reranker")
+    theirs = library("CrossEncoder")(str(tmp_path / "reranker"), device="cpu", trust_remote_code=True)
+    pairs = [(text, image) for text in TEXTS for image in images]
+    assert theirs.predict(pairs) == near(model.predict(pairs))
+
+
+# Folders.
+
+
+def test_an_export_is_the_checkpoint_and_two_files(checkpoint: Path, embedder: Path) -> None:
+    added = {"modules.json", "config_sentence_transformers.json"}
+    assert {path.name for path in embedder.iterdir()} == {path.name for path in checkpoint.iterdir()} | added
+    assert all((embedder / path.name).read_bytes() == path.read_bytes() for path in checkpoint.iterdir())
+    assert max(verify_checkpoint(embedder).values()) < 1e-5
+    assert list(Unimodal.from_pretrained(embedder).model.heads) == list(
+        Unimodal.from_pretrained(checkpoint).model.heads
+    )
+
+
+def test_verbs(checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for form, kind in (("sentence-transformers", "SentenceTransformer"), ("cross-encoder", "CrossEncoder")):
+        out = tmp_path / form
+        assert cli.main(["export", form, "--model", str(checkpoint), "--out", str(out)]) == 0
+        assert capsys.readouterr().out.startswith(f"{out}: README.md, calibration.json, config.json")
+        (module,) = json.loads((out / "modules.json").read_text())
+        assert module["type"] == f"unimodal.adapters.{kind}Module"
+    assert cli.main(["export", "cross-encoder", "--model", "no/where", "--out", str(tmp_path / "x")]) == 1
+    assert "unimodal export: no/where: no such folder here" in capsys.readouterr().err
+
+
+def test_refusals(checkpoint: Path, tmp_path: Path) -> None:
+    many = toy_model(embedding={"dim": 16, "pool": "query"}, matching=None)
+    save_checkpoint(many, toy_processor(), tmp_path / "many")
+    with pytest.raises(ValueError, match="one vector per query for an image, and a SentenceTransformer has one in all"):
+        export_sentence_transformer(tmp_path / "many", tmp_path / "out")
+    with pytest.raises(ValueError, match="one vector per query for an image"):
+        SentenceTransformerModule(Unimodal(many, toy_processor()))
+    with pytest.raises(ValueError, match="this model has no embedding head, which is what a SentenceTransformer"):
+        SentenceTransformerModule(Unimodal(toy_model(embedding=None), toy_processor()))
+    with pytest.raises(ValueError, match="has no matching head, which is what a CrossEncoder scores with"):
+        export_cross_encoder(tmp_path / "many", tmp_path / "out")
+    with pytest.raises(ValueError, match="this model has no matching head"):
+        CrossEncoderModule(Unimodal(many, toy_processor()))
+    with pytest.raises(ValueError, match="is the checkpoint itself; give another folder"):
+        export_cross_encoder(checkpoint, checkpoint)
+    with pytest.raises(CheckpointError, match="has no config.json"):
+        export_cross_encoder(tmp_path, tmp_path / "out")
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "config.json").write_text("{}")
+    with pytest.raises(FileExistsError, match="saving there would overwrite it"):
+        export_cross_encoder(checkpoint, tmp_path / "full")
+    assert not (tmp_path / "out").exists()
+
+
+def test_by_way_of_the_hub(
+    embedder: Path, ours: Unimodal, images: list[Image.Image], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    with fakehub.running() as hub:
+        monkeypatch.setattr(constants, "ENDPOINT", hub.url)
+        monkeypatch.setattr(
+            constants, "HUGGINGFACE_CO_URL_TEMPLATE", hub.url + "/{repo_id}/resolve/{revision}/{filename}"
+        )
+        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+        monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
+        monkeypatch.setenv("HF_TOKEN", "hf_fake")
+        push_to_hub(embedder, "tester/embedder")
+        assert {"modules.json", "config_sentence_transformers.json"} <= hub.repositories["tester/embedder"].branches[
+            "main"
+        ].keys()
+        theirs = library("SentenceTransformer")(
+            "tester/embedder", device="cpu", trust_remote_code=True, cache_folder=str(tmp_path)
+        )
+        assert theirs.encode(images) == near(ours.encode(images))

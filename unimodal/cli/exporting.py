@@ -1,0 +1,36 @@
+"""`unimodal export onnx|sentence-transformers|cross-encoder`: a checkpoint in the forms that other programs load."""
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from unimodal.adapters import export_cross_encoder, export_sentence_transformer
+from unimodal.export import export_onnx
+from unimodal.inference import Unimodal
+
+FORMS = {
+    "onnx": "both encoders and the matching head as ONNX graphs, compared with torch; needs unimodal[onnx]",
+    "sentence-transformers": "a folder for SentenceTransformer(folder, trust_remote_code=True): its embeddings",
+    "cross-encoder": "a folder for CrossEncoder(folder, trust_remote_code=True): its matching head",
+}
+
+
+def add_parser(verbs: Any) -> None:
+    """Add `export` to the verbs of the command line."""
+    export = verbs.add_parser("export", help="write a checkpoint in a form that other programs load")
+    forms = export.add_subparsers(dest="form", required=True, metavar="FORM")
+    for name, text in FORMS.items():
+        form = forms.add_parser(name, help=text, description=text)
+        form.add_argument("--model", help="a checkpoint folder or Hub id; by default the one of `make demo`")
+        form.add_argument("--out", type=Path, required=True, help="the folder to write")
+
+
+def export(options: argparse.Namespace, checkpoint: str) -> None:
+    """Write the form asked for and say where it is."""
+    if options.form == "onnx":
+        export_onnx(Unimodal.from_pretrained(checkpoint), options.out)
+    elif options.form == "sentence-transformers":
+        export_sentence_transformer(checkpoint, options.out)
+    else:
+        export_cross_encoder(checkpoint, options.out)
+    print(f"{options.out}: {', '.join(sorted(path.name for path in options.out.iterdir()))}")
