@@ -30,8 +30,8 @@ ROOMS: dict[str, tuple[set[str], str]] = {
         {"backbones", "bridge", "heads", "layers", "config"},
         "the model only composes: no losses, no tokenizer, no files",
     ),
-    "stages": ({"model", "config"}, "a stage sees a model's parameters, no losses and no data"),
-    "hub": ({"model", "config", "data"}, "the hub saves and loads a model"),
+    "stages": ({"model", "config", "backbones"}, "a stage sees a model's parameters, no losses and no data"),
+    "hub": ({"model", "backbones", "config", "data"}, "the hub saves and loads a model"),
     "candidates": ({"model", "data"}, "choosing among candidates uses a model, it does not train one"),
     "tasks": (
         {"model", "losses", "metrics", "diffusion", "stages", "data", "config", "hub", "candidates", "chunks"},
@@ -39,7 +39,10 @@ ROOMS: dict[str, tuple[set[str], str]] = {
     ),
     "merge": (set(), "merging takes state dicts"),
     "chunks": (set(), "reading in chunks takes a function and tensors"),
-    "search": ({"model", "hub", "data", "config", "metrics"}, "search uses a model, it does not train one"),
+    "search": (
+        {"model", "backbones", "hub", "data", "config", "metrics"},
+        "search uses a model, it does not train one",
+    ),
     "explain": ({"model", "hub", "data"}, "explaining uses a model, it does not train one"),
     "inference": (
         {"model", "hub", "data", "search", "explain", "config", "candidates"},

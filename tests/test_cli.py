@@ -60,7 +60,11 @@ def write(folder: Path, content: dict[str, Any]) -> Path:
     ("place", "value", "messages"),
     [
         (("model", "class_path"), "unimodal.tasks.Joynt", ["unimodal.tasks.Joynt", "did you mean 'Joint'?"]),
-        (("model", "init_args", "config", "bridge", "layerz"), 3, ["'bridge.layerz'", "did you mean 'layers'?"]),
+        (
+            ("model", "init_args", "config", "bridge", "layerz"),
+            3,
+            ["config.bridge", "'layerz'", "did you mean 'layers'?"],
+        ),
         (("data", "batch_size"), "many", ["data.batch_size", "Expected a <class 'int'>. Got value: many"]),
         (("data", "batch_sise"), 3, ["'data.batch_sise'", "did you mean 'batch_size'?"]),
         (("dat",), 3, ["'dat'", "did you mean 'data'?"]),
