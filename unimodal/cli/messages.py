@@ -24,9 +24,8 @@ def short(message: str) -> str:
     """The message without noise, with the nearest known name where a key or a class is unknown."""
     lines = [line.strip().removeprefix("- ") for line in message.splitlines() if not NOISE.match(line.strip())]
     unknown = re.search(r"(?:does not accept option|has no attribute|Option) '([^']*)'", message)
-    if unknown:
-        if near := difflib.get_close_matches(unknown[1].rpartition(".")[2], _known_names(), n=1):
-            lines.append(f"did you mean {near[0]!r}?")
+    if unknown and (near := difflib.get_close_matches(unknown[1].rpartition(".")[2], _known_names(), n=1)):
+        lines.append(f"did you mean {near[0]!r}?")
     return "\n  ".join(dict.fromkeys(line[:400] for line in lines if line))
 
 
