@@ -354,3 +354,31 @@ def test_errors_say_what_came_what_was_expected_and_what_to_do(ours, memory, ids
         bridge(vocab_size=None).text(ids, text_mask)
     with pytest.raises(ValueError, match="width of 32 does not divide into 3 heads"):
         bridge(heads=3)
+
+
+def test_in_training_padding_is_not_read_and_changes_nothing() -> None:
+    torch.manual_seed(0)
+    bridge = QFormer(
+        width=16, layers=3, heads=2, intermediate=32, memory_width=8, dropout=0.0, queries={"image": 3}, vocab_size=20
+    )
+    ids, memory = torch.randint(0, 20, (4, 6)), torch.randn(4, 5, 8)
+    mask = torch.arange(6) < torch.tensor([6, 2, 3, 1])[:, None]
+
+    def outputs() -> tuple[torch.Tensor, ...]:
+        text, match = bridge.text(ids, mask), bridge.match("image", ids, mask, memory)
+        return text[mask], match, bridge.caption("image", ids, memory, text_mask=mask)[mask]
+
+    def gradients(parts: tuple[torch.Tensor, ...]) -> list[torch.Tensor]:
+        return [g for g in torch.autograd.grad(sum(p.square().sum() for p in parts), used, allow_unused=False)]
+
+    used = [p for name, p in bridge.named_parameters() if not name.startswith("lm_")]
+    read: list[int] = []
+    bridge.layers[0].text_mlp.up.register_forward_hook(lambda module, inputs, _: read.append(inputs[0].numel() // 16))
+    bridge.eval()
+    padded = (outputs(), gradients(outputs()))
+    read.clear()
+    bridge.train()
+    packed = (outputs(), gradients(outputs()))
+    assert set(read) == {12}  # of 24 places
+    for a, b in zip((*padded[0], *padded[1]), (*packed[0], *packed[1]), strict=True):
+        torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-4)

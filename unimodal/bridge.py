@@ -22,7 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from unimodal.layers import MLP, Attention, KeyValues, causal_bias, init_weights, key_mask_to_bias
+from unimodal.layers import MLP, Attention, KeyValues, Padding, causal_bias, init_weights, key_mask_to_bias
 
 EPS = 1e-12  # of every LayerNorm, as in BERT
 
@@ -49,27 +49,32 @@ class QFormerLayer(nn.Module):
 
     def forward(
         self,
-        x: Tensor,
-        queries: int,
+        read: Tensor | None,
+        text: Tensor | None,
+        padding: Padding | None,
         bias: Tensor | None,
         memory: tuple[Tensor, Tensor, Tensor | None] | None,
         cache: KeyValues | None,
         place: int,
-    ) -> Tensor:
-        """x [B, queries + L, W] -> the same. `memory`: keys, values, bias; `place`: the layer's index in the cache."""
-        keys, values = self.attention.project(x)
+        ask_text: bool,
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """Queries [B, N, W] and text [B, L, W], or its real tokens [R, W], to the same; one of them may be absent.
+
+        `memory`: keys, values, bias; `place`: the layer's index in the cache; `ask_text`: whether anyone reads the text after this layer.
+        """
+        projected = [self.attention.project(x, p) for x, p in ((read, None), (text, padding)) if x is not None]
+        keys, values = (torch.cat(parts, 2) if len(parts) > 1 else parts[0] for parts in zip(*projected, strict=True))
         if cache is not None:
             keys, values = cache.extend(place, keys, values)
-        x = self.attention_norm(x + self.dropout(self.attention(x, keys, values, bias)))
-        read, text = x[:, :queries], x[:, queries:]
-        if queries:
+        if read is not None:
+            read = self.attention_norm(read + self.dropout(self.attention(read, keys, values, bias)))
             if memory is not None:
                 read = self.cross_attention_norm(read + self.dropout(self.cross_attention(read, *memory)))
             read = self.query_mlp_norm(read + self.dropout(self.query_mlp(read)))
-        if text.shape[1] == 0:
-            return read
-        text = self.text_mlp_norm(text + self.dropout(self.text_mlp(text)))
-        return torch.cat([read, text], 1) if queries else text
+        if text is None or not ask_text:
+            return read, None
+        text = self.attention_norm(text + self.dropout(self.attention(text, keys, values, bias, padding)))
+        return read, self.text_mlp_norm(text + self.dropout(self.text_mlp(text)))
 
 
 class QFormer(nn.Module):
@@ -165,7 +170,9 @@ class QFormer(nn.Module):
         memory = self._projected(memory, memory_mask)
         if inputs is None:
             inputs = self._queries(name).expand(memory.rows, -1, -1)
-        return self._encode(inputs, inputs.shape[1], None, memory, cache)
+        read, _ = self._encode(inputs, None, None, None, memory, cache)
+        assert read is not None
+        return read
 
     def embed_text(self, ids: Tensor, offset: int = 0) -> Tensor:
         """Embeddings of ids [B, L], the first at position `offset`: -> [B, L, W]; every pass normalises its input."""
@@ -183,7 +190,7 @@ class QFormer(nn.Module):
 
     def text(self, ids: Tensor, mask: Tensor | None) -> Tensor:
         """Text alone, read in both directions: ids [B, L], mask [B, L] -> [B, L, W]."""
-        return self._encode(self.embed_text(ids), 0, key_mask_to_bias(mask), None, None)
+        return self._written(self.embed_text(ids), mask, key_mask_to_bias(mask), None)
 
     def match(
         self,
@@ -212,10 +219,12 @@ class QFormer(nn.Module):
                 "so select the memory of each text first: memory.select(index)"
             )
         queries = self._queries(name).expand(len(ids), -1, -1)  # [P, N, W]
+        seen = None
         if text_mask is not None:
-            text_mask = torch.cat([text_mask.new_ones(queries.shape[:2]), text_mask], 1)  # [P, N + L]
-        x = torch.cat([queries, self.embed_text(ids)], 1)  # [P, N + L, W]
-        return self._encode(x, queries.shape[1], key_mask_to_bias(text_mask), memory, None)[:, : queries.shape[1]]
+            seen = torch.cat([text_mask.new_ones(queries.shape[:2]), text_mask], 1)  # [P, N + L]
+        read, _ = self._encode(queries, self.embed_text(ids), text_mask, key_mask_to_bias(seen), memory, None)
+        assert read is not None
+        return read
 
     def caption(
         self,
@@ -225,10 +234,11 @@ class QFormer(nn.Module):
         memory_mask: Tensor | None = None,
         *,
         cache: KeyValues | None = None,
+        text_mask: Tensor | None = None,
     ) -> Tensor:
         """Text after the queries, every token sees the queries and its past: -> [B, L, W], for `lm_logits`.
 
-        Texts are padded on the right: no token looks to its right, so padding needs no mask.
+        Texts are padded on the right: no token looks to its right, so the real ones come out the same with a mask or without.
 
         Args:
             name: which query set.
@@ -237,6 +247,7 @@ class QFormer(nn.Module):
             memory_mask: [B, T], True = real token.
             cache: what queries and text have left so far; grows by L tokens. `read` of the same query set fills an
                 empty one.
+            text_mask: [B, L], True = real token; in training the padding then costs nothing.
         """
         cache = KeyValues() if cache is None else cache
         if cache.length == 0:
@@ -244,7 +255,7 @@ class QFormer(nn.Module):
                 raise ValueError("caption: nothing to describe: pass the memory, or a cache that `read` has filled")
             self.read(name, memory, memory_mask, cache=cache)
         x = self.embed_text(ids, offset=cache.length - len(self._queries(name)))
-        return self._encode(x, 0, causal_bias(ids.shape[1], cache.length, ids.device), None, cache)
+        return self._written(x, text_mask, causal_bias(ids.shape[1], cache.length, ids.device), cache)
 
     def lm_logits(self, hidden: Tensor) -> Tensor:
         """Next-token logits as BERT's, decoder tied to the token embedding: [B, L, W] -> [B, L, V]."""
@@ -258,15 +269,34 @@ class QFormer(nn.Module):
     def _projected(self, memory: Tensor | KeyValues, mask: Tensor | None) -> KeyValues:
         return self.project_memory(memory, mask) if isinstance(memory, Tensor) else memory
 
+    def _written(self, x: Tensor, mask: Tensor | None, bias: Tensor | None, cache: KeyValues | None) -> Tensor:
+        """Text alone, or after queries that are in the cache: embeddings [B, L, W] -> [B, L, W]."""
+        _, text = self._encode(None, x, mask, bias, None, cache)
+        assert text is not None
+        return text
+
     def _encode(
-        self, x: Tensor, queries: int, bias: Tensor | None, memory: KeyValues | None, cache: KeyValues | None
-    ) -> Tensor:
-        x = self.dropout(self.norm(x))
+        self,
+        read: Tensor | None,
+        text: Tensor | None,
+        mask: Tensor | None,
+        bias: Tensor | None,
+        memory: KeyValues | None,
+        cache: KeyValues | None,
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """Queries [B, N, W], or text [B, L, W] with its mask, or both, of which then only the queries are read."""
+        # In training only: how many tokens are real is not known before, which a traced graph would have to.
+        padding = Padding(mask) if self.training and text is not None and mask is not None else None
+        if text is not None:
+            text = self.dropout(self.norm(text if padding is None else padding.remove(text)))
+        if read is not None:
+            read = self.dropout(self.norm(read))
         readers = iter(memory.layers if memory is not None else ())
         for i, layer in enumerate(self.layers):
-            read = (*next(readers), memory.bias) if memory is not None and layer.reads_memory else None
-            x = layer(x, queries, bias, read, cache, i)
-        return x
+            shown = (*next(readers), memory.bias) if memory is not None and layer.reads_memory else None
+            ask_text = read is None or i < len(self.layers) - 1
+            read, text = layer(read, text, padding, bias, shown, cache, i, ask_text)
+        return read, text if padding is None or text is None else padding.restore(text)
 
     # Weights of others.
 

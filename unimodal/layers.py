@@ -98,6 +98,26 @@ class KeyValues:
         return KeyValues(layers, None if self.bias is None else self.bias.index_select(0, index))
 
 
+class Padding:
+    """Where the real tokens of padded rows are, so that linear layers need not read the padding.
+
+    Args:
+        mask: [B, L], True = real token; R of them.
+    """
+
+    def __init__(self, mask: Tensor):
+        self.shape = mask.shape
+        self.places = mask.flatten().nonzero()[:, 0]
+
+    def remove(self, x: Tensor) -> Tensor:
+        """[B, L, W] -> [R, W]."""
+        return x.flatten(0, 1)[self.places]
+
+    def restore(self, x: Tensor) -> Tensor:
+        """[R, W] -> [B, L, W], zeros in the padding."""
+        return x.new_zeros(self.shape.numel(), x.shape[-1]).index_copy(0, self.places, x).unflatten(0, self.shape)
+
+
 class Attention(nn.Module):
     """Multi-head attention of `width` to keys and values from `memory_width` (its own width if not given)."""
 
@@ -112,16 +132,20 @@ class Attention(nn.Module):
         self.value = nn.Linear(memory_width, width)
         self.output = nn.Linear(width, width)
 
-    def project(self, memory: Tensor) -> tuple[Tensor, Tensor]:
-        """Keys and values of memory [B, T, memory_width]: two of [B, H, T, W / H]."""
-        return self._split(self.key(memory)), self._split(self.value(memory))
+    def project(self, memory: Tensor, padding: "Padding | None" = None) -> tuple[Tensor, Tensor]:
+        """Keys and values of memory [B, T, memory_width], or of its real tokens [R, memory_width]: two of [B, H, T, W / H]."""
+        return self._split(self.key(memory), padding), self._split(self.value(memory), padding)
 
-    def forward(self, x: Tensor, keys: Tensor, values: Tensor, bias: Tensor | None = None) -> Tensor:
-        """x [B, L, W] -> [B, L, W]."""
-        mixed = attend(self._split(self.query(x)), keys, values, bias, self.dropout if self.training else 0.0)
-        return self.output(mixed.transpose(1, 2).flatten(2))
+    def forward(
+        self, x: Tensor, keys: Tensor, values: Tensor, bias: Tensor | None = None, padding: "Padding | None" = None
+    ) -> Tensor:
+        """x [B, L, W], or its real tokens [R, W], to the same."""
+        queries = self._split(self.query(x), padding)
+        mixed = attend(queries, keys, values, bias, self.dropout if self.training else 0.0).transpose(1, 2).flatten(2)
+        return self.output(mixed if padding is None else padding.remove(mixed))
 
-    def _split(self, x: Tensor) -> Tensor:
+    def _split(self, x: Tensor, padding: "Padding | None") -> Tensor:
+        x = x if padding is None else padding.restore(x)
         return x.unflatten(-1, (self.heads, -1)).transpose(1, 2)  # [B, T, W] -> [B, H, T, W / H]
 
 

@@ -12,12 +12,12 @@ its largest resident size.
 import argparse
 import json
 import os
-import resource
 import statistics
 import subprocess
 import sys
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -62,7 +62,7 @@ def ours(model: QFormer) -> Callable[[dict[str, Tensor]], Losses]:
         image_index, text_index = torch.cat([rows, rows, wrong]), torch.cat([rows, wrong, rows])
         joint = model.match("image", ids[text_index], mask[text_index], memory.select(image_index))
         logits = joint.mean(1) @ batch["head"]
-        words = model.lm_logits(model.caption("image", ids, cache=cache))
+        words = model.lm_logits(model.caption("image", ids, cache=cache, text_mask=mask))
         return contrast(queries, texts), matching_loss(logits, batch["labels"]), caption_loss(words, ids, mask)
 
     return losses
@@ -133,27 +133,31 @@ def step(losses: Callable[[dict[str, Tensor]], Losses], batch: dict[str, Tensor]
     return [part.item() for part in parts]
 
 
-def peak_mib(device: str) -> float:
-    if device == "cuda":
-        return torch.cuda.max_memory_allocated() / 2**20
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+def status_mib(line: str) -> float:
+    """A line of this process's status, such as its resident size now (VmRSS) or at its largest (VmHWM)."""
+    found = next(row for row in Path("/proc/self/status").read_text().splitlines() if row.startswith(line))
+    return int(found.split()[1]) / 1024
 
 
 def peak_of(case: str, options: argparse.Namespace) -> float:
-    """Growth of the peak by one step, MiB. A step of one pair comes first: gradients, threads, kernels."""
+    """What one step adds to the memory at its peak, MiB. A step of two pairs comes first: gradients, threads, kernels."""
     model = bridge().to(options.device)
-    network, straightforward = theirs(model)
+    network, losses = torch.nn.Module(), ours(model)
+    if case == "theirs":
+        network, losses = theirs(model)
     network.to(options.device)
-    losses = ours(model) if case == "ours" else straightforward
     dtype = getattr(torch, options.dtype)
     step(losses, batch_of(2, options.device), dtype)
     batch = batch_of(options.batch, options.device)
-    before = peak_mib(options.device)
     if options.device == "cuda":
         torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated() / 2**20
+        before = torch.cuda.memory_allocated()
+        step(losses, batch, dtype)
+        return (torch.cuda.max_memory_allocated() - before) / 2**20
+    Path("/proc/self/clear_refs").write_text("5")  # the largest resident size starts anew
+    before = status_mib("VmRSS")
     step(losses, batch, dtype)
-    return peak_mib(options.device) - before
+    return status_mib("VmHWM") - before
 
 
 def main() -> None:
