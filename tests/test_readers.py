@@ -112,6 +112,18 @@ def test_any_script_and_any_length_is_a_caption(tmp_path: Path) -> None:
 # Formats found elsewhere.
 
 
+def test_karpathy_keeps_the_ids_of_coco(tmp_path: Path) -> None:
+    sentences = [{"raw": text, "sentid": 70 + i} for i, text in enumerate("abc")]
+    path = karpathy(tmp_path, [["a"]], cocoid=9, sentences=sentences)
+    assert KarpathyJson(path, split="train").coco_ids(0) == (9, [70, 71, 72])
+    with pytest.warns(UserWarning, match="left out"):
+        assert KarpathyJson(path, split="train", captions_per_image=2).coco_ids(0) == (9, [70, 71])
+    for broken in ({"sentences": sentences}, {"cocoid": 9}, {"cocoid": "9", "sentences": sentences}):
+        reader = KarpathyJson(karpathy(tmp_path, [["a"]], **broken), split="train")
+        with pytest.raises(ValueError, match="0.png of toy train lacks COCO's ids, a `cocoid` and a `sentid`"):
+            reader.coco_ids(0)
+
+
 def test_karpathy_with_filepath_and_root(tmp_path: Path) -> None:
     path = karpathy(tmp_path, [["a"]], filepath="val2014", split="restval")
     (tmp_path / "coco" / "val2014").mkdir(parents=True)

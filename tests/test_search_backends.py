@@ -1,5 +1,10 @@
 """Every backend gives what exact search gives: candidates, filters, deletion, and the same again after closing and opening."""
 
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -61,7 +66,7 @@ def test_a_backend_finds_filters_deletes_and_comes_back(name: str, precision: st
     queries = VECTORS[:4]
     keys, scores = backend.search(queries, 10)
     x = np.sign(VECTORS) if precision == "binary" else VECTORS
-    truth = x[:4] @ x.T
+    truth = (queries if name in ("exact", "milvus") else x[:4]) @ x.T  # these ask signs with full queries
     got = np.take_along_axis(truth, keys, 1)  # ties of signs may fall either way, their scores may not
     assert np.allclose(
         np.sort(got)[:, ::-1], np.sort(truth)[:, ::-1][:, :10], atol=0.02 if precision == "int8" else 1e-5
@@ -193,6 +198,56 @@ def test_several_vectors_per_image(name: str, tmp_path: Path) -> None:
     assert index.search(TEXTS, top_k=3, rerank_top_k=0) == plain.search(TEXTS, top_k=3, rerank_top_k=0)
     index.delete([0, 1])
     assert len(index.backend) == 4 * 5
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """Address of a Milvus server: milvus-lite's, in a process of its own."""
+    pytest.importorskip("milvus_lite")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    data = tmp_path_factory.mktemp("milvus") / "data"
+    ask = [sys.executable, "-m", "milvus_lite", "server", "--host", "127.0.0.1", "--port", port, "--data-dir", data]
+    with subprocess.Popen([str(one) for one in ask], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
+        for _ in range(600):
+            try:
+                socket.create_connection(("127.0.0.1", port)).close()
+                break
+            except OSError:
+                assert process.poll() is None, "the server ended"
+                time.sleep(0.1)
+        yield f"http://127.0.0.1:{port}"
+        process.terminate()
+
+
+@pytest.mark.parametrize("precision", ["float32", "int8"])
+def test_vectors_on_a_server(server: str, precision, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MILVUS_TOKEN", "user:secret")
+    one, metadata = encoder(), [{"even": i % 2 == 0} for i in range(7)]
+    plain = build_index(one, PICTURES, metadata=metadata)
+    kept = {"backend": "milvus", "uri": server, "first_precision": precision}
+    index = build_index(one, PICTURES, metadata=metadata, folder=tmp_path / "index", **kept)
+    other = build_index(
+        one, PICTURES[:2], folder=tmp_path / "other", **kept
+    )  # the same server, a collection of its own
+    for either in (plain, index):
+        either.delete([2, 4])
+        either.add([picture(9)], ["nine"], [{"even": False}])
+    assert index.search(TEXTS) == plain.search(TEXTS) and len(other.search(TEXTS[0])) == 2
+    assert index.search(TEXTS, filter="even = true") == plain.search(TEXTS, filter="even = true")
+    index.backend.close()
+    again = Index.load(tmp_path / "index", one)
+    assert (
+        again.search(TEXTS) == plain.search(TEXTS) and sorted(again.backend.keys()) == plain.catalogue.rows().tolist()
+    )
+    with pytest.raises(ValueError, match="on a Milvus server, which a folder cannot copy"):
+        again.save(tmp_path / "copy")
+    files = [path for path in tmp_path.rglob("*") if path.is_file()]
+    assert files and not any(b"secret" in path.read_bytes() for path in files)
+    with pytest.raises(ValueError, match="an address with a password would be kept in index.json.* MILVUS_TOKEN"):
+        build_index(one, PICTURES, backend="milvus", uri="http://user:secret@localhost", folder=tmp_path / "new")
+    assert not (tmp_path / "new").exists()
 
 
 class Killed(BaseException):

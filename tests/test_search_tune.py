@@ -15,7 +15,7 @@ from unimodal.data.readers import KarpathyJson
 from unimodal.inference import Unimodal
 from unimodal.metrics import first_stage, rerank
 from unimodal.search import Calibration, Encoder, build_index, calibrate
-from unimodal.search.calibrate import expected_calibration_error
+from unimodal.search.calibrate import expected_calibration_error, held_out_check
 from unimodal.search.tune import Pairing, Setting, cheapest, cost_curve, held_out_pairs
 
 # Calibration.
@@ -69,6 +69,30 @@ def test_a_threshold_means_a_precision_on_fresh_pairs(precision: float) -> None:
     passed = found.probability(logits) >= found.threshold_for(precision)
     assert 0 < passed.sum() < len(labels)
     assert float(labels[passed].float().mean()) == pytest.approx(precision, abs=0.015)
+
+
+def test_the_check_counts_pairs_of_images_that_the_fit_did_not_see() -> None:
+    logits, labels = drawn(20_000, 0)
+    image_id = torch.arange(20_000) // 20 * 7
+    found = held_out_check(logits, labels, image_id, (0.5, 0.9, 0.999999))
+    assert found.error < 0.02 and found.passed[0.999999] == (0, 0)  # no pair is as sure
+    for precision in (0.5, 0.9):
+        pairs, right = found.passed[precision]
+        assert pairs > 1000 and right / pairs == pytest.approx(precision, abs=0.02)
+
+
+def test_the_check_by_hand() -> None:
+    """Each half is fitted alone; the other is counted at its threshold."""
+    logits, labels = drawn(400, 5)
+    image_id = torch.arange(400) % 2
+    found = held_out_check(logits, labels, image_id, (0.6,))
+    pairs = right = 0
+    for seen in (0, 1):
+        fit = calibrate(logits[image_id == seen], labels[image_id == seen])
+        for z, y in zip(logits[image_id != seen].tolist(), labels[image_id != seen].tolist()):
+            if 1 / (1 + np.exp(-fit.scale * z - fit.offset)) >= fit.threshold_for(0.6):
+                pairs, right = pairs + 1, right + y
+    assert found.passed == {0.6: (pairs, right)} and pairs > 20
 
 
 def test_calibration_error_by_hand() -> None:
@@ -197,8 +221,8 @@ def test_tune_and_calibrate_from_the_shell(data: Path, tmp_path: Path, capsys: p
 
     plain = Unimodal.from_pretrained(model)
     pairs = KarpathyJson(data, split="val")
-    logits, labels = held_out_pairs(Pairing(plain.encoder, pairs, queries=8), 16)
-    assert logits.shape == (8 * 16,)
+    logits, labels, image_id = held_out_pairs(Pairing(plain.encoder, pairs, queries=8), 16)
+    assert logits.shape == (8 * 16,) and (image_id.view(8, 16) == image_id.view(8, 16)[:, :1]).all()
     found = calibrate(logits if logits[labels].mean() > logits[~labels].mean() else -logits, labels)
     assert found.pairs == 128
 
@@ -224,7 +248,7 @@ def test_calibrate_from_the_shell(data: Path, tmp_path: Path, capsys: pytest.Cap
         status = main(["search", "calibrate", "--model", str(tmp_path / f"{seed}"), "--data", str(data)])
         output = capsys.readouterr()
         if status == 0:
-            assert "calibration error" in output.out and "precision 0.5: " in output.out
+            assert "did not see" in output.out and "precision 0.5: " in output.out
             assert Unimodal.from_pretrained(tmp_path / f"{seed}").encoder.calibration is not None
             return
         assert "rank true pairs below wrong ones" in output.err

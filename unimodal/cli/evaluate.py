@@ -1,7 +1,8 @@
 """`unimodal evaluate` scores a checkpoint's retrieval on a split, and `unimodal compare` asks whether two runs differ by more than chance.
 
 Evaluation writes four files: `results.json`, `ranks.safetensors` (every query's rank with its protocol, for `compare`),
-`errors.jsonl` (every failed query with what it found) and `errors.html` (some of them with their pictures).
+`errors.jsonl` (every failed query with what it found) and `errors.html` (some of them with their pictures). Of COCO's 5K test split
+`--judgements` adds the numbers of ECCV Caption and CxC, whose judges saw what COCO's labels miss (`unimodal.metrics.judged`).
 """
 
 import argparse
@@ -26,6 +27,7 @@ from unimodal.metrics import compare, load_ranks, relevance_metrics, require_ali
 from unimodal.report import Hit, Search, write_misses
 from unimodal.tasks import Evaluation, EvaluationSettings
 from unimodal.tasks.errors import Row, retrieval_errors
+from unimodal.tasks.judged import judged_retrieval, require_judgeable
 
 RANKS = "ranks.safetensors"
 DIRECTIONS = {"text_to_image": "Text to image", "image_to_text": "Image to text"}
@@ -69,6 +71,11 @@ def parser() -> argparse.ArgumentParser:
         action="store_true",
         help="also fractional recall, mAP, nDCG and R-precision, by labels where the data have them",
     )
+    verb.add_argument(
+        "--judgements",
+        action="store_true",
+        help="also score COCO's 5K test split under the fuller judgements of ECCV Caption and CxC; needs unimodal[eccv]",
+    )
     verb.add_argument("--batch_size", type=int, default=32, help="images at a time")
     verb.add_argument("--seed", type=int, default=0, help="of the intervals")
 
@@ -92,7 +99,7 @@ def run(arguments: Sequence[str]) -> int:
     options = parse(arguments)
     try:
         options.work(options)
-    except (OSError, ValueError, TypeError) as error:
+    except (ImportError, OSError, ValueError, TypeError) as error:
         print(f"unimodal {options.verb}: {error}", file=sys.stderr)
         return 1
     return 0
@@ -107,7 +114,6 @@ def evaluate(options: argparse.Namespace) -> None:
         labels=options.labels,
         captions_per_image=options.captions_per_image,
     )
-    model, processor = load_checkpoint(options.model, device=options.device)
     settings = EvaluationSettings(
         rerank_k=options.rerank_top_k,
         combine=options.combine,
@@ -115,6 +121,9 @@ def evaluate(options: argparse.Namespace) -> None:
         folds=options.folds,
         text_to_text=options.text_to_text,
     )
+    if options.judgements:
+        require_judgeable(pairs, settings)
+    model, processor = load_checkpoint(options.model, device=options.device)
     evaluation = Evaluation(model.eval(), processor, pairs, settings)
     read(evaluation, options.batch_size)
     results = evaluation.retrieval()
@@ -136,6 +145,11 @@ def evaluate(options: argparse.Namespace) -> None:
         more |= every_relevant(evaluation)
     for result in more.values():
         _table(result.protocol.label(), ("", "first"), [(name, f"{x:.2f}") for name, x in result.scores().items()])
+    for rule, judged in (judged_retrieval(evaluation, results) if options.judgements else {}).items():
+        last = list(judged.values())[-1]
+        rows = [(name, *(f"{one.scores()[name]:.2f}" for one in judged.values())) for name in last.scores()]
+        _table(last.protocol.label(), ("", *judged), rows)
+        more |= {f"{rule}_{stage}": one for stage, one in judged.items()}
 
     options.out.mkdir(parents=True, exist_ok=True)
     save_ranks(options.out / RANKS, stages)

@@ -14,8 +14,10 @@ from rich.table import Table
 from unimodal.data.guess import open_split
 from unimodal.inference import Unimodal
 from unimodal.search.calibrate import calibrate as fit
+from unimodal.search.calibrate import held_out_check
 from unimodal.search.tune import Pairing, Setting, cheapest, cost_curve, held_out_pairs
 
+PRECISIONS = (0.5, 0.7, 0.8, 0.9, 0.95, 0.99)  # whose thresholds are printed
 WIDTH, HEIGHT, LEFT, BOTTOM, TOP, RIGHT = 560, 320, 56, 44, 16, 150
 COLOURS = ("#1f6feb", "#d1242f", "#1a7f37", "#8250df", "#bf8700", "#57606a", "#0a7ea4", "#a40e26", "#6e7781")
 
@@ -94,18 +96,29 @@ def calibrate(model: Unimodal, options: argparse.Namespace, folder: Path) -> Non
     if options.out is None and not folder.is_dir():
         raise ValueError(f"{folder} is no folder here to keep the calibration in; give --out FILE")
     pairing = Pairing(model.encoder, open_split(options.data, options.split, options.images), queries=options.queries)
-    found = fit(*held_out_pairs(pairing, options.depth), model=model.encoder.fingerprint())
+    logits, labels, image_id = held_out_pairs(pairing, options.depth)
+    found = fit(logits, labels, model=model.encoder.fingerprint())
     path = options.out or folder / "calibration.json"
     found.save(path)
     print(
         f"{path}: probability = sigmoid({found.scale:.4f} logit {found.offset:+.4f}), from {found.pairs} pairs, {found.positives} of them "
         f"true; calibration error {found.error_before:.4f} before, {found.error_after:.4f} after"
     )
-    for precision in (0.5, 0.8, 0.9, 0.95, 0.99):
+    try:
+        check = held_out_check(logits, labels, image_id, PRECISIONS)
+        print(f"on images that the fit did not see (one half, then the other): calibration error {check.error:.4f}")
+        passed = check.passed
+    except ValueError as error:
+        print(f"not checked on images that the fit did not see, since one half cannot be fitted alone: {error}")
+        passed = {}
+    for precision in PRECISIONS:
         try:
-            print(f"  precision {precision:g}: probability at least {found.threshold_for(precision):.4f}")
+            line = f"probability at least {found.threshold_for(precision):.4f}"
         except ValueError:
-            print(f"  precision {precision:g}: not reached")
+            line = f"not reached; the surest pair has probability {found.curve[-1][0]:.4f}"
+        pairs, right = passed.get(precision, (0, 0))
+        measured = f"; unseen, {right} of {pairs} pairs right, {right / pairs:.3f}" if pairs else ""
+        print(f"  precision {precision:g}: {line}{measured}")
 
 
 def chart(title: str, settings: list[Setting]) -> str:

@@ -32,6 +32,7 @@ class Sample:
     start: int = 0
     size: int = -1  # to the end of the file
     labels: frozenset[str] = frozenset()
+    coco_ids: tuple[int, ...] = ()  # COCO's, of the picture and then of each caption
 
 
 class Listed:
@@ -125,7 +126,8 @@ class KarpathyJson(Listed):
 
     Args:
         path: the JSON file, `{"dataset", "images": [{"filename", "split", "sentences": [{"raw"}]}]}`; an image's
-            `filepath`, where there is one, is a folder inside the root, and `labels` are its categories.
+            `filepath`, where there is one, is a folder inside the root, and `labels` are its categories. COCO's has a
+            `cocoid` too, and each sentence a `sentid`.
         root: folder of the pictures; by default `images` beside the file.
         split: one of the file's splits, or several joined by a plus: "train+restval".
         captions_per_image: keep the first so many captions of each image, under a warning that counts the others. The
@@ -172,7 +174,8 @@ class KarpathyJson(Listed):
                 if captions_per_image is not None and isinstance(captions, list):
                     cut += [len(captions) - captions_per_image] * (len(captions) > captions_per_image)
                     captions = captions[:captions_per_image]
-                samples.append(Sample(key, captions, inside(root, key), labels=as_labels(image.get("labels"))))
+                labels, ids = as_labels(image.get("labels")), _coco_ids(image, captions_per_image)
+                samples.append(Sample(key, captions, inside(root, key), labels=labels, coco_ids=ids))
         if unknown := [part for part in wanted if part not in found]:
             raise ValueError(f"{path} has no split {unknown[0]!r}; it has: {', '.join(sorted(found))}")
         if cut:
@@ -182,6 +185,20 @@ class KarpathyJson(Listed):
                 stacklevel=2,
             )
         super().__init__(name, split, _block(samples, fold) if fold is not None else samples, on_error)
+
+    def coco_ids(self, i: int) -> tuple[int, list[int]]:
+        """COCO's ids of image i and of its captions, by which later judgements of COCO go.
+
+        Raises:
+            ValueError: the file has none.
+        """
+        if not self.samples[i].coco_ids:
+            raise ValueError(
+                f"{self.key(i)} of {self.name} {self.split} lacks COCO's ids, a `cocoid` and a `sentid` per sentence; "
+                "Karpathy's file of COCO, dataset_coco.json, has them"
+            )
+        image, *captions = self.samples[i].coco_ids
+        return image, captions
 
 
 class ImageFolder(Listed):
@@ -225,6 +242,15 @@ def _raw(sentences: Any) -> Any:
     if not isinstance(sentences, list):
         return sentences
     return [sentence.get("raw") if isinstance(sentence, dict) else sentence for sentence in sentences]
+
+
+def _coco_ids(image: dict[str, Any], captions: int | None) -> tuple[int, ...]:
+    """COCO's ids of an image and of its first sentences; empty where one is missing."""
+    sentences = image.get("sentences")
+    said = sentences[:captions] if isinstance(sentences, list) else []
+    ids = [image.get("cocoid"), *(one.get("sentid") if isinstance(one, dict) else None for one in said)]
+    known = [one for one in ids if isinstance(one, int)]
+    return tuple(known) if len(known) == len(ids) else ()
 
 
 def as_labels(value: Any) -> frozenset[str]:

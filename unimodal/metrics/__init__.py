@@ -2,7 +2,7 @@
 
 from .captions import CaptionMetrics, bleu, caption_metrics, cider_d, rouge_l, tokenize
 from .generation import FoundObject, SceneReport, check_picture, find_objects
-from .judged import JudgedMetrics, judged_metrics
+from .judged import JudgedMetrics, judged_metrics, require_judged
 from .protocol import Protocol, Result, require_alike, results_table
 from .ranking import Candidates, candidates_from_scores, first_stage, ranks_from_scores, rerank, text_to_text
 from .relevance import RelevanceMetrics, relevance_by_label, relevance_metrics
@@ -49,6 +49,7 @@ __all__ = [
     "relevance_by_label",
     "relevance_metrics",
     "require_alike",
+    "require_judged",
     "rerank",
     "results_table",
     "retrieval_metrics",

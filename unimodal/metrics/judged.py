@@ -5,12 +5,14 @@ the arithmetic are those of the package `eccv-caption`; we check the ids, and pu
 """
 
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 from .protocol import Protocol, Result
 
 Ranked = Mapping[int, Sequence[int]]
+DEPTH = 64  # finds per query that suffice: no query has more relevant items than 48
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,13 +43,7 @@ def judged_metrics(
         ImportError: eccv-caption is not installed.
         ValueError: a judged query is missing, or found too few items.
     """
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # it advertises faster readers of its files
-            from eccv_caption import Metrics
-    except ImportError as error:
-        raise ImportError("eccv-caption is not installed; pip install 'unimodal[eccv]'") from error
-    judge = Metrics()
+    judge = _judge()
     found = {"t2i": dict(text_to_image), "i2t": dict(image_to_text)}
     for name, judged in (("ECCV Caption", judge.eccv_gts), ("CxC", judge.cxc_gts)):
         for direction, relevant in judged.items():
@@ -64,13 +60,44 @@ def judged_metrics(
     )
 
 
-def _check(name: str, found: Ranked, relevant: Ranked, *, whole: bool) -> None:
-    """Every judged query has found as many items as it has relevant ones, or one where only the first counts."""
-    if missing := [query for query in relevant if query not in found]:
+def require_judged(captions: Collection[int], images: Collection[int]) -> None:
+    """Refuses data that lack a judged query, before they are searched.
+
+    Args:
+        captions, images: COCO's ids of what will be ranked.
+
+    Raises:
+        ImportError, ValueError: as `judged_metrics`.
+    """
+    judge = _judge()
+    queries = {"t2i": captions, "i2t": images}
+    for name, judged in (("ECCV Caption", judge.eccv_gts), ("CxC", judge.cxc_gts)):
+        for direction, relevant in judged.items():
+            _check_queries(f"{name} {direction}", queries[direction], relevant)
+
+
+def _judge() -> Any:
+    """The package's judgements and metrics."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # it advertises faster readers of its files
+            from eccv_caption import Metrics
+    except ImportError as error:
+        raise ImportError("eccv-caption is not installed; pip install 'unimodal[eccv]'") from error
+    return Metrics()
+
+
+def _check_queries(name: str, queries: Collection[int], relevant: Ranked) -> None:
+    if missing := [query for query in relevant if query not in queries]:
         raise ValueError(
-            f"{name}: query {missing[0]} is judged and not among the {len(found)} ranked ({len(missing)} of {len(relevant)} "
+            f"{name}: query {missing[0]} is judged and not among the {len(queries)} ranked ({len(missing)} of {len(relevant)} "
             "are missing); rank COCO's whole 5K test split, by COCO's ids"
         )
+
+
+def _check(name: str, found: Ranked, relevant: Ranked, *, whole: bool) -> None:
+    """Every judged query has found as many items as it has relevant ones, or one where only the first counts."""
+    _check_queries(name, found, relevant)
     for query, items in relevant.items():
         needed = len(set(items)) if whole else 1
         if len(found[query]) < needed:

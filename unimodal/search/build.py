@@ -44,7 +44,8 @@ def build_index(
         first_precision: of the backend's copy: `float32`, `int8` (a quarter) or `binary` (1/32).
         first_width: the backend keeps only so many of the first dimensions; meant for widths the model was trained for.
         metadata: per document a dict of texts, numbers and booleans, for filters (`unimodal.search.filters`) and hits.
-        uri: address of a Milvus server; by default Milvus keeps a file in the folder.
+        uri: address of a Milvus server, such as "http://localhost:19530"; the environment variable MILVUS_TOKEN says who asks.
+            By default Milvus keeps a file in the folder.
         batch_size: documents at a time.
         on_error: what happens at an image that cannot be read: `raise` stops; `skip` leaves it out, warns with count
             and reasons, and lists it in `Index.skipped`.
@@ -54,8 +55,8 @@ def build_index(
         show_progress_bar: None shows one for several batches on a terminal.
 
     Raises:
-        ValueError: ids or metadata that do not fit, an unknown precision or backend, a folder that holds something else;
-            also what `as_items` and `load_image` raise.
+        ValueError: ids or metadata that do not fit, an unknown precision or backend, an address with a password, a folder that holds
+            something else; also what `as_items` and `load_image` raise.
         ImportError: the library of the backend is not installed.
     """
     if precision not in ("int8", "float32"):
@@ -63,6 +64,10 @@ def build_index(
     dim = encoder.model.embedding.dim
     if first_width is not None and not 1 <= first_width <= dim:
         raise ValueError(f"first_width: expected 1 to {dim}, the width of this model, got {first_width}")
+    if uri and "@" in uri:
+        raise ValueError(
+            "uri: an address with a password would be kept in index.json; give it without, and set MILVUS_TOKEN"
+        )
     items = as_items(documents, check_files=on_error == "raise")
     manifest: store.Manifest = {
         "format": store.FORMAT,

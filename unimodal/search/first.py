@@ -17,7 +17,7 @@ from unimodal.search.filters import Selection
 from unimodal.search.twostage import similarity
 
 # How many candidates are asked for each one wanted, and how many more.
-MORE = {"float32": (1, 0), "int8": (1, 32), "binary": (4, 256)}
+MORE = {"float32": (1, 0), "int8": (1, 32), "binary": (4, 1000)}
 MORE_NARROW = (4, 64)  # on top where fewer dimensions are read
 
 

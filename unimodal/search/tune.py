@@ -224,8 +224,8 @@ def cheapest(settings: Sequence[Setting], recall: float) -> Setting | None:
     return min(enough, key=lambda one: (one.milliseconds, one.memory), default=None)
 
 
-def held_out_pairs(pairing: Pairing, depth: int) -> tuple[Tensor, Tensor]:
-    """Match logits [P] and which pairs are true [P], of the pairs that a text to image search of this depth would score."""
+def held_out_pairs(pairing: Pairing, depth: int) -> tuple[Tensor, Tensor, Tensor]:
+    """The pairs that a text to image search of this depth would score: match logits, which are true, the image of the caption; [P] each."""
     width = pairing.encoder.model.embedding.dim
     with tempfile.TemporaryDirectory() as folder:
         stage = _stage(pairing.image, Path(folder), "float32", width)
@@ -233,7 +233,8 @@ def held_out_pairs(pairing: Pairing, depth: int) -> tuple[Tensor, Tensor]:
         stage.backend.close()
     pairs = [(query, row) for query, some in enumerate(found) for row, _ in some]
     query, row = torch.tensor(pairs).T
-    return pairing.match("text", pairs), pairing.right("text")[query, row]
+    image_id = pairing.text_image_id[pairing.rows["text"]]
+    return pairing.match("text", pairs), pairing.right("text")[query, row], image_id[query]
 
 
 def _stage(read: Read, folder: Path, precision: str, width: int) -> FirstStage:

@@ -1,7 +1,8 @@
 """Milvus: one client from a file in the index's folder (milvus-lite) to a server or a cluster.
 
-`float32` and `int8` are graphs over full and over scalar-quantised vectors. `binary` keeps packed sign bits on a server; milvus-lite has no
-such column, so in a file it keeps the signs as numbers: the same candidates, without the saving.
+`float32` and `int8` are graphs over full and over scalar-quantised vectors. `binary` keeps packed sign bits on a server. milvus-lite has no
+such column: in a file it keeps the signs as numbers, without the saving, and asks with full queries as the exact backend does;
+`milvus-lite server`, which serves a file to others, refuses `binary`.
 
 A server is named by its address, a user by the environment variable MILVUS_TOKEN, which is never written anywhere. The collection is named
 by the address of the index, which `index.json` keeps.
@@ -92,7 +93,7 @@ class MilvusIndex:
         scores = np.full((len(queries), k), -np.inf, np.float32)
         found = self.client.search(
             self.name,
-            self._codes(queries),
+            self._codes(queries) if self.packed else queries.astype(np.float32).tolist(),
             limit=k,
             filter="" if selection is None else selection.filter.milvus(),
             search_params={"params": {"ef": max(64, 2 * k)}},
