@@ -30,7 +30,7 @@ ROOMS: dict[str, tuple[set[str], str]] = {
         {"backbones", "bridge", "heads", "layers", "config"},
         "the model only composes: no losses, no tokenizer, no files",
     ),
-    "stages": ({"model", "config", "backbones"}, "a stage sees a model's parameters, no losses and no data"),
+    "stages": ({"model", "backbones", "config"}, "a stage sees a model's parameters, no losses and no data"),
     "hub": ({"model", "backbones", "config", "data"}, "the hub saves and loads a model"),
     "candidates": ({"model", "data"}, "choosing among candidates uses a model, it does not train one"),
     "tasks": (

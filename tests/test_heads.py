@@ -119,7 +119,7 @@ def test_one_query_scored_by_the_best_is_the_cosine_of_clip() -> None:
 
 
 def test_unknown_pool_is_refused() -> None:
-    with pytest.raises(ValueError, match="expected 'query', 'mean' or 'attention', got 'max'"):
+    with pytest.raises(ValueError, match="expected 'query', 'first', 'mean' or 'attention', got 'max'"):
         embedder("max", False)
 
 

@@ -251,8 +251,8 @@ def index_to(name: str) -> Callable[[Path], None]:
         (spoil_json, ["config.json is not readable as JSON", "get the checkpoint again"]),
         (lambda f: (f / "config.json").write_text("[1]"), ["holds a JSON list, expected an object"]),
         (
-            lambda f: (f / "config.json").write_text('{"model_type": "blip-2"}'),
-            ["a checkpoint of blip-2, expected one of unimodal", "load it with the library"],
+            lambda f: (f / "config.json").write_text('{"model_type": "instructblip"}'),
+            ["a checkpoint of instructblip, expected one of unimodal", "load it with the library"],
         ),
         (config_edit("format", value=99), ["has format 99", "reads formats up to 1", "upgrade unimodal"]),
         (config_edit("modle", value=1), ["unknown key 'modle'; did you mean 'model'"]),

@@ -6,6 +6,7 @@ captions by its image-text match (Li et al. 2022, arXiv 2201.12086, section 3.3)
 Legend: B images, K candidates, E embedding width.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -35,6 +36,7 @@ def best_captions(
     candidates: int,
     *,
     match_scale: float,
+    prompts: Sequence[str] | None = None,
     generator: torch.Generator | None = None,
     **settings: Any,
 ) -> list[str]:
@@ -43,14 +45,24 @@ def best_captions(
     Args:
         candidates: K; 1 leaves nothing to choose.
         match_scale: see `agreement`.
+        prompts: what a language model continues, one for each image or one for all; None is the one it was trained with.
         generator: source of randomness of the draws.
-        settings: see `unimodal.heads.Decoding`; those of a beam search hold for the first candidate only.
+        settings: see `generate` of the model's captioning head; those of a beam search hold for the first candidate only.
 
     Raises:
-        ValueError: K below 1.
+        ValueError: K below 1, prompts for a head that takes none, several sequences to choose among.
     """
     if candidates < 1:
         raise ValueError(f"candidates: expected at least 1, got {candidates}")
+    if candidates > 1 and settings.get("num_return_sequences", 1) > 1:
+        raise ValueError("candidates and num_return_sequences both ask for several captions; leave one of them at 1")
+    if (writer := processor.writer) is not None:
+        ids, mask = writer.prompts([writer.prompt] if prompts is None else prompts)
+        settings["prompt"] = (ids.to(image.tokens.device), mask.to(image.tokens.device))
+    elif prompts is not None:
+        raise ValueError(
+            "caption: this model's captioning head takes no prompt; only a language model (captioning.kind: language_model) does"
+        )
     drawn = {key: value for key, value in settings.items() if key not in ("num_beams", "length_penalty")}
     ways = [settings] + [{**drawn, "do_sample": True}] * (candidates - 1)
     written = [  # [K, B]

@@ -77,6 +77,24 @@ class PublishedConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class LanguageModelConfig:
+    """A published language model that writes captions.
+
+    Args:
+        name: transformers model type of any decoder-only language model: `opt`, `gpt2`, `llama`, `qwen3`, ...
+        kwargs: fields of its configuration class; ignored where `source` brings its own.
+        source: where weights and tokenizer come from: a Hub id or a local folder, also of a BLIP-2 that holds such a model; None starts
+            from random numbers.
+        revision: the commit of a Hub source.
+    """
+
+    name: str = "opt"
+    kwargs: dict[str, Any] = field(default_factory=dict)
+    source: str | None = None
+    revision: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
 class BackboneConfig:
     """What turns items into tokens: two towers projected to one token width, or a published model.
 
@@ -113,6 +131,7 @@ class BridgeConfig:
         dropout: dropout of BERT's places.
         queries: learned queries per named set.
         text_branch: whether the bridge reads and writes text itself (in-bridge matching and captioning).
+        positions: longest text of that branch in tokens.
         from_text_tower: start from the weights of the text tower, a BERT of the same width, as BLIP-2 starts from BERT.
     """
 
@@ -124,6 +143,7 @@ class BridgeConfig:
     dropout: float = 0.1
     queries: dict[str, int] = field(default_factory=lambda: {"image": 32, "text": 8})
     text_branch: bool = True
+    positions: int = 512
     from_text_tower: bool = False
 
 
@@ -135,6 +155,8 @@ class EmbeddingConfig:
         kind: `bridge` embeds what the bridge read; `backbone` is a published model's own embedding.
         dim: embedding width E.
         pool: how image queries become one vector; `query` keeps one vector per query, scored by the best (BLIP-2).
+        text: how a text becomes a vector: `queries` read the backbone's text tokens; `words` takes the first output of the bridge's own
+            text branch (BLIP-2).
         gate: whether a learned gate mixes in the pooled backbone tokens (OmniBridge, arXiv 2509.19018).
         matryoshka: prefix widths that also serve as embeddings (the full width is always one).
         scale: initial inverse temperature.
@@ -145,6 +167,7 @@ class EmbeddingConfig:
     kind: Literal["bridge", "backbone"] = "bridge"
     dim: int = 256
     pool: Literal["query", "mean", "attention"] = "attention"
+    text: Literal["queries", "words"] = "queries"
     gate: bool = True
     matryoshka: tuple[int, ...] = ()
     scale: float = 20.0
@@ -176,19 +199,22 @@ class CaptioningConfig:
     """Captions.
 
     Args:
-        kind: `decoder` is a small decoder on bridged tokens; `bridge` the causal text branch of the bridge (BLIP-2).
+        kind: `decoder` is a small decoder on bridged tokens; `bridge` the causal text branch of the bridge (BLIP-2, first stage);
+            `language_model` a published language model that reads them (BLIP-2, second stage).
         hidden: width of the decoder.
         layers: blocks of the decoder.
         heads: attention heads of the decoder.
         dropout: dropout of the decoder.
         vocabulary: size of the decoder's vocabulary when it is a subset of the tokenizer's; None takes all of it.
         max_length: longest caption in tokens.
-        bos_id: token that starts a caption ([CLS] in BERT's vocabulary; BLIP-2 adds a [DEC] token).
-        eos_id: token that ends a caption ([SEP] in BERT's vocabulary).
+        bos_id: token that starts a caption ([CLS] in BERT's vocabulary; BLIP-2 adds a [DEC] token); a language model brings its own.
+        eos_id: token that ends a caption ([SEP] in BERT's vocabulary); a language model brings its own.
         unk_id: token that stands for what a subset vocabulary lacks ([UNK] in BERT's vocabulary).
+        language_model: which one writes.
+        prompt: what that one reads between the picture and the caption, in training and where a caption is asked for without a prompt.
     """
 
-    kind: Literal["decoder", "bridge"] = "decoder"
+    kind: Literal["decoder", "bridge", "language_model"] = "decoder"
     hidden: int = 256
     layers: int = 3
     heads: int = 4
@@ -198,6 +224,8 @@ class CaptioningConfig:
     bos_id: int = 101
     eos_id: int = 102
     unk_id: int = 100
+    language_model: LanguageModelConfig | None = None
+    prompt: str = ""
 
 
 @dataclass(frozen=True, kw_only=True)

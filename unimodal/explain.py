@@ -125,6 +125,6 @@ def integrated_gradients(
 
 def on_grid(tokens: Tensor, model: UnimodalModel) -> Tensor:
     """Tokens [T] of a square picture -> [h, w]; class and register tokens, which come first, have no place there."""
-    prefix = getattr(model.backbone.vision, "num_prefix_tokens", 0)
+    prefix = model.backbone.prefix_tokens
     side = math.isqrt(len(tokens) - prefix)
     return tokens[prefix:].view(side, side)

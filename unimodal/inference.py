@@ -65,7 +65,7 @@ class Unimodal:
         token: str | bool | None = None,
         heads: Sequence[str] | None = None,
     ) -> "Unimodal":
-        """Load a checkpoint, or a published model: CLIP, SigLIP, SigLIP 2. `heads` says what it can do, `missing_heads` what not.
+        """Load a checkpoint, or a published model: CLIP, SigLIP, SigLIP 2, BLIP-2. `heads` says what it can do, `missing_heads` what not.
 
         Args:
             name_or_path: a checkpoint folder, read without any network, or a Hub id.
@@ -301,6 +301,7 @@ class Unimodal:
         match_scale: float = 0.02,
         batch_size: int = 32,
         show_progress_bar: bool | None = None,
+        prompt: str | Sequence[str] | None = None,
         **options: Any,
     ) -> Any:
         """A sentence about each image.
@@ -314,24 +315,32 @@ class Unimodal:
             match_scale: weight of the match logit beside the cosine when they choose.
             batch_size: images at a time.
             show_progress_bar: None shows one for several batches on a terminal.
-            options: `do_sample`, `temperature`, `top_p`, `length_penalty`, `generator`: see `unimodal.heads.Decoding`.
+            prompt: where a language model writes, the text that it continues, for all images or one for each; what it adds is returned.
+                None is the prompt it was trained with.
+            options: `do_sample`, `temperature`, `top_p`, `length_penalty`, `generator`: see `unimodal.heads.Decoding`. Where a language
+                model writes, all that transformers' `generate` takes; `num_return_sequences` gives a list of strings for each image.
 
         Returns:
             A string for one image, a list of strings for several.
 
         Raises:
-            ValueError: an item is not an image, the model has no captioning head, a setting is out of range; also what
-                `as_items` and `load_image` raise.
+            ValueError: an item is not an image, the model has no captioning head, a setting is out of range, a prompt for a head that takes
+                none, prompts and images that are not as many; also what `as_items` and `load_image` raise.
         """
         self.model.head("captioning")
         items = as_items(images)
+        prompts = None if prompt is None else [prompt] * len(items) if isinstance(prompt, str) else list(prompt)
+        if prompts is not None and len(prompts) != len(items):
+            raise ValueError(
+                f"caption: {len(prompts)} prompts for {len(items)} images; give one for each, or one string"
+            )
         for item in items:
             if item.kind != "image":
                 raise ValueError(
                     f"caption: expected images, got the {item.kind} {item.document!r}; the path of a picture without a "
                     "picture's suffix is passed as pathlib.Path"
                 )
-        captions: list[str] = []
+        captions: list[Any] = []
         for rows in progress(batches(len(items), batch_size), "Captioning", show_progress_bar):
             state = self.encoder.images([item.image for item in items[rows]])
             captions += best_captions(
@@ -340,11 +349,46 @@ class Unimodal:
                 state,
                 candidates,
                 match_scale=match_scale,
+                prompts=None if prompts is None else prompts[rows],
                 max_new_tokens=max_new_tokens,
                 num_beams=num_beams,
                 **options,
             )
+        if (each := options.get("num_return_sequences", 1)) > 1:
+            captions = [captions[i : i + each] for i in range(0, len(captions), each)]
         return captions[0] if is_single(images) else captions
+
+    def answer(
+        self,
+        images: Any,
+        questions: str | Sequence[str],
+        prompt: str = "Question: {} Answer:",
+        max_new_tokens: int = 10,
+        num_beams: int = 5,
+        length_penalty: float = -1.0,
+        **options: Any,
+    ) -> Any:
+        """Short answers to questions about images, by a model whose captions a language model writes.
+
+        The defaults are those of BLIP-2's visual question answering (arXiv 2301.12597, section 4.2): five beams, short answers preferred.
+
+        Args:
+            images: one image or several.
+            questions: one for all images, or one for each.
+            prompt: what the language model continues; `{}` is the question.
+            max_new_tokens: longest answer in tokens.
+            num_beams: hypotheses kept.
+            length_penalty: below 0 prefers short answers.
+            options: as in `caption`.
+
+        Returns:
+            A string for one image, a list of strings for several.
+
+        Raises:
+            As `caption`.
+        """
+        asked = prompt.format(questions) if isinstance(questions, str) else [prompt.format(q) for q in questions]
+        return self.caption(images, max_new_tokens, num_beams, prompt=asked, length_penalty=length_penalty, **options)
 
     @torch.inference_mode()
     def generate_image(
@@ -484,7 +528,7 @@ class Unimodal:
     @property
     def modalities(self) -> tuple[str, ...]:
         """The kinds of item the model reads."""
-        return self.model.backbone.modalities
+        return self.model.modalities
 
     def supports(self, modality: str) -> bool:
         """Whether the model reads items of this kind."""

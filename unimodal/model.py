@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from unimodal import heads
-from unimodal.backbones import Pixels, build_backbone
+from unimodal.backbones import Pixels, build_backbone, load_language_model
 from unimodal.bridge import QFormer
 from unimodal.config import EmbeddingConfig, ModelConfig
 from unimodal.layers import KeyValues
@@ -44,8 +44,8 @@ class ImageState(NamedTuple):
 
 
 class TextState(NamedTuple):
-    """What the model read from M texts: ids and mask [M, L], backbone tokens [M, L, D], bridged tokens [M, N, W] ([M, 0] without text
-    queries) and, where the model uses it, the backbone's own embedding [M, E]."""
+    """What the model read from M texts: ids and mask [M, L], backbone tokens [M, L, D] ([M, 0] where it reads no texts), bridged tokens
+    [M, N, W] ([M, 0] without text queries) and, where the model uses it, the backbone's own embedding [M, E]."""
 
     ids: Tensor
     mask: Tensor
@@ -95,6 +95,7 @@ class UnimodalModel(nn.Module):
                 dropout=bridge.dropout,
                 queries=bridge.queries,
                 vocab_size=self.backbone.vocab_size if bridge.text_branch else None,
+                max_positions=bridge.positions,
             )
             if pretrained and bridge.from_text_tower:
                 self.bridge.load_bert(self.backbone.text.state_dict())
@@ -104,9 +105,11 @@ class UnimodalModel(nn.Module):
             shared: dict[str, Any] = {"width": width, "backbone_width": self.backbone.width}
             shared |= {"dim": embedding.dim, "gate": embedding.gate}
             self.heads["image_embedding"] = heads.EmbeddingHead(pool=embedding.pool, **shared)
-            self.heads["text_embedding"] = heads.EmbeddingHead(
-                pool="attention" if embedding.pool == "query" else embedding.pool, **shared
-            )
+            words = embedding.text == "words"
+            if embedding.gate or not words:
+                self._require_text_tokens("the embedding head (embedding.text: queries, or a gate)")
+            pool = "first" if words else "attention" if embedding.pool == "query" else embedding.pool
+            self.heads["text_embedding"] = heads.EmbeddingHead(pool=pool, **shared)
         elif embedding is not None and embedding.dim != self.backbone.embeds:
             raise ValueError(
                 f"embedding: dim is {embedding.dim}, but the backbone's own embedding has "
@@ -126,6 +129,7 @@ class UnimodalModel(nn.Module):
             if matching.kind == "bridge":
                 self.heads["matching"] = heads.BridgeMatchingHead(width=self._bridge_width("the matching head"))
             else:
+                self._require_text_tokens("the matching head (matching.kind: cached)")
                 self.heads["matching"] = heads.CachedMatchingHead(
                     width=self._bridge_width("the matching head"),
                     text_width=self.backbone.width,
@@ -137,6 +141,18 @@ class UnimodalModel(nn.Module):
         if (captioning := config.captioning) is not None:
             if captioning.kind == "bridge":
                 self.heads["captioning"] = heads.BridgeCaptioner(bos_id=captioning.bos_id, eos_id=captioning.eos_id)
+            elif captioning.kind == "language_model":
+                if captioning.language_model is None:
+                    raise ValueError(
+                        "captioning.language_model: kind is 'language_model', so one must be named, for example "
+                        "{name: opt, source: facebook/opt-125m}"
+                    )
+                if captioning.vocabulary is not None:
+                    raise ValueError("captioning.vocabulary: a language model has its own; leave it null")
+                language_model, origin = load_language_model(captioning.language_model, pretrained=pretrained)
+                self.heads["captioning"] = heads.LanguageModelCaptioner(
+                    language_model, width=self._bridge_width("the captioning head"), sources=origin
+                )
             else:
                 self.heads["captioning"] = heads.CaptionDecoder(
                     vocab_size=captioning.vocabulary or self.backbone.vocab_size,
@@ -151,6 +167,7 @@ class UnimodalModel(nn.Module):
                     dropout=captioning.dropout,
                 )
         if config.generation is not None:
+            self._require_text_tokens("the generation head")
             self.heads["generation"] = heads.GenerationHead(
                 condition_width=self._bridge_width("the generation head"),
                 **{f.name: getattr(config.generation, f.name) for f in dataclasses.fields(config.generation)},
@@ -163,6 +180,13 @@ class UnimodalModel(nn.Module):
             )
         return self.config.bridge.width
 
+    def _require_text_tokens(self, who: str) -> None:
+        if "text" not in self.backbone.modalities:
+            raise ValueError(
+                f"{who} reads text tokens of the backbone, and {self.config.backbone.label} has none: let the bridge read the texts "
+                "(embedding.text: words without a gate, matching.kind: bridge), or take a backbone with a text tower"
+            )
+
     @property
     def jobs(self) -> tuple[str, ...]:
         """What the model can do: `embedding`, `matching`, `captioning`, `generation`, as far as they are there."""
@@ -174,6 +198,30 @@ class UnimodalModel(nn.Module):
             "generation": config.generation,
         }
         return tuple(job for job, given in settings.items() if given is not None)
+
+    @property
+    def modalities(self) -> tuple[str, ...]:
+        """The kinds of item that it reads, by its backbone or by the bridge's text branch."""
+        by_bridge = self.bridge is not None and self.bridge.has_text
+        return ("image", "text") if by_bridge else self.backbone.modalities
+
+    @property
+    def language_captioner(self) -> heads.LanguageModelCaptioner | None:
+        """The captioning head where it is a language model, which has a tokenizer of its own."""
+        head = dict(self.heads.items()).get("captioning")
+        return head if isinstance(head, heads.LanguageModelCaptioner) else None
+
+    @property
+    def sources(self) -> dict[str, dict[str, str | None]]:
+        """Where published parts came from: those of `backbone.sources`, and `language_model`."""
+        captioner = self.language_captioner
+        return self.backbone.sources | (captioner.sources if captioner is not None else {})
+
+    @sources.setter
+    def sources(self, found: dict[str, dict[str, str | None]]) -> None:
+        self.backbone.sources = {part: source for part, source in found.items() if part in self.backbone.parts}
+        if self.language_captioner is not None:
+            self.language_captioner.sources = {part: found[part] for part in found.keys() - self.backbone.sources}
 
     # Reading: once per image and once per text, whatever the heads do with it.
 
@@ -197,6 +245,9 @@ class UnimodalModel(nn.Module):
 
     def encode_text(self, ids: Tensor, mask: Tensor) -> TextState:
         """Read texts: token ids and mask, both [M, L]."""
+        if "text" not in self.backbone.modalities:
+            nothing = self.log_scale.new_empty(len(ids), 0)
+            return TextState(ids, mask, nothing, nothing)
         features = self.backbone.text_features(ids, mask)
         own = self.backbone.text_embedding(features, ids, mask) if self._uses_own_embedding else None
         hidden, mask, _ = self.backbone.text_tokens(features, mask)
@@ -233,7 +284,10 @@ class UnimodalModel(nn.Module):
     def _embedding(self, kind: str, state: ImageState | TextState) -> Tensor:
         if state.own is not None:
             return state.own
-        return self.head(f"{kind}_embedding")(state.bridged, state.tokens, state.mask)
+        bridged = state.bridged
+        if isinstance(state, TextState) and self.embedding.text == "words":
+            bridged = self.bridge.text(state.ids, state.mask)  # [M, L, W]
+        return self.head(f"{kind}_embedding")(bridged, state.tokens, state.mask)
 
     @property
     def embedding(self) -> EmbeddingConfig:
@@ -291,7 +345,7 @@ class UnimodalModel(nn.Module):
     def caption_targets(self, ids: Tensor) -> Tensor:
         """The classes [B, L] that `caption_logits` scores for token ids [B, L]: the ids, or their rows in a subset vocabulary."""
         head = self.head("captioning")
-        return ids if isinstance(head, heads.BridgeCaptioner) else head.rows_of(ids)
+        return head.rows_of(ids) if isinstance(head, heads.CaptionDecoder) else ids
 
     def caption_logits(self, image: ImageState, ids: Tensor) -> Tensor:
         """Next-token logits [B, L, V] of captions `ids` [B, L] under teacher forcing."""
@@ -305,7 +359,7 @@ class UnimodalModel(nn.Module):
 
     @torch.no_grad()
     def caption(self, image: ImageState, **options) -> list[list[int]]:
-        """Token ids of a caption per image; options as in `unimodal.heads.CaptionDecoder.generate`."""
+        """Token ids of a caption per image; options as in `generate` of the head that the model has."""
         head = self.head("captioning")
         if isinstance(head, heads.BridgeCaptioner):
             return head.generate(self.bridge, cache=image.cache, **options)

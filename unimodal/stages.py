@@ -28,6 +28,8 @@ def paths(model: UnimodalModel) -> dict[str, tuple[str, ...]]:
         for settings in (model.config.matching, model.config.captioning)
     )
     embedding = (*looks, *reads, "bridge.query_sets.text", "heads.image_embedding.*", "heads.text_embedding.*")
+    if model.config.embedding is not None and model.config.embedding.text == "words":
+        embedding = (*embedding, *words)
     if model.config.embedding is not None and model.config.embedding.kind == "backbone":
         embedding = (*sees, *reads, *own)
     out = {
@@ -122,7 +124,9 @@ def probe(model: UnimodalModel, heads: Iterable[str]) -> dict[str, Tensor]:
         elif head == "matching":
             out["matching"] = model.match(image, text, rows, rows)
         elif head == "captioning":
-            out["captioning"] = model.caption_logits(image, ids)
+            captioner = model.language_captioner
+            known = ids if captioner is None else ids % captioner.vocab_size
+            out["captioning"] = model.caption_logits(image, known)
         else:
             network = model.head("generation")
             noise = torch.randn(2, *network.latent_shape, generator=generator).to(device)

@@ -41,7 +41,8 @@ class Backbone(nn.Module):
         parts: name of each part that has a source, and the prefix of its parameters.
         sources: for each part the Hub id or path its weights came from, the revision and the sha256 of the weights; empty where it
             started from random numbers.
-        vocab_size: number of its text tokens.
+        vocab_size: number of text tokens.
+        prefix_tokens: how many image tokens (class, registers) come before those of the image grid.
         embeds: E of its own embedding; None where it has none.
         log_scale, bias: logarithm of the inverse temperature, and the bias, that its own embedding was trained with; None without.
         sees, reads, own: patterns over its parameter names: what image tokens, text tokens and only its own embedding depend on.
@@ -52,6 +53,7 @@ class Backbone(nn.Module):
     parts: dict[str, str]
     sources: dict[str, dict[str, str | None]]
     vocab_size: int
+    prefix_tokens: int = 0
     embeds: int | None = None
     log_scale: float | None = None
     bias: float | None = None

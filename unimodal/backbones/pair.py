@@ -60,6 +60,7 @@ class PretrainedPair(Backbone):
         self.embeds = settings.projection_dim if self.name == "clip" else settings.text_config.projection_size
         self.log_scale = self.model.logit_scale.item()
         self.bias = None if self.name == "clip" else self.model.logit_bias.item()
+        self.prefix_tokens = 1 if self.name == "clip" else 0
         self.width = width or image_width
         self.projects = width is not None
         if width is not None:

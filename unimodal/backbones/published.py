@@ -13,7 +13,7 @@ from huggingface_hub.errors import HFValidationError
 from safetensors import SafetensorError
 from transformers import CONFIG_MAPPING, AutoConfig
 
-from unimodal.config import PublishedConfig
+from unimodal.config import LanguageModelConfig, PublishedConfig
 
 FILES = ("*.json", "*.safetensors", "*.txt", "*.model", "*.jinja")
 
@@ -51,8 +51,24 @@ def find_published(source: str | Path, revision: str | None = None, **options: A
         ) from error
 
 
+def published_settings(config: PublishedConfig | LanguageModelConfig, *, pretrained: bool) -> Any:
+    """The transformers configuration of `config.kwargs`, or the source's where its weights are wanted or kwargs are empty.
+
+    Raises:
+        FileNotFoundError: as `find_published`.
+        ValueError: transformers cannot read the source's config.json.
+    """
+    if config.source is None or (not pretrained and config.kwargs):
+        return CONFIG_MAPPING[config.name](**config.kwargs)
+    folder = find_published(config.source, config.revision)
+    try:
+        return AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{config.source} holds no config.json of a known model: {error}") from error
+
+
 def load_published(
-    model_class: Any, config: PublishedConfig, *, pretrained: bool
+    model_class: Any, config: PublishedConfig | LanguageModelConfig, *, pretrained: bool
 ) -> tuple[Any, dict[str, dict[str, str | None]]]:
     """A transformers model, from its source or from random numbers, and the source's description for `Backbone.sources`.
 
@@ -65,17 +81,14 @@ def load_published(
         FileNotFoundError: as `find_published`.
         ValueError: the folder is another kind of model, has no safetensors, or its weights are not all of the model's.
     """
-    if config.source is None or (not pretrained and config.kwargs):
-        settings: Any = CONFIG_MAPPING[config.name](**config.kwargs)
-    else:
-        folder = find_published(config.source, config.revision)
-        settings = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-        if settings.model_type != config.name:
-            raise ValueError(
-                f"{config.source} is a model of type {settings.model_type!r}, expected {config.name!r}; set published.name"
-            )
+    settings = published_settings(config, pretrained=pretrained)
+    if settings.model_type != config.name:
+        raise ValueError(
+            f"{config.source} is a model of type {settings.model_type!r}, expected {config.name!r}; set published.name"
+        )
     if not pretrained or config.source is None:
         return model_class._from_config(settings, dtype=torch.float32), {}
+    folder = find_published(config.source, config.revision)
     files = sorted(folder.glob("*.safetensors"))
     if not files:
         raise ValueError(f"{config.source} holds no safetensors weights; give a revision or a repository that has them")

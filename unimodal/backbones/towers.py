@@ -63,6 +63,7 @@ class TwoTowers(Backbone):
         self.vision = self._build_vision(vision, pretrained)
         self.text = self._build_text(text, pretrained)
         self.vocab_size = self.text.config.vocab_size
+        self.prefix_tokens = getattr(self.vision, "num_prefix_tokens", 0)
         with torch.no_grad():
             self.vision.eval()
             features, grid = self._vision_map(torch.zeros(1, 3, vision.image_size, vision.image_size))

@@ -73,7 +73,7 @@ def merge_stages(weights: dict[str, float], folder: Path) -> None:
 def mine_stage(settings: dict[str, Any], cli: Any, folder: Path) -> dict[str, str]:
     """Write the hard negatives of the training split of what `cli` built; returns for how many queries there are some."""
     task, data = cli.model, cli.datamodule
-    processor = data.bind(task.config, task.model.backbone)
+    processor = data.bind(task.config, task.model.backbone, task.model.language_captioner)
     encoder = Encoder(task.model.to(cli.trainer.strategy.root_device), processor)
     header, rows = mine_negatives(encoder, data.train, **settings)
     write_negatives(folder / NEGATIVES, header, rows)

@@ -170,7 +170,7 @@ def _final_scores(
     """Score the last weights on the test split (the validation split where there is no other), write the results and the checkpoint."""
     started = time.monotonic()
     task, data = cli.model, cli.datamodule
-    task.processor = data.bind(task.config, task.model.backbone)
+    task.processor = data.bind(task.config, task.model.backbone, task.model.language_captioner)
     weights, _ = load_checkpoint(last)
     task.model.load_state_dict(weights.state_dict())
     task.model.eval()

@@ -66,6 +66,9 @@ def parser() -> argparse.ArgumentParser:
         "--candidates", type=int, default=1, help="captions written, of which the model's own match score chooses one"
     )
     verb.add_argument("--max_new_tokens", type=int, default=30, help="longest caption")
+    verb.add_argument(
+        "--prompt", help="text that a language model continues, for example 'Question: how many? Answer:'"
+    )
 
     verb = verbs.add_parser("generate", parents=[model], help="draw a picture from a text")
     verb.add_argument("text")
@@ -160,6 +163,7 @@ def caption(options: argparse.Namespace) -> None:
     model = _load(options)
     captions = model.caption(
         paths,
+        prompt=options.prompt,
         num_beams=options.num_beams,
         candidates=options.candidates,
         max_new_tokens=options.max_new_tokens,

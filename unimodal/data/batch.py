@@ -1,6 +1,6 @@
 """The batch contract: the keys a batch may carry, their shapes, and a check that names what is missing.
 
-Legend: B images, K false captions per image, L text length, S image side.
+Legend: B images, K false captions per image, L text length (each key its own), S image side.
 """
 
 from typing import Any
@@ -15,6 +15,8 @@ KEYS = {
     "image_features": "float [B, T, C], cached features of a frozen image tower (instead of image)",
     "text": "long [B, L], token ids",
     "text_mask": "bool [B, L], True on real tokens",
+    "caption": "long [B, L], prompt and caption in the token ids of a language model, which has its own tokenizer",
+    "caption_mask": "bool [B, L], True on the caption, its end and the token before it; the prompt is read, not learned",
     "image_id": "long [B], equal for rows that show the same image; drives every multi-positive target and every false-negative mask",
     "text_id": "long [B], the caption",
     "negative_text": "long [B, K, L], token ids of captions that are wrong for the image (a swapped attribute or relation)",

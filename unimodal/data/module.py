@@ -23,7 +23,7 @@ from unimodal.data.features import FeatureCache
 from unimodal.data.negatives import Negatives, read_negatives
 from unimodal.data.pairs import Pairs, require_captions
 from unimodal.data.processor import Processor, scenes_tokenizer
-from unimodal.data.published import open_processor
+from unimodal.data.published import open_processor, open_writer
 from unimodal.data.sampler import hard_batches, random_batches
 
 SIDED = ("left", "right")  # a caption with one of these words forbids mirroring its picture
@@ -109,6 +109,8 @@ class TrainingSamples(Dataset):
             "text_mask": mask[: len(samples)],
         }
         places = self.false_captions + (self.hard_texts if self.mined is not None else 0)
+        if self.processor.writer is not None:
+            batch["caption"], batch["caption_mask"] = self.processor.writer.captions(captions)
         if false or (self.mined is not None and places):
             given = torch.tensor([[k < len(s["false"]) for k in range(places)] for s in samples])  # [B, K]
             batch["negative_text"] = ids.new_zeros(*given.shape, ids.shape[1])  # [B, K, L]
@@ -260,9 +262,22 @@ class PairData(pl.LightningDataModule):
         self.processor: Processor | None = None
         self.caches: dict[str, FeatureCache] = {}
 
-    def bind(self, config: ModelConfig, backbone: Any) -> Processor:
-        """Fit the preprocessing to a model, and open (or build) the feature cache of its image tower."""
+    def bind(self, config: ModelConfig, backbone: Any, language_captioner: Any = None) -> Processor:
+        """Fit the preprocessing to a model, and open (or build) the feature cache of its image tower.
+
+        Args:
+            config: the model's.
+            backbone: the model's.
+            language_captioner: the model's head that writes by a language model (`unimodal.heads.LanguageModelCaptioner`), if it has one.
+        """
         self.processor = self._processor(config, backbone)
+        if language_captioner is not None and config.captioning and (named := config.captioning.language_model):
+            if named.source is None:
+                raise ValueError(
+                    "captioning.language_model.source: training needs the folder or Hub id of its tokenizer, got None"
+                )
+            folder = find_published(named.source, named.revision)
+            self.processor.writer = open_writer(folder, config.captioning, language_captioner)
         if self.feature_cache is not None:
             for split, pairs in (("train", self.train), ("val", self.val), ("test", self.test)):
                 if pairs is not None and split not in self.caches:

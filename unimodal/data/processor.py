@@ -21,13 +21,11 @@ from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from unimodal.data.scenes import vocabulary
+from unimodal.data.texts import TruncationWarning, require_texts
+from unimodal.data.writer import Writer
 
 SETTINGS_FILE = "preprocessor_config.json"
 SPECIAL_TOKENS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "[DEC]")
-
-
-class TruncationWarning(UserWarning):
-    """Some texts were longer than the model reads."""
 
 
 class Processor:
@@ -39,7 +37,12 @@ class Processor:
         mean: per-channel mean that is subtracted, for pixels between 0 and 1.
         std: per-channel scale that is divided by.
         max_length: longest text in tokens, start and end included.
+
+    Attributes:
+        writer: prompts and captions of a language model that writes the captions; None where this tokenizer serves for them, too.
     """
+
+    writer: Writer | None = None
 
     def __init__(
         self,
@@ -123,7 +126,9 @@ class Processor:
         return ids, mask
 
     def decode(self, ids: Sequence[int] | Tensor) -> str:
-        """Token ids -> text, without special tokens."""
+        """Token ids of a caption -> text, without special tokens."""
+        if self.writer is not None:
+            return self.writer.decode(ids)
         text = str(self.tokenizer.decode(torch.as_tensor(ids, dtype=torch.long), skip_special_tokens=True))
         return re.sub(r" ([,.;!?])", r"\1", text).strip()
 
@@ -132,6 +137,8 @@ class Processor:
     def save_pretrained(self, folder: str | Path) -> None:
         """Write the tokenizer's files and `preprocessor_config.json`."""
         self.tokenizer.save_pretrained(str(folder))
+        if self.writer is not None:
+            self.writer.save_pretrained(folder)
         (Path(folder) / SETTINGS_FILE).write_text(json.dumps(self.settings(), indent=1) + "\n")
 
     @classmethod
@@ -146,19 +153,6 @@ class Processor:
             raise FileNotFoundError(f"{path} does not exist; {folder} holds no processor written by save_pretrained")
         tokenizer = AutoTokenizer.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
         return cls(tokenizer, **json.loads(path.read_text()))
-
-
-def require_texts(texts: Sequence[str]) -> None:
-    """Refuse what is not a list of texts with words in them."""
-    if isinstance(texts, str):
-        raise TypeError(f"texts takes a list of strings, got the string {texts[:40]!r}; put it in a list")
-    if len(texts) == 0:
-        raise ValueError("texts: got an empty list; give at least one text")
-    for i, text in enumerate(texts):
-        if not isinstance(text, str):
-            raise TypeError(f"texts: entry {i} is {type(text).__name__} {text!r}; expected a string")
-        if not text.strip():
-            raise ValueError(f"texts: entry {i} is empty; leave it out or give it words")
 
 
 def word_tokenizer(words: Sequence[str]) -> PreTrainedTokenizerFast:

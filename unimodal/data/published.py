@@ -17,9 +17,12 @@ from PIL import Image
 from torch import Tensor
 from transformers import AutoImageProcessor, AutoTokenizer, PreTrainedTokenizerBase
 
-from unimodal.backbones import PretrainedPair
-from unimodal.data.processor import SETTINGS_FILE, Processor, TruncationWarning, require_texts
+from unimodal.config import CaptioningConfig
+from unimodal.data.processor import SETTINGS_FILE, Processor
+from unimodal.data.texts import TruncationWarning, require_texts
+from unimodal.data.writer import Writer
 
+PLACEHOLDER = "<image>"  # stands for BLIP-2's queries in a sequence of ids, and may lie outside of the vocabulary
 TEXT_KEY = "unimodal"  # what this library adds to preprocessor_config.json
 
 
@@ -45,6 +48,7 @@ class PublishedProcessor(Processor):
     ) -> None:
         self.tokenizer, self.image_processor = tokenizer, image_processor
         self.max_length, self.pad_to_max, self.lower_case = max_length, pad_to_max, lower_case
+        self.reserves = PLACEHOLDER in tokenizer.get_vocab()
         self.mean, self.std = tuple(image_processor.image_mean), tuple(image_processor.image_std)
         settings = json.loads(image_processor.to_json_string())
         size = settings.get("crop_size") or settings.get("size") or {}
@@ -92,6 +96,10 @@ class PublishedProcessor(Processor):
     def texts(self, texts: Sequence[str]) -> tuple[Tensor, Tensor]:
         """As `Processor.texts`, by the published tokenizer's own rules of padding and cutting."""
         require_texts(texts)
+        if self.reserves and (named := [text for text in texts if PLACEHOLDER in text]):
+            raise ValueError(
+                f"text {named[0][:60]!r} spells {PLACEHOLDER}, a token that stands for the picture; leave it out"
+            )
         given = [text.lower() for text in texts] if self.lower_case else list(texts)
         longer = [i for i, row in enumerate(self.tokenizer(given)["input_ids"]) if len(row) > self.max_length]
         if longer:
@@ -116,6 +124,8 @@ class PublishedProcessor(Processor):
     def save_pretrained(self, folder: str | Path) -> None:
         """Write the tokenizer's files and `preprocessor_config.json`, which transformers reads, too."""
         self.tokenizer.save_pretrained(str(folder))
+        if self.writer is not None:
+            self.writer.save_pretrained(folder)
         (Path(folder) / SETTINGS_FILE).write_text(json.dumps(self.settings(), indent=1) + "\n")
 
     @classmethod
@@ -132,6 +142,20 @@ def saved_processor(folder: str | Path) -> Processor:
     return (PublishedProcessor if published else Processor).from_pretrained(folder)
 
 
+def open_tokenizer(folder: str | Path) -> PreTrainedTokenizerBase:
+    """The tokenizer of a folder, without running anything that the folder may hold.
+
+    Raises:
+        ValueError: there is none, or it needs a library that is not installed.
+    """
+    try:
+        return AutoTokenizer.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
+    except ImportError as error:
+        raise ValueError(
+            f"the tokenizer in {folder} needs sentencepiece: pip install 'unimodal[siglip]' ({error})"
+        ) from error
+
+
 def published_parts(folder: str | Path) -> tuple[PreTrainedTokenizerBase, Any]:
     """Tokenizer and image processor of a folder.
 
@@ -139,29 +163,58 @@ def published_parts(folder: str | Path) -> tuple[PreTrainedTokenizerBase, Any]:
         ValueError: its tokenizer needs a library that is not installed.
     """
     options: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
+    return open_tokenizer(folder), AutoImageProcessor.from_pretrained(str(folder), backend="torchvision", **options)
+
+
+def open_writer(folder: str | Path, settings: CaptioningConfig, captioner: Any) -> Writer:
+    """The tokenizer of a language model, from its folder.
+
+    Args:
+        folder: the language model's, or that of a published model which holds one.
+        settings: of the captioning head.
+        captioner: the head, `unimodal.heads.LanguageModelCaptioner`.
+
+    Raises:
+        ValueError: there is no tokenizer, or it is not the language model's.
+    """
     try:
-        tokenizer = AutoTokenizer.from_pretrained(str(folder), **options)
-    except ImportError as error:
-        raise ValueError(
-            f"the tokenizer in {folder} needs sentencepiece: pip install 'unimodal[siglip]' ({error})"
-        ) from error
-    return tokenizer, AutoImageProcessor.from_pretrained(str(folder), backend="torchvision", **options)
+        return Writer(
+            open_tokenizer(folder),
+            vocab_size=captioner.vocab_size,
+            start_id=captioner.bos_id,
+            end_id=captioner.eos_id,
+            prompt=settings.prompt,
+            max_length=settings.max_length,
+        )
+    except (OSError, ValueError) as error:
+        raise ValueError(f"the tokenizer of the language model in {folder}: {error}") from error
 
 
-def open_processor(folder: str | Path, backbone: PretrainedPair) -> PublishedProcessor:
+def open_processor(folder: str | Path, backbone: Any) -> PublishedProcessor:
     """The preprocessing of a published backbone, from its folder.
+
+    Args:
+        folder: the model's.
+        backbone: `unimodal.backbones.PretrainedPair` or `Blip2Backbone`.
 
     Raises:
         ValueError: the tokenizer has more tokens than the backbone.
     """
     tokenizer, image_processor = published_parts(folder)
-    if len(tokenizer) > backbone.vocab_size:
+    tokens = tokenizer.get_vocab()
+    tokens.pop(PLACEHOLDER, None)
+    if max(tokens.values()) >= backbone.vocab_size:
         raise ValueError(
-            f"the tokenizer in {folder} has {len(tokenizer)} tokens, the model's vocabulary {backbone.vocab_size}: they do not "
+            f"the tokenizer in {folder} has {len(tokens)} tokens, the model's vocabulary {backbone.vocab_size}: they do not "
             "belong together; get the folder again"
         )
-    text = backbone.model.config.text_config
-    siglip = backbone.model.config.model_type != "clip"
+    settings = backbone.model.config
+    if settings.model_type == "blip-2":
+        # It was trained on texts of 32 tokens, and reads longer ones, as transformers lets it.
+        longest = min(tokenizer.model_max_length, settings.qformer_config.max_position_embeddings)
+        return PublishedProcessor(tokenizer, image_processor, max_length=longest)
+    text = settings.text_config
+    siglip = settings.model_type != "clip"
     return PublishedProcessor(
         tokenizer, image_processor, max_length=text.max_position_embeddings, pad_to_max=siglip, lower_case=siglip
     )

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 from unimodal.heads.captioning import BridgeCaptioner, CaptionDecoder
 from unimodal.heads.decoding import Decoding
 from unimodal.heads.embedding import EmbeddingHead
+from unimodal.heads.language_model import LanguageModelCaptioner
 from unimodal.heads.matching import BridgeMatchingHead, CachedMatchingHead
 
 if TYPE_CHECKING:
@@ -20,6 +21,7 @@ __all__ = [
     "Decoding",
     "EmbeddingHead",
     "GenerationHead",
+    "LanguageModelCaptioner",
 ]
 
 

@@ -1,7 +1,7 @@
 """The embedding head: bridged tokens -> unit vectors that retrieve by cosine.
 
-One vector per query, scored by the best one (BLIP-2, arXiv 2301.12597), or one vector per item by mean or attention
-pooling. A learned gate can mix in a pooled view of the backbone's own tokens (OmniBridge, arXiv 2509.19018), which the
+One vector per query, scored by the best one (BLIP-2, arXiv 2301.12597), or one vector per item: the first token's, the mean,
+or attention pooling. A learned gate can mix in a pooled view of the backbone's own tokens (OmniBridge, arXiv 2509.19018), which the
 bridge need not relearn.
 """
 
@@ -24,8 +24,8 @@ class EmbeddingHead(nn.Module):
         width: W, width of the bridged tokens.
         backbone_width: D, width of the backbone tokens.
         dim: E, width of the embedding.
-        pool: how N bridged tokens become vectors: `mean` or `attention` give one, `query` keeps N. The backbone tokens
-            are pooled by attention under `attention`, else by their mean.
+        pool: how N bridged tokens become vectors: `first`, `mean` or `attention` give one, `query` keeps N. The backbone
+            tokens are pooled by attention under `attention`, else by their mean.
         gate: whether the backbone takes part.
         heads: attention heads of the pooling.
     """
@@ -36,13 +36,13 @@ class EmbeddingHead(nn.Module):
         width: int,
         backbone_width: int,
         dim: int,
-        pool: Literal["query", "mean", "attention"],
+        pool: Literal["query", "first", "mean", "attention"],
         gate: bool,
         heads: int = 4,
     ):
         super().__init__()
-        if pool not in ("query", "mean", "attention"):
-            raise ValueError(f"pool: expected 'query', 'mean' or 'attention', got {pool!r}")
+        if pool not in ("query", "first", "mean", "attention"):
+            raise ValueError(f"pool: expected 'query', 'first', 'mean' or 'attention', got {pool!r}")
         self.pool = pool
         if pool == "attention":
             self.bridge_pool = AttentionPool(width, heads)
@@ -60,6 +60,8 @@ class EmbeddingHead(nn.Module):
             bridged = self.bridge_pool(bridged, None)  # [B, W]
         elif self.pool == "mean":
             bridged = bridged.mean(1)
+        elif self.pool == "first":
+            bridged = bridged[:, 0]
         embedding = F.normalize(self.bridge_projection(bridged), dim=-1)  # [B, E] or [B, N, E]
         if self.gate is None:
             return embedding

@@ -23,7 +23,8 @@ from safetensors.torch import load_file, save_file
 from unimodal import __version__
 from unimodal.config import ModelConfig, to_dict
 from unimodal.data.processor import Processor
-from unimodal.data.published import saved_processor
+from unimodal.data.published import open_writer, saved_processor
+from unimodal.data.writer import WRITER_FOLDER
 from unimodal.hub import towers
 from unimodal.hub.card import Card, Measured, render_card
 from unimodal.hub.contents import choose_heads, describe, is_ours, read_contents
@@ -56,7 +57,8 @@ def save_checkpoint(
         metrics: named results for the card, each with its protocol.
         card: what the card says about training, limits and licence.
         max_shard_size: weights beyond this are split into several files.
-        include_backbone: store the towers too; otherwise they are named by source and hash, which needs them unchanged.
+        include_backbone: store the towers, and a language model that captions, too; otherwise they are named by source and hash, which
+            needs them unchanged.
         example: store an input and its outputs for `verify_checkpoint`.
 
     Raises:
@@ -104,7 +106,8 @@ def load_checkpoint(
         local_files_only: read a Hub id from the cache alone.
         token: access token of the Hub; None takes the stored one.
         heads: load only these (`embedding` comes with them); None loads all.
-        backbone_sources: for checkpoints without their towers, where they are: {"vision": file, "text": folder}.
+        backbone_sources: for checkpoints without their towers, where they are: {"vision": file, "text": folder}, or {"published": folder,
+            "language_model": folder}.
         device: where to put the model.
         dtype: precision of its floating point weights; None leaves float32.
 
@@ -119,10 +122,12 @@ def load_checkpoint(
         return published.to(device=device, dtype=dtype).eval(), processor
     contents = read_contents(folder)
     config, dropped = choose_heads(contents.model, heads)
-    sources = contents.backbone.sources
+    sources = dict(contents.backbone.sources)
+    if "captioning" in dropped:
+        sources.pop("language_model", None)
     if contents.backbone.included:
         model = _build(config, folder, pretrained=False)
-        model.backbone.sources = {tower: vars(source) for tower, source in sources.items()}
+        model.sources = {tower: vars(source) for tower, source in sources.items()}
     else:
         model = _build(towers.locate(config, sources, backbone_sources or {}, folder), folder, pretrained=True)
         towers.require_same(model, sources, folder)
@@ -134,7 +139,13 @@ def load_checkpoint(
     )
     if ignored:
         logger.info("%s: left out as asked: %s (%d tensors)", folder, ", ".join(dropped), len(ignored))
-    return model.to(device=device, dtype=dtype).eval(), saved_processor(folder)
+    processor = saved_processor(folder)
+    if config.captioning is not None and model.language_captioner is not None:
+        try:
+            processor.writer = open_writer(folder / WRITER_FOLDER, config.captioning, model.language_captioner)
+        except ValueError as error:
+            raise CheckpointError(f"{folder} is incomplete: {error}; get the checkpoint again") from error
+    return model.to(device=device, dtype=dtype).eval(), processor
 
 
 def find_calibration(

@@ -14,6 +14,7 @@ from transformers import CONFIG_MAPPING
 
 from unimodal import __version__
 from unimodal.config import ModelConfig, from_dict, nearest
+from unimodal.data.writer import WRITER_FOLDER
 from unimodal.hub.weights import CheckpointError, read_json
 from unimodal.model import UnimodalModel
 
@@ -63,10 +64,11 @@ class Contents:
 def describe(model: UnimodalModel, include_backbone: bool) -> Contents:
     """The content of config.json for a model, complete even where a source brought the text tower's configuration."""
     backbone = model.config.backbone
-    sources = {part: _as_source(source) for part, source in model.backbone.sources.items()}
+    sources = {part: _as_source(source) for part, source in model.sources.items()}
+    captioning = model.config.captioning
     if backbone.published is not None:
         published = replace(backbone.published, kwargs=_architecture(model.backbone.model.config.to_diff_dict()))
-        if sources:
+        if "published" in sources:
             published = replace(published, source=sources["published"].source)
         backbone = replace(backbone, published=published)
     if "vision" in sources:
@@ -76,11 +78,17 @@ def describe(model: UnimodalModel, include_backbone: bool) -> Contents:
         known = _settings(backbone.text.name) - NO_ARCHITECTURE
         kwargs = {name: value for name, value in settings.items() if name in known}
         backbone = replace(backbone, text=replace(backbone.text, source=sources["text"].source, kwargs=kwargs))
+    if captioning is not None and captioning.language_model is not None and model.language_captioner is not None:
+        settings = model.language_captioner.language_model.config.to_diff_dict()
+        language_model = replace(captioning.language_model, kwargs=_architecture(settings))
+        if "language_model" in sources:
+            language_model = replace(language_model, source=sources["language_model"].source)
+        captioning = replace(captioning, language_model=language_model)
     return Contents(
         library=LIBRARY,
         format=FORMAT,
         version=__version__,
-        model=replace(model.config, backbone=backbone),
+        model=replace(model.config, backbone=backbone, captioning=captioning),
         backbone=BackboneContents(included=include_backbone, sources=sources),
     )
 
@@ -148,9 +156,7 @@ def _as_source(source: dict[str, Any]) -> Source:
 def _settings(name: str) -> set[str]:
     """The settings of a transformers model type; any other could make it fetch kernels, which is code, from the Hub."""
     if name not in CONFIG_MAPPING:
-        raise ValueError(
-            f"model.backbone: {name!r} is no transformers model type; {nearest(name, CONFIG_MAPPING.keys())}"
-        )
+        raise ValueError(f"model: {name!r} is no transformers model type; {nearest(name, CONFIG_MAPPING.keys())}")
     return set(inspect.signature(CONFIG_MAPPING[name].__init__).parameters) - {"self", "kwargs"}
 
 
@@ -181,17 +187,20 @@ def _refuse_orders(config: ModelConfig) -> None:
     found = {"vision": vision.kwargs.keys() & TIMM_LOADING, "text": _orders(text.name, text.kwargs)}
     if published is not None:
         found["published"] = _orders(published.name, published.kwargs)
-    for part, orders in found.items():
+    named = {f"backbone.{part}": orders for part, orders in found.items()}
+    if config.captioning is not None and (written := config.captioning.language_model) is not None:
+        named["captioning.language_model"] = _orders(written.name, written.kwargs)
+    for part, orders in named.items():
         if orders:
             raise ValueError(
-                f"model.backbone.{part}.kwargs: {', '.join(sorted(orders))} is no setting of the architecture, and a "
+                f"model.{part}.kwargs: {', '.join(sorted(orders))} is no setting of the architecture, and a "
                 "checkpoint may not say how to load anything; do not use it unless you know who wrote it"
             )
 
 
 def _refuse_code(folder: Path) -> None:
     """transformers would offer to run what `auto_map` names."""
-    for path in sorted(folder.glob("*config.json")):
+    for path in sorted([*folder.glob("*config.json"), *(folder / WRITER_FOLDER).glob("*config.json")]):
         if code := read_json(path).get("auto_map"):
             raise ValueError(
                 f"{path.name} names code to run (auto_map: {code}), which a checkpoint may not; "

@@ -14,6 +14,16 @@ from pathlib import Path
 
 from safetensors import SafetensorError
 
+from unimodal.data.writer import WRITER_FOLDER
+
+TOKENIZER = (
+    "tokenizer*.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.txt",
+    "vocab.json",
+    "merges.txt",
+)
 # Everything a checkpoint may consist of: what is replaced when saving, and what goes up to and comes down from the Hub.
 FILES = (
     "config.json",
@@ -24,20 +34,16 @@ FILES = (
     "calibration.json",
     "README.md",
     "preprocessor_config.json",
-    "tokenizer*.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.txt",
-    "vocab.json",
-    "merges.txt",
+    *TOKENIZER,
+    *(f"{WRITER_FOLDER}/{name}" for name in TOKENIZER),
 )
 # What another library reads beside a checkpoint (`unimodal.adapters`): it goes up to the Hub along with one.
 COMPANIONS = ("modules.json", "config_sentence_transformers.json")
 
 
 def is_checkpoint_file(name: str) -> bool:
-    """Whether a file of this name may be part of a checkpoint."""
-    return any(fnmatch(name, pattern) for pattern in FILES)
+    """Whether a file or folder of this name may be part of a checkpoint."""
+    return name == WRITER_FOLDER or any(fnmatch(name, pattern) for pattern in FILES)
 
 
 @contextmanager
@@ -67,7 +73,7 @@ def replacing(folder: str | Path, is_ours: Callable[[Path], bool]) -> Iterator[P
     try:
         fresh.mkdir(parents=True)
         yield fresh
-        for path in (*fresh.iterdir(), fresh):
+        for path in (*fresh.rglob("*"), fresh):
             _flush(path)
         if folder.exists():
             folder.rename(old)

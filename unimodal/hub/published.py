@@ -1,4 +1,4 @@
-"""Published models as ready checkpoints: CLIP, SigLIP and the others, opened from the folder or Hub id of their authors.
+"""Published models as ready checkpoints: CLIP, SigLIP, BLIP-2, opened from the folder or Hub id of their authors.
 
 What such a checkpoint can do at once (embed, match, caption) is what its authors trained; the heads it lacks can be trained on top.
 """
@@ -9,14 +9,25 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import torch
+from torch import Tensor
 from transformers import AutoConfig
 
 from unimodal.backbones.pair import CLASSES as PAIRS
 from unimodal.backbones.published import FILES as PUBLISHED_FILES
-from unimodal.config import BackboneConfig, EmbeddingConfig, ModelConfig, PublishedConfig
+from unimodal.config import (
+    BackboneConfig,
+    BridgeConfig,
+    CaptioningConfig,
+    EmbeddingConfig,
+    LanguageModelConfig,
+    MatchingConfig,
+    ModelConfig,
+    PublishedConfig,
+)
 from unimodal.data.processor import Processor
-from unimodal.data.published import open_processor
-from unimodal.hub.weights import CheckpointError, read_json
+from unimodal.data.published import open_processor, open_writer
+from unimodal.hub.weights import CheckpointError, open_weights, read_json
 from unimodal.model import UnimodalModel
 
 __all__ = ["PUBLISHED_FILES", "is_published", "open_published"]
@@ -25,7 +36,7 @@ __all__ = ["PUBLISHED_FILES", "is_published", "open_published"]
 def is_published(folder: Path) -> bool:
     """Whether a folder holds a published model of a kind that can be opened."""
     path = folder / "config.json"
-    return path.is_file() and read_json(path).get("model_type") in PAIRS
+    return path.is_file() and read_json(path).get("model_type") in (*PAIRS, "blip-2")
 
 
 def open_published(
@@ -47,17 +58,22 @@ def open_published(
     settings = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     published = PublishedConfig(name=settings.model_type, source=str(folder))
     try:
-        model = _open_pair(settings, published)
+        model = _open_blip2(settings, published) if settings.model_type == "blip-2" else _open_pair(settings, published)
         processor = open_processor(folder, model.backbone)
+        if model.config.captioning is not None:
+            processor.writer = open_writer(folder, model.config.captioning, model.head("captioning"))
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{name}: {error}") from error
     if lacking := [head for head in heads or () if head not in model.jobs]:
         raise CheckpointError(
             f"{name} has no head {', '.join(lacking)}; it has: {', '.join(model.jobs)}. Train one on top of it"
         )
-    for source in model.backbone.sources.values():
+    for source in model.sources.values():
         source |= {"source": name, "revision": revision}
     backbone = replace(model.config.backbone, published=replace(published, source=name, revision=revision))
+    if (captioning := model.config.captioning) is not None and captioning.language_model is not None:
+        language_model = replace(captioning.language_model, source=name, revision=revision)
+        model.config = replace(model.config, captioning=replace(captioning, language_model=language_model))
     model.config = replace(model.config, backbone=backbone)
     return model, processor
 
@@ -71,3 +87,81 @@ def _open_pair(settings: Any, published: PublishedConfig) -> UnimodalModel:
     scale, bias = math.exp(model.log_scale.item()), None if clip else model.bias.item()
     model.config = replace(config, embedding=replace(embedding, scale=scale, bias=bias))
     return model
+
+
+@torch.no_grad()
+def _open_blip2(settings: Any, published: PublishedConfig) -> UnimodalModel:
+    """BLIP-2 for retrieval (its first stage) or with a language model that writes captions (its second)."""
+    kinds = settings.architectures or []
+    if kinds not in (["Blip2ForImageTextRetrieval"], ["Blip2ForConditionalGeneration"]):
+        raise ValueError(
+            f"config.json names the architecture {', '.join(kinds) or '(none)'}; of BLIP-2, Blip2ForImageTextRetrieval and "
+            "Blip2ForConditionalGeneration can be opened"
+        )
+    retrieves = kinds == ["Blip2ForImageTextRetrieval"]
+    reader, written = settings.qformer_config, settings.text_config
+    if not retrieves and written.is_encoder_decoder:
+        raise ValueError(
+            f"its language model, a {written.model_type!r}, reads with an encoder and writes with a decoder; of BLIP-2 the releases with a "
+            "decoder-only one (OPT) can be opened, not those with Flan-T5"
+        )
+    if (reader.hidden_act, reader.layer_norm_eps) != ("gelu", 1e-12):
+        raise ValueError(
+            f"its Q-Former has hidden_act {reader.hidden_act!r} and layer_norm_eps {reader.layer_norm_eps}; expected 'gelu' and 1e-12, "
+            "as in every published BLIP-2"
+        )
+    bridge = BridgeConfig(
+        width=reader.hidden_size,
+        layers=reader.num_hidden_layers,
+        heads=reader.num_attention_heads,
+        intermediate=reader.intermediate_size,
+        cross_attention_every=reader.cross_attention_frequency,
+        dropout=reader.hidden_dropout_prob,
+        queries={"image": settings.num_query_tokens},
+        text_branch=retrieves,
+        positions=reader.max_position_embeddings,
+    )
+    # The temperature of its embeddings is not released; their training began at 0.07.
+    embedding = EmbeddingConfig(
+        dim=settings.image_text_hidden_size, pool="query", text="words", gate=False, scale=1 / 0.07
+    )
+    language_model = LanguageModelConfig(name=written.model_type, source=published.source)
+    config = ModelConfig(
+        backbone=BackboneConfig(width=None, published=published),
+        bridge=bridge,
+        embedding=embedding if retrieves else None,
+        matching=MatchingConfig(kind="bridge") if retrieves else None,
+        captioning=None if retrieves else CaptioningConfig(kind="language_model", language_model=language_model),
+    )
+    model = UnimodalModel(config, pretrained=True)
+    weights = _read_weights(Path(str(published.source)), leaving_out=("vision_model.", "language_model."))
+    model.bridge.load_blip2(weights)
+    layers = (
+        {"language_projection": model.head("captioning").projection}
+        if not retrieves
+        else {
+            "vision_projection": model.head("image_embedding").bridge_projection,
+            "text_projection": model.head("text_embedding").bridge_projection,
+            "itm_head": model.head("matching").score,
+        }
+    )
+    for name, layer in layers.items():
+        _fill(layer, weights, name)
+    return model
+
+
+def _read_weights(folder: Path, *, leaving_out: tuple[str, ...]) -> dict[str, Tensor]:
+    files = [open_weights(path) for path in sorted(folder.glob("*.safetensors"))]
+    return {name: file.get_tensor(name) for file in files for name in file.keys() if not name.startswith(leaving_out)}  # noqa: SIM118
+
+
+def _fill(layer: Any, weights: dict[str, Tensor], name: str) -> None:
+    """Weight and bias `name` of a published model into a linear layer."""
+    for part in ("weight", "bias"):
+        ours, theirs = getattr(layer, part), weights.get(f"{name}.{part}")
+        if theirs is None or theirs.shape != ours.shape:
+            found = "nothing" if theirs is None else f"the shape {list(theirs.shape)}"
+            raise ValueError(
+                f"{name}.{part}: expected the shape {list(ours.shape)}, the weights have {found}; get it again"
+            )
+        ours.copy_(theirs)

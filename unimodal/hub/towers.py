@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -12,8 +13,9 @@ from unimodal.model import UnimodalModel
 
 
 def prefixes(model: UnimodalModel) -> dict[str, str]:
-    """Name of each part of the backbone that has a source, and the prefix of its weights: `vision` and `text`, or `published`."""
-    return {part: f"backbone.{prefix}" for part, prefix in model.backbone.parts.items()}
+    """Name of each part that has a source, and the prefix of its weights: `vision` and `text`, or `published`; `language_model`."""
+    own = {} if model.language_captioner is None else {"language_model": "heads.captioning.language_model."}
+    return {part: f"backbone.{prefix}" for part, prefix in model.backbone.parts.items()} | own
 
 
 def require_unchanged(model: UnimodalModel) -> None:
@@ -23,7 +25,7 @@ def require_unchanged(model: UnimodalModel) -> None:
         ValueError: if a tower has no source, or its weights are no longer the source's.
     """
     for tower in prefixes(model):
-        if tower not in model.backbone.sources:
+        if tower not in model.sources:
             raise ValueError(
                 f"include_backbone=False: the {tower} tower was not loaded from a source, so nobody could get it back; "
                 "save with include_backbone=True"
@@ -35,7 +37,7 @@ def require_unchanged(model: UnimodalModel) -> None:
         if changed:
             raise ValueError(
                 f"include_backbone=False: the {tower} tower was trained, {len(changed)} of its {len(weights)} tensors "
-                f"are no longer those of {model.backbone.sources[tower]['source']}, for example {changed[0]}; "
+                f"are no longer those of {model.sources[tower]['source']}, for example {changed[0]}; "
                 "save with include_backbone=True"
             )
 
@@ -46,7 +48,7 @@ def locate(config: ModelConfig, sources: dict[str, Source], given: dict[str, str
     Raises:
         CheckpointError: if a tower came from a local file, and none is given or it does not exist.
     """
-    places = {}
+    places: dict[str, Any] = {}
     for tower, source in sources.items():
         if tower in given and not Path(given[tower]).exists():
             raise CheckpointError(f"backbone_sources: {tower} tower at {given[tower]}: no such file or folder")
@@ -57,9 +59,12 @@ def locate(config: ModelConfig, sources: dict[str, Source], given: dict[str, str
             )
         place = given.get(tower, source.source)
         places[tower] = {"source": place, "revision": None if tower in given else source.revision}
-    backbone = config.backbone
+    backbone, captioning = config.backbone, config.captioning
+    if "language_model" in places and captioning is not None and captioning.language_model is not None:
+        language_model = replace(captioning.language_model, **places.pop("language_model"))
+        captioning = replace(captioning, language_model=language_model)
     towers = {tower: replace(getattr(backbone, tower), **place) for tower, place in places.items()}
-    return replace(config, backbone=replace(backbone, **towers))
+    return replace(config, backbone=replace(backbone, **towers), captioning=captioning)
 
 
 def require_same(model: UnimodalModel, sources: dict[str, Source], folder: Path) -> None:
@@ -69,7 +74,7 @@ def require_same(model: UnimodalModel, sources: dict[str, Source], folder: Path)
         CheckpointError: if a hash differs.
     """
     for tower, source in sources.items():
-        found = model.backbone.sources[tower]
+        found = model.sources[tower]
         if found["sha256"] != source.sha256:
             raise CheckpointError(
                 f"{folder} was trained on the {tower} tower of {source.source} with sha256 {source.sha256}, but "

@@ -130,7 +130,12 @@ def load_weights(
     skipped = [name for name in shapes if name.startswith(tuple(ignored))]
     shapes = {name: part for name, part in shapes.items() if name not in skipped}
 
-    missing = [f"{name} {list(tensor.shape)}" for name, tensor in expected.items() if name not in shapes]
+    stored = {tensor.data_ptr() for name, tensor in expected.items() if name in shapes and tensor.numel()}
+    missing = [
+        f"{name} {list(tensor.shape)}"
+        for name, tensor in expected.items()
+        if name not in shapes and tensor.data_ptr() not in stored  # weights that two layers share are stored once
+    ]
     unexpected = [f"{name} {part.get_shape()}" for name, part in shapes.items() if name not in expected]
     mismatched = []
     for name, tensor in expected.items():

@@ -231,7 +231,7 @@ class Task(pl.LightningModule):
                 f"init_from {checkpoint}: tensors missing there that this stage does not train: {untrained}; "
                 f"tensors there that this model lacks: {list(result.unexpected_keys)}; give the same model configuration"
             )
-        self.model.backbone.sources = source.backbone.sources
+        self.model.sources = source.sources
 
     # Training.
 
@@ -298,7 +298,7 @@ class Task(pl.LightningModule):
 
     def setup(self, stage: str) -> None:
         data = self.data
-        self.processor = data.bind(self.config, self.model.backbone)
+        self.processor = data.bind(self.config, self.model.backbone, self.model.language_captioner)
         if stage == "fit" and self.init_from is None and self.config.captioning and self.config.captioning.vocabulary:
             self.model.head("captioning").set_vocabulary(
                 self._frequent_tokens(data.train, self.config.captioning.vocabulary)

@@ -84,6 +84,7 @@ class Evaluation:
 
     def __init__(self, model: UnimodalModel, processor: Processor, pairs: Pairs, settings: EvaluationSettings) -> None:
         self.model, self.processor, self.pairs, self.settings = model, processor, pairs, settings
+        self.embeds = "embedding" in model.jobs
         self.images: list[ImageState] = []
         self.texts: list[TextState] = []
         self.image_embeddings: list[Tensor] = []
@@ -96,8 +97,9 @@ class Evaluation:
         """Read one batch of pictures with all their captions."""
         image = self.model.encode_image(batch.get("image"), features=batch.get("image_features"))
         text = self.model.encode_text(batch["text"], batch["text_mask"])
-        self.image_embeddings.append(self.model.image_embedding(image).float())
-        self.text_embeddings.append(self.model.text_embedding(text).float())
+        if self.embeds:
+            self.image_embeddings.append(self.model.image_embedding(image).float())
+            self.text_embeddings.append(self.model.text_embedding(text).float())
         self.images.append(image)
         self.texts.append(text)
         self.image_ids.append(batch["image_id"])
@@ -106,8 +108,8 @@ class Evaluation:
     @torch.no_grad()
     def results(self) -> dict[str, Any]:
         """Everything measured: metric objects by name, and the rows that a report shows."""
-        out = self.retrieval()
-        if isinstance(self.pairs, Scenes):
+        out = self.retrieval() if self.embeds else {}
+        if isinstance(self.pairs, Scenes) and self.embeds:
             out |= self._swaps(self.pairs)
         if "captioning" in self.model.heads and self.settings.captions:
             out |= self._captions()
@@ -288,7 +290,7 @@ class Evaluation:
                 state,
                 self.settings.candidates,
                 match_scale=self.settings.match_scale,
-                generator=torch.Generator(self.image.bridged.device).manual_seed(len(written)),
+                generator=torch.Generator(state.bridged.device).manual_seed(len(written)),
                 num_beams=self.settings.num_beams,
                 max_new_tokens=length - 2,  # with start and end it can be read again
             )
@@ -307,7 +309,7 @@ class Evaluation:
 
     def _pictures(self, pairs: Scenes) -> dict[str, Any]:
         count = min(self.settings.pictures, len(pairs))
-        device = self.image.bridged.device
+        device = self.images[0].bridged.device
         prompts = [pairs.captions(i)[0] for i in range(count)]
         pictures = []
         for start in range(0, count, 64):

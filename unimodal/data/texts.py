@@ -1,0 +1,20 @@
+"""What every tokenizer of ours asks of the texts that it is given."""
+
+from collections.abc import Sequence
+
+
+class TruncationWarning(UserWarning):
+    """Some texts were longer than the model reads."""
+
+
+def require_texts(texts: Sequence[str]) -> None:
+    """Refuse what is not a list of texts with words in them."""
+    if isinstance(texts, str):
+        raise TypeError(f"texts takes a list of strings, got the string {texts[:40]!r}; put it in a list")
+    if len(texts) == 0:
+        raise ValueError("texts: got an empty list; give at least one text")
+    for i, text in enumerate(texts):
+        if not isinstance(text, str):
+            raise TypeError(f"texts: entry {i} is {type(text).__name__} {text!r}; expected a string")
+        if not text.strip():
+            raise ValueError(f"texts: entry {i} is empty; leave it out or give it words")
