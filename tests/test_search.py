@@ -9,8 +9,9 @@ import torch
 from PIL import Image
 from toy import toy_model, toy_processor
 
+from unimodal.data import load_image
 from unimodal.data.items import Item, as_items
-from unimodal.search import Encoder, Index, build_index, dequantise, quantise, reader, similarity, store
+from unimodal.search import Encoder, Index, build_index, dequantise, quantise, similarity, store
 from unimodal.search.quantise import int8_rows
 from unimodal.search.twostage import rerank
 
@@ -268,15 +269,14 @@ def test_an_interrupted_build_continues(tmp_path: Path, photos: list[str], monke
     monkeypatch.setattr(store, "PART", 2)
     opened: list[str] = []
     interrupted_at: list[str] = [photos[4]]
-    real = reader.load_image
 
     def load(path: str) -> Image.Image:
         if path in interrupted_at:
             raise KeyboardInterrupt
         opened.append(path)
-        return real(path)
+        return load_image(path)
 
-    monkeypatch.setattr(reader, "load_image", load)
+    monkeypatch.setattr("unimodal.data.items.load_image", load)
     with pytest.raises(KeyboardInterrupt):
         build_index(encoder(), photos, folder=tmp_path / "index", batch_size=1)
     with pytest.raises(ValueError, match="is incomplete: 1 of 3 parts are missing, first part-00002.safetensors"):
@@ -363,7 +363,7 @@ def test_a_string_is_an_image_by_its_suffix_only(photos: list[str], tmp_path: Pa
         (["a", " \n"], ValueError, "item 1: the text is empty"),
         ([1], TypeError, "item 0: expected a text, an image .*, got int 1"),
         (None, TypeError, "expected a text, an image .*, or a list of these, got NoneType None"),
-        ({"picture": 1}, ValueError, r"the keys 'image', 'text' or both, got \['picture'\]"),
+        ({"picture": 1}, ValueError, r"the keys 'image', 'video', 'text', got \['picture'\]"),
         ({}, ValueError, r"got \[\]"),
         ({"text": 3}, TypeError, "expected a text as str, got int 3"),
         ({"image": None}, TypeError, "expected an image .*, got NoneType None"),

@@ -180,14 +180,15 @@ class MatchingConfig:
     """Image-text match scores.
 
     Args:
-        kind: `cached` scores text tokens against cached bridged image tokens; `bridge` runs text and queries through the bridge (BLIP-2).
+        kind: `cached` scores text tokens against cached bridged image tokens; `bridge` runs text and queries through the bridge (BLIP-2);
+            `backbone` asks a vision-language model that reads query and document as one conversation (Qwen3-VL-Reranker).
         hidden: width of the cached matcher.
         layers: blocks of the cached matcher.
         heads: attention heads of the cached matcher.
         dropout: dropout of the cached matcher.
     """
 
-    kind: Literal["cached", "bridge"] = "cached"
+    kind: Literal["cached", "bridge", "backbone"] = "cached"
     hidden: int = 256
     layers: int = 2
     heads: int = 4
@@ -200,7 +201,7 @@ class CaptioningConfig:
 
     Args:
         kind: `decoder` is a small decoder on bridged tokens; `bridge` the causal text branch of the bridge (BLIP-2, first stage);
-            `language_model` a published language model that reads them (BLIP-2, second stage).
+            `language_model` a published language model that reads them (BLIP-2, second stage); `backbone` a vision-language model's own.
         hidden: width of the decoder.
         layers: blocks of the decoder.
         heads: attention heads of the decoder.
@@ -214,7 +215,7 @@ class CaptioningConfig:
         prompt: what that one reads between the picture and the caption, in training and where a caption is asked for without a prompt.
     """
 
-    kind: Literal["decoder", "bridge", "language_model"] = "decoder"
+    kind: Literal["decoder", "bridge", "language_model", "backbone"] = "decoder"
     hidden: int = 256
     layers: int = 3
     heads: int = 4

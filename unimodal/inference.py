@@ -21,7 +21,7 @@ from torch import Tensor
 from unimodal import hub
 from unimodal.candidates import best_captions
 from unimodal.config import nearest
-from unimodal.data.items import Item, as_item, as_items, is_single
+from unimodal.data.items import Item, as_item, as_items, is_single, picture_key
 from unimodal.data.processor import Processor
 from unimodal.explain import Explanation, explain
 from unimodal.model import UnimodalModel
@@ -65,7 +65,8 @@ class Unimodal:
         token: str | bool | None = None,
         heads: Sequence[str] | None = None,
     ) -> "Unimodal":
-        """Load a checkpoint, or a published model: CLIP, SigLIP, SigLIP 2, BLIP-2. `heads` says what it can do, `missing_heads` what not.
+        """Load a checkpoint, or a published model: CLIP, SigLIP, SigLIP 2, BLIP-2, Qwen3-VL (Instruct, Embedding, Reranker). `heads` says
+        what it can do, `missing_heads` what not.
 
         Args:
             name_or_path: a checkpoint folder, read without any network, or a Hub id.
@@ -75,7 +76,8 @@ class Unimodal:
             cache_folder: where downloads are kept.
             local_files_only: read a Hub id from the cache alone.
             token: access token of the Hub.
-            heads: load only these: `embedding` (always there), `matching`, `captioning`, `generation`; None loads all.
+            heads: load only these: `embedding` (always there), `matching`, `captioning`, `generation`; None loads all. A Qwen3-VL does
+                what it is asked for of the first three, None takes what its folder says it was trained for.
 
         Raises:
             FileNotFoundError: no such checkpoint.
@@ -120,9 +122,11 @@ class Unimodal:
         """Embeddings: unit vectors, so that their product is their cosine.
 
         Args:
-            inputs: one item or several. An item with image and text has the normalised mean of its two embeddings.
+            inputs: one item or several. An item with image and text has the normalised mean of its two embeddings; a vision-language
+                model reads it as one sequence, and several images and videos, too.
             prompt_name: name of a prompt in `prompts`.
-            prompt: text to put before every text; overrides `prompt_name`.
+            prompt: text to put before every text; to a vision-language model the instruction that says what the embedding is for.
+                Overrides `prompt_name`.
             batch_size: items at a time.
             show_progress_bar: None shows one for several batches on a terminal.
             precision: `float32`, or codes: see `unimodal.search.quantise`.
@@ -148,13 +152,17 @@ class Unimodal:
         if device is not None:
             self.to(device)
         dim = self._width(truncate_dim)
-        prefix = self._prompt(prompt_name) if prompt is None else prompt
-        items = [item if item.text is None else Item(item.image, prefix + item.text) for item in as_items(inputs)]
+        prompt = self._prompt(prompt_name) if prompt is None else prompt
+        items = as_items(inputs)
+        where = [""] if is_single(inputs) else [f"item {i}: " for i in range(len(items))]
         self.encoder.check_one_shape(items)
         # Images together, then texts by their length: a batch is padded to its longest text.
         order = sorted(range(len(items)), key=lambda i: len(items[i].text or ""))
         steps = progress([order[rows] for rows in batches(len(items), batch_size)], "Encoding", show_progress_bar)
-        read = [self.encoder.read([items[i] for i in rows]).embedding[..., :dim] for rows in steps]
+        read = [
+            self.encoder.read([items[i] for i in rows], prompt, [where[i] for i in rows]).embedding[..., :dim]
+            for rows in steps
+        ]
         embedding = torch.cat(read)[torch.tensor(order).argsort()] if read else torch.empty(0, dim)
         if truncate_dim is not None:
             embedding = F.normalize(embedding, dim=-1)
@@ -212,15 +220,17 @@ class Unimodal:
         batch_size: int = 32,
         activation_fn: Callable[[Tensor], Tensor] | None = None,
         show_progress_bar: bool | None = None,
+        prompt: str | None = None,
     ) -> Any:
         """Match probabilities of pairs, by the matching head.
 
         Args:
             inputs: pairs of an image and a text, in either order, or one such pair. An item is read once, however many
-                pairs it is in.
+                pairs it is in. A vision-language model takes (query, document) of any kinds of items, in this order.
             batch_size: items, and pairs, at a time.
             activation_fn: what turns logits into scores; where not given the calibration, or the sigmoid without one.
             show_progress_bar: None shows one for several batches on a terminal.
+            prompt: to a vision-language model the instruction that says what makes a document match; others take none.
 
         Returns:
             [P] float32; for a single pair a float32 number.
@@ -230,8 +240,11 @@ class Unimodal:
                 also what `as_items` and `load_image` raise.
         """
         single = len(inputs) == 2 and all(is_single(part) for part in inputs)
-        pairs = [as_pair(pair, f"pair {i}: ") for i, pair in enumerate([inputs] if single else inputs)]
-        scores = (activation_fn or self.encoder.probability)(self._logits(pairs, batch_size, show_progress_bar)).numpy()
+        self.model.head("matching")
+        whole = self.encoder.judges
+        pairs = [as_pair(pair, f"pair {i}: ", whole) for i, pair in enumerate([inputs] if single else inputs)]
+        logits = self._logits(pairs, batch_size, show_progress_bar, prompt)
+        scores = (activation_fn or self.encoder.probability)(logits).numpy()
         return scores[0] if single else scores
 
     def rank(
@@ -242,16 +255,18 @@ class Unimodal:
         return_documents: bool = False,
         batch_size: int = 32,
         show_progress_bar: bool | None = None,
+        prompt: str | None = None,
     ) -> list[dict[str, Any]]:
         """Documents by their match with one query, best first.
 
         Args:
-            query: a text, to rank images; or an image, to rank texts.
-            documents: the other kind.
+            query: a text, to rank images; or an image, to rank texts; to a vision-language model any item.
+            documents: the other kind, or any items.
             top_k: keep the best.
             return_documents: put each document into its result, as `document`.
             batch_size: documents at a time.
             show_progress_bar: None shows one for several batches on a terminal.
+            prompt: as in `predict`.
 
         Returns:
             Dicts with `corpus_id`, the place in `documents`, and `score`, the match probability.
@@ -264,8 +279,10 @@ class Unimodal:
         if is_single(documents):
             raise TypeError(f"rank: documents must be a list, got {type(documents).__name__}; put it into a list")
         asked = as_item(query, "query: ")
-        pairs = [as_pair((asked, document), f"document {i}: ") for i, document in enumerate(documents)]
-        logits = self._logits(pairs, batch_size, show_progress_bar)
+        self.model.head("matching")
+        whole = self.encoder.judges
+        pairs = [as_pair((asked, document), f"document {i}: ", whole) for i, document in enumerate(documents)]
+        logits = self._logits(pairs, batch_size, show_progress_bar, prompt)
         # Sorted by logits, which still differ where probabilities have both become 1.
         order, scores = (
             logits.argsort(descending=True, stable=True).tolist()[:top_k],
@@ -274,9 +291,12 @@ class Unimodal:
         extra = [{"document": documents[i]} if return_documents else {} for i in order]
         return [{"corpus_id": i, "score": scores[i], **more} for i, more in zip(order, extra)]
 
-    def _logits(self, pairs: list[tuple[Item, Item]], batch_size: int, show: bool | None) -> Tensor:
-        """Match logits [P] of (image, text)."""
-        self.model.head("matching")
+    def _logits(self, pairs: list[tuple[Item, Item]], batch_size: int, show: bool | None, prompt: str | None) -> Tensor:
+        """Match logits [P] of (image, text), or of (query, document) where the model reads both as one conversation."""
+        if self.encoder.judges:
+            return self.encoder.judge(pairs, prompt, batch_size, show)
+        if prompt is not None:
+            raise ValueError("prompt: the matching head of this model takes no instruction; leave it out")
         images, texts = ({identity(pair[side]): pair[side] for pair in pairs} for side in (0, 1))
         steps = [list(d.items())[rows] for d in (images, texts) for rows in batches(len(d), batch_size)]
         tokens: dict[Any, Tensor] = {}
@@ -295,28 +315,29 @@ class Unimodal:
     def caption(
         self,
         images: Any,
-        max_new_tokens: int = 30,
-        num_beams: int = 3,
+        max_new_tokens: int | None = None,
+        num_beams: int | None = None,
         candidates: int = 1,
         match_scale: float = 0.02,
         batch_size: int = 32,
         show_progress_bar: bool | None = None,
+        *,
         prompt: str | Sequence[str] | None = None,
         **options: Any,
     ) -> Any:
-        """A sentence about each image.
+        """A sentence about each image, or what a vision-language model answers to a question about it.
 
         Args:
-            images: one image or several.
-            max_new_tokens: longest caption in tokens.
-            num_beams: hypotheses kept; 1 is greedy.
+            images: one image or several; to a vision-language model also videos and items of several images.
+            max_new_tokens: longest caption in tokens; by default 30, of a vision-language model 128.
+            num_beams: hypotheses kept; 1 is greedy. By default 3, of a vision-language model 1.
             candidates: captions written per image, of which the embedding and matching heads choose one: the decoder's own choice and
                 others drawn by their probability. 1 keeps the decoder's choice; more costs as many times the work.
             match_scale: weight of the match logit beside the cosine when they choose.
             batch_size: images at a time.
             show_progress_bar: None shows one for several batches on a terminal.
-            prompt: where a language model writes, the text that it continues, for all images or one for each; what it adds is returned.
-                None is the prompt it was trained with.
+            prompt: where a language model writes, the text that it continues, or to a vision-language model a question or instruction:
+                one for all images, or one for each. None is the prompt it was trained with. Other captioning heads take none.
             options: `do_sample`, `temperature`, `top_p`, `length_penalty`, `generator`: see `unimodal.heads.Decoding`. Where a language
                 model writes, all that transformers' `generate` takes; `num_return_sequences` gives a list of strings for each image.
 
@@ -327,8 +348,17 @@ class Unimodal:
             ValueError: an item is not an image, the model has no captioning head, a setting is out of range, a prompt for a head that takes
                 none, prompts and images that are not as many; also what `as_items` and `load_image` raise.
         """
-        self.model.head("captioning")
         items = as_items(images)
+        if self.encoder.writes:
+            if candidates != 1:
+                raise ValueError(
+                    "candidates: a vision-language model writes one caption; num_beams or do_sample vary it"
+                )
+            options["max_new_tokens"] = 128 if max_new_tokens is None else max_new_tokens
+            options["num_beams"] = 1 if num_beams is None else num_beams
+            written = self.encoder.write(items, prompt, options, batch_size, show_progress_bar)
+            return written[0] if is_single(images) else written
+        self.model.head("captioning")
         prompts = None if prompt is None else [prompt] * len(items) if isinstance(prompt, str) else list(prompt)
         if prompts is not None and len(prompts) != len(items):
             raise ValueError(
@@ -350,8 +380,8 @@ class Unimodal:
                 candidates,
                 match_scale=match_scale,
                 prompts=None if prompts is None else prompts[rows],
-                max_new_tokens=max_new_tokens,
-                num_beams=num_beams,
+                max_new_tokens=30 if max_new_tokens is None else max_new_tokens,
+                num_beams=3 if num_beams is None else num_beams,
                 **options,
             )
         if (each := options.get("num_return_sequences", 1)) > 1:
@@ -549,19 +579,21 @@ class Unimodal:
             )
         return truncate_dim
 
-    def _prompt(self, name: str | None) -> str:
+    def _prompt(self, name: str | None) -> str | None:
         if name is None:
-            return ""
+            return None
         if name not in self.prompts:
             raise ValueError(f"no prompt named {name!r}; {nearest(name, self.prompts)}")
         return self.prompts[name]
 
 
-def as_pair(pair: Any, where: str) -> tuple[Item, Item]:
-    """(image, text), given in either order."""
+def as_pair(pair: Any, where: str, whole: bool = False) -> tuple[Item, Item]:
+    """(image, text), given in either order; (query, document) as given for a model that reads both as one conversation."""
     if not isinstance(pair, list | tuple) or len(pair) != 2:
         raise TypeError(f"{where}expected (query, document), got {type(pair).__name__} {pair!r}")
     a, b = (item if isinstance(item, Item) else as_item(item, where) for item in pair)
+    if whole:
+        return a, b
     if {a.kind, b.kind} != {"image", "text"}:
         raise ValueError(
             f"{where}the matching head judges one image and one text, got {a.kind} {a.document!r} and {b.kind} "
@@ -572,4 +604,4 @@ def as_pair(pair: Any, where: str) -> tuple[Item, Item]:
 
 def identity(item: Item) -> Any:
     """Equal for items that need reading only once."""
-    return ("text", item.text) if item.kind == "text" else ("image", item.document or id(item.image))
+    return ("text", item.text) if item.kind == "text" else ("image", picture_key(item.image))

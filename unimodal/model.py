@@ -125,8 +125,16 @@ class UnimodalModel(nn.Module):
                 self.pair_bias.data.fill_(self.backbone.bias)
         quantise = embedding is not None and embedding.quantise
         self.int8_step = nn.Parameter(torch.tensor(FIRST_INT8_STEP)) if quantise else None
+        for job, part in (("matching", config.matching), ("captioning", config.captioning)):
+            if part is not None and part.kind == "backbone" and job not in self.backbone.offers:
+                offers = ", ".join(self.backbone.offers) or "nothing"
+                raise ValueError(
+                    f"{job}: kind is 'backbone', but {config.backbone.label} offers by itself only {offers}; set another kind"
+                )
         if (matching := config.matching) is not None:
-            if matching.kind == "bridge":
+            if matching.kind == "backbone":
+                self.heads["matching"] = heads.AnswerHead(width=self.backbone.embeds)
+            elif matching.kind == "bridge":
                 self.heads["matching"] = heads.BridgeMatchingHead(width=self._bridge_width("the matching head"))
             else:
                 self._require_text_tokens("the matching head (matching.kind: cached)")
@@ -138,7 +146,12 @@ class UnimodalModel(nn.Module):
                     heads=matching.heads,
                     dropout=matching.dropout,
                 )
-        if (captioning := config.captioning) is not None:
+        if (captioning := config.captioning) is not None and captioning.kind != "backbone":
+            if self.backbone.whole:
+                raise ValueError(
+                    f"captioning: texts are conversations to {config.backbone.label}, which a captioner would learn to repeat; it "
+                    "writes by itself: set captioning.kind to 'backbone'"
+                )
             if captioning.kind == "bridge":
                 self.heads["captioning"] = heads.BridgeCaptioner(bos_id=captioning.bos_id, eos_id=captioning.eos_id)
             elif captioning.kind == "language_model":
@@ -203,7 +216,7 @@ class UnimodalModel(nn.Module):
     def modalities(self) -> tuple[str, ...]:
         """The kinds of item that it reads, by its backbone or by the bridge's text branch."""
         by_bridge = self.bridge is not None and self.bridge.has_text
-        return ("image", "text") if by_bridge else self.backbone.modalities
+        return tuple(dict.fromkeys((*self.backbone.modalities, *(("text",) if by_bridge else ()))))
 
     @property
     def language_captioner(self) -> heads.LanguageModelCaptioner | None:
@@ -266,10 +279,16 @@ class UnimodalModel(nn.Module):
     def head(self, name: str) -> Any:
         """A head by name; a model without it says which it has."""
         if name not in self.heads:
-            raise ValueError(
-                f"this model has no {name} head; it has: {', '.join(self.jobs)}. Give its configuration to train one"
-            )
+            raise ValueError(self._without(name))
         return self.heads[name]
+
+    def _without(self, name: str) -> str:
+        if name in self.jobs:
+            return f"the {name} of this model is its backbone's own, which is used as it is and not by parts"
+        hint = f", or open it as one: heads=[{name!r}]" if name in self.backbone.offers else ""
+        return (
+            f"this model has no {name} head; it has: {', '.join(self.jobs)}. Give its configuration to train one{hint}"
+        )
 
     # Retrieval embedding.
 
@@ -297,9 +316,7 @@ class UnimodalModel(nn.Module):
             ValueError: if it has none.
         """
         if self.config.embedding is None:
-            raise ValueError(
-                f"this model has no embedding head; it has: {', '.join(self.jobs)}. Give its configuration to train one"
-            )
+            raise ValueError(self._without("embedding"))
         return self.config.embedding
 
     @property
@@ -328,6 +345,10 @@ class UnimodalModel(nn.Module):
     def match(self, image: ImageState, text: TextState, image_index: Tensor, text_index: Tensor) -> Tensor:
         """Match logits [P] of pairs (image_index[p], text_index[p]); what an image needs is projected once and gathered per pair."""
         head = self.head("matching")
+        if isinstance(head, heads.AnswerHead):
+            raise ValueError(
+                "this matching head judges a query and a document that were read as one conversation: use judge, or predict and rank"
+            )
         if isinstance(head, heads.BridgeMatchingHead):
             memory = image.memory or self.bridge.project_memory(image.tokens, image.mask)
             pair = text.select(text_index)
@@ -335,6 +356,10 @@ class UnimodalModel(nn.Module):
         return head(
             text.tokens[text_index], text.mask[text_index], head.project_images(image.bridged).select(image_index)
         )
+
+    def judge(self, conversations: Pixels, **options: Any) -> Tensor:
+        """Match logits [P] of pairs that a vision-language model reads as one conversation each; options as in its `last_states`."""
+        return self.head("matching")(self.backbone.last_states(conversations, **options))
 
     # Captioning.
 

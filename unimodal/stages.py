@@ -38,6 +38,10 @@ def paths(model: UnimodalModel) -> dict[str, tuple[str, ...]]:
         "captioning": (*looks, *((*words, "bridge.lm_*") if writes_in_bridge else ()), "heads.captioning.*"),
         "generation": (*reads, *layers, "bridge.query_sets.generate", "heads.generation.*"),
     }
+    if model.config.matching is not None and model.config.matching.kind == "backbone":
+        out["matching"] = ("backbone.model.*", "heads.matching.*")
+    if model.config.captioning is not None and model.config.captioning.kind == "backbone":
+        out["captioning"] = ("backbone.model.*",)
     return {head: path for head, path in out.items() if head in model.jobs}
 
 
@@ -122,11 +126,14 @@ def probe(model: UnimodalModel, heads: Iterable[str]) -> dict[str, Tensor]:
         if head == "embedding":
             out["embedding.image"], out["embedding.text"] = model.image_embedding(image), model.text_embedding(text)
         elif head == "matching":
-            out["matching"] = model.match(image, text, rows, rows)
+            whole = model.config.matching is not None and model.config.matching.kind == "backbone"
+            out["matching"] = model.judge(pixels) if whole else model.match(image, text, rows, rows)
         elif head == "captioning":
             captioner = model.language_captioner
             known = ids if captioner is None else ids % captioner.vocab_size
-            out["captioning"] = model.caption_logits(image, known)
+            own = model.config.captioning is not None and model.config.captioning.kind == "backbone"
+            states = model.backbone.image_features(pixels) if own else None
+            out["captioning"] = model.backbone.word_logits(states) if own else model.caption_logits(image, known)
         else:
             network = model.head("generation")
             noise = torch.randn(2, *network.latent_shape, generator=generator).to(device)

@@ -4,6 +4,7 @@ from unimodal.backbones.base import Backbone, Pixels, Tokens, move_pixels
 from unimodal.backbones.blip2 import Blip2Backbone
 from unimodal.backbones.language import load_language_model
 from unimodal.backbones.pair import PretrainedPair
+from unimodal.backbones.qwen import Prefix, QwenVL
 from unimodal.backbones.towers import TwoTowers
 from unimodal.config import BackboneConfig
 
@@ -11,7 +12,9 @@ __all__ = [
     "Backbone",
     "Blip2Backbone",
     "Pixels",
+    "Prefix",
     "PretrainedPair",
+    "QwenVL",
     "Tokens",
     "TwoTowers",
     "build_backbone",
@@ -25,6 +28,8 @@ def build_backbone(config: BackboneConfig, *, pretrained: bool) -> Backbone:
     if config.published is not None and config.published.name == "blip-2":
         return Blip2Backbone(config.published, width=config.width, pretrained=pretrained)
     if config.published is not None:
+        if config.published.name == "qwen3_vl":
+            return QwenVL(config.published, width=config.width, pretrained=pretrained)
         return PretrainedPair(config.published, width=config.width, pretrained=pretrained)
     if config.width is None:
         raise ValueError(

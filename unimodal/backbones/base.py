@@ -44,6 +44,8 @@ class Backbone(nn.Module):
         vocab_size: number of text tokens.
         prefix_tokens: how many image tokens (class, registers) come before those of the image grid.
         embeds: E of its own embedding; None where it has none.
+        whole: whether it reads all parts of an item as one sequence; otherwise images and texts are read apart.
+        offers: the heads that it is by itself (`kind: backbone`).
         log_scale, bias: logarithm of the inverse temperature, and the bias, that its own embedding was trained with; None without.
         sees, reads, own: patterns over its parameter names: what image tokens, text tokens and only its own embedding depend on.
     """
@@ -55,6 +57,8 @@ class Backbone(nn.Module):
     vocab_size: int
     prefix_tokens: int = 0
     embeds: int | None = None
+    whole: bool = False
+    offers: tuple[str, ...] = ()
     log_scale: float | None = None
     bias: float | None = None
     sees: tuple[str, ...] = ()

@@ -33,6 +33,7 @@ class PretrainedPair(Backbone):
     """
 
     modalities = ("image", "text")
+    offers = ("embedding",)
     parts = {"published": "model."}
     sees: tuple[str, ...] = (
         "image_projection.*",

@@ -4,13 +4,14 @@ Only weights in safetensors are read, and no code that a repository may carry.
 """
 
 import hashlib
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
 import torch
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HFValidationError
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from transformers import CONFIG_MAPPING, AutoConfig
 
 from unimodal.config import LanguageModelConfig, PublishedConfig
@@ -67,8 +68,28 @@ def published_settings(config: PublishedConfig | LanguageModelConfig, *, pretrai
         raise ValueError(f"{config.source} holds no config.json of a known model: {error}") from error
 
 
+def tensor_names(files: Iterable[Path]) -> set[str]:
+    """What the tensors in safetensors files are called.
+
+    Raises:
+        ValueError: a file is cut short or no safetensors.
+    """
+    names: set[str] = set()
+    for path in files:
+        try:
+            with safe_open(path, framework="pt") as file:
+                names |= set(file.keys())
+        except SafetensorError as error:
+            raise ValueError(f"{path} is incomplete or damaged: {error}; get it again") from error
+    return names
+
+
 def load_published(
-    model_class: Any, config: PublishedConfig | LanguageModelConfig, *, pretrained: bool
+    model_class: Any,
+    config: PublishedConfig | LanguageModelConfig,
+    *,
+    pretrained: bool,
+    adjust: Callable[[Any, set[str]], None] | None = None,
 ) -> tuple[Any, dict[str, dict[str, str | None]]]:
     """A transformers model, from its source or from random numbers, and the source's description for `Backbone.sources`.
 
@@ -76,6 +97,7 @@ def load_published(
         model_class: the transformers class its weights are for.
         config: which model.
         pretrained: load the weights of `config.source`; otherwise build `config.kwargs`, or the source's shape where kwargs are empty.
+        adjust: called with the source's configuration and the names of the tensors in its files before they are loaded.
 
     Raises:
         FileNotFoundError: as `find_published`.
@@ -92,6 +114,8 @@ def load_published(
     files = sorted(folder.glob("*.safetensors"))
     if not files:
         raise ValueError(f"{config.source} holds no safetensors weights; give a revision or a repository that has them")
+    if adjust is not None:
+        adjust(settings, tensor_names(files))
     try:
         model, report = model_class.from_pretrained(
             folder,

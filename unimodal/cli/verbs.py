@@ -11,6 +11,7 @@ import sys
 import warnings
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -36,16 +37,21 @@ def parser() -> argparse.ArgumentParser:
     model = argparse.ArgumentParser(add_help=False)
     model.add_argument("--model", help=f"a checkpoint folder or Hub id; by default {DEFAULT_MODEL}")
     model.add_argument("--device", help="where to run, for example cuda; by default the CPU")
+    model.add_argument(
+        "--heads", type=lambda names: names.split(","), help="load only these, for example embedding,matching"
+    )
+    prompt = argparse.ArgumentParser(add_help=False)
+    prompt.add_argument("--prompt", help="an instruction, or of captions a question, for models that take one")
     whole = argparse.ArgumentParser(prog="unimodal")
     verbs = whole.add_subparsers(dest="verb", required=True, metavar="VERB")
 
-    verb = verbs.add_parser("embed", parents=[model], help="embed images or texts into a .npy file")
+    verb = verbs.add_parser("embed", parents=[model, prompt], help="embed images or texts into a .npy file")
     verb.add_argument("inputs", nargs="+", metavar="PATH_OR_TEXT", help="pictures, folders of pictures, or texts")
     verb.add_argument("--out", type=Path, required=True, help="the .npy file; a .json beside it names the rows")
     verb.add_argument("--precision", default="float32", help="float32, int8, uint8, binary or ubinary")
     verb.add_argument("--truncate_dim", type=int, help="keep the first dimensions")
 
-    verb = verbs.add_parser("search", parents=[model], help="search a folder of images by text, or by an image")
+    verb = verbs.add_parser("search", parents=[model, prompt], help="search a folder of images by text, or by an image")
     verb.add_argument("folder", type=Path, help="where the pictures are; folders in it are searched too")
     verb.add_argument("query", help="a text, or the path of a picture")
     verb.add_argument("--top_k", type=int, default=5, help="how many to show")
@@ -54,21 +60,20 @@ def parser() -> argparse.ArgumentParser:
 
     searching.add_parsers(verbs, model)
 
-    verb = verbs.add_parser("rank", parents=[model], help="rank images against a text, or texts against an image")
+    verb = verbs.add_parser(
+        "rank", parents=[model, prompt], help="rank images against a text, or texts against an image"
+    )
     verb.add_argument("query", help="a text, or the path of a picture")
     verb.add_argument("documents", nargs="+", metavar="DOCUMENT", help="what to rank; a folder stands for its pictures")
     verb.add_argument("--top_k", type=int, help="how many to show")
 
-    verb = verbs.add_parser("caption", parents=[model], help="caption images")
+    verb = verbs.add_parser("caption", parents=[model, prompt], help="caption images")
     verb.add_argument("paths", nargs="+", metavar="PATH", help="pictures, or folders of pictures")
-    verb.add_argument("--num_beams", type=int, default=3, help="hypotheses kept; 1 is greedy")
+    verb.add_argument("--num_beams", type=int, help="hypotheses kept; 1 is greedy, by default 3")
     verb.add_argument(
         "--candidates", type=int, default=1, help="captions written, of which the model's own match score chooses one"
     )
-    verb.add_argument("--max_new_tokens", type=int, default=30, help="longest caption")
-    verb.add_argument(
-        "--prompt", help="text that a language model continues, for example 'Question: how many? Answer:'"
-    )
+    verb.add_argument("--max_new_tokens", type=int, help="longest caption, by default 30")
 
     verb = verbs.add_parser("generate", parents=[model], help="draw a picture from a text")
     verb.add_argument("text")
@@ -125,7 +130,9 @@ def _verb(work: Callable[[argparse.Namespace], int | None]) -> Callable[[Sequenc
 def embed(options: argparse.Namespace) -> None:
     inputs = _readable(_expand(options.inputs))
     model = _load(options)
-    vectors = model.encode(inputs, precision=options.precision, truncate_dim=options.truncate_dim)
+    vectors = model.encode(
+        inputs, prompt=options.prompt, precision=options.precision, truncate_dim=options.truncate_dim
+    )
     with open(options.out, "wb") as file:
         np.save(file, vectors)
     names = options.out.with_suffix(".json")
@@ -141,7 +148,8 @@ def search(options: argparse.Namespace) -> None:
         return searching.calibrate(_load(options), options, Path(options.model or DEFAULT_MODEL))
     pictures = _pictures(options.folder)
     index = _index(_load(options), pictures, options.index)
-    hits = index.search(options.query, top_k=options.top_k, rerank_top_k=options.rerank_top_k)
+    depths = {"top_k": options.top_k, "rerank_top_k": options.rerank_top_k}
+    hits = index.search(options.query, **depths, prompt=options.prompt)
     rows = [
         (hit["rank"], Path(hit["document"]).relative_to(options.folder), hit["first_score"], hit["rerank_score"])
         for hit in hits
@@ -152,7 +160,7 @@ def search(options: argparse.Namespace) -> None:
 @_verb
 def rank(options: argparse.Namespace) -> None:
     documents = _readable(_expand(options.documents))
-    hits = _load(options).rank(options.query, documents, top_k=options.top_k)
+    hits = _load(options).rank(options.query, documents, top_k=options.top_k, prompt=options.prompt)
     rows = [(place, documents[hit["corpus_id"]], hit["score"]) for place, hit in enumerate(hits, start=1)]
     _table(repr(options.query), ("", "document", "match"), rows)
 
@@ -161,13 +169,15 @@ def rank(options: argparse.Namespace) -> None:
 def caption(options: argparse.Namespace) -> None:
     paths = _readable([Path(path) for path in _expand(options.paths)])
     model = _load(options)
+    # Candidates are drawn, always the same ones; a vision-language model draws nothing here.
+    drawn: dict[str, Any] = {} if model.encoder.writes else {"generator": torch.Generator(model.device).manual_seed(0)}
     captions = model.caption(
         paths,
         prompt=options.prompt,
         num_beams=options.num_beams,
         candidates=options.candidates,
         max_new_tokens=options.max_new_tokens,
-        generator=torch.Generator(model.device).manual_seed(0),
+        **drawn,
     )
     for path, text in zip(paths, captions):
         print(f"{path}: {text}")
@@ -227,7 +237,7 @@ def _checkpoint(options: argparse.Namespace) -> str:
 
 
 def _load(options: argparse.Namespace) -> Unimodal:
-    return Unimodal.from_pretrained(_checkpoint(options), device=options.device)
+    return Unimodal.from_pretrained(_checkpoint(options), device=options.device, heads=options.heads)
 
 
 def _pictures(folder: Path) -> list[Path]:

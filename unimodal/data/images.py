@@ -75,6 +75,20 @@ def load_image(item: Any, *, max_pixels: int = 64_000_000, timeout: float = TIME
     )
 
 
+def picture_area(item: Any) -> int:
+    """Width times height as far as it is known without decoding; 0 where it is not, as for a URL or a file that is no image."""
+    if isinstance(item, Image.Image):
+        return item.width * item.height
+    if isinstance(item, np.ndarray | torch.Tensor):
+        sides = [side for side in item.shape if side > 4]
+        return int(np.prod(sides[:2])) if sides else 0
+    try:
+        with Image.open(io.BytesIO(item) if isinstance(item, bytes) else item, formats=FORMATS) as picture:
+            return picture.width * picture.height
+    except Exception:  # opening it in earnest will say what is wrong
+        return 0
+
+
 def _from_path(path: Path, max_pixels: int) -> Image.Image:
     try:
         kind = path.stat().st_mode

@@ -1,8 +1,9 @@
-"""What an item is: an image, a text, or both together, in any of the forms in which users pass them.
+"""What an item is: images, a video, a text, or several of these together, in any of the forms in which users pass them.
 
 A `str` is told apart by how it is written, never by what happens to lie on the disk:
 
     {"image": x}, {"text": s}, {"image": x, "text": s}    as it says; removes all doubt
+    {"image": [x, y]}, {"video": v}                       several images; a video: its frames in order, or its file
     pathlib.Path, PIL image, array, tensor, bytes         an image
     "photo.jpg", "https://host/photo.jpg"                 an image: the string ends in a picture's suffix
     any other string                                      a text
@@ -13,7 +14,7 @@ as words; so is a URL without such a suffix, which could be meant either way.
 
 import os
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 from urllib.parse import urlsplit
@@ -22,35 +23,117 @@ import numpy as np
 import torch
 from PIL import Image
 
+from unimodal.data.images import load_image
+from unimodal.data.video import read_video, sample_frames
+
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".ppm")
-FORMS = "a text, an image (path, URL, PIL image, array, tensor, bytes), or a dict with the keys 'image', 'text' or both"
+FORMS = "a text, an image (path, URL, PIL image, array, tensor, bytes), or a dict with one or more of the keys 'image', 'video', 'text'"
+KEYS = ("image", "video", "text", "fps")
+FPS = 2.0  # of a list of frames whose rate is not given, as Qwen's own tools take it
 
 
 @dataclass(frozen=True)
 class Item:
-    """An image in any form that `load_image` takes, a text, or both."""
+    """An image in any form that `load_image` takes, a text, or both; for models that read them several images or a video, too.
+
+    Args:
+        image: one, or a tuple of several.
+        text: words.
+        video: a tuple of frames in order, each in any form that `load_image` takes, or the path of a file.
+        fps: frames per second of a tuple of frames.
+    """
 
     image: Any = None
     text: str | None = None
+    video: Any = None
+    fps: float = FPS
 
     @property
-    def kind(self) -> Literal["image", "text", "both"]:
+    def parts(self) -> tuple[str, ...]:
+        """What a model must read for it: of `image`, `images` (several), `video` and `text` those that are there."""
+        several = "images" if isinstance(self.image, tuple) else "image"
+        given = {several: self.image, "video": self.video, "text": self.text}
+        return tuple(part for part, value in given.items() if value is not None)
+
+    @property
+    def kind(self) -> Literal["image", "images", "video", "text", "both", "empty"]:
+        """Its one part; `both` for several parts together, `empty` for none."""
+        kind: Any = self.parts[0] if len(self.parts) == 1 else "both" if self.parts else "empty"
+        return kind
+
+    @property
+    def images(self) -> tuple[Any, ...]:
+        """Its images, one or several; without the frames of its video."""
         if self.image is None:
-            return "text"
-        return "image" if self.text is None else "both"
+            return ()
+        return self.image if isinstance(self.image, tuple) else (self.image,)
 
     @property
-    def document(self) -> str | dict[str, str | None] | None:
+    def document(self) -> Any:
         """The item in words, for an index or a message: text, path or URL; None for an image that has no name."""
-        name = str(self.image) if isinstance(self.image, str | Path) else None
-        if self.kind == "both":
-            return {"image": name, "text": self.text}
-        return name if self.kind == "image" else self.text
+        if self.kind in ("image", "text"):
+            return _name(self.image) if self.kind == "image" else self.text
+        named = {"image": self.image, "video": self.video}
+        words = {key: _name(value) for key, value in named.items() if value is not None}
+        if isinstance(self.video, tuple):
+            words["fps"] = self.fps
+        return words if self.text is None else {**words, "text": self.text}
+
+    def opened(self, where: str = "") -> "Item":
+        """The item with its pictures loaded (`load_image`), a video as at most 64 of its frames; `where` opens the message of an error.
+
+        Raises:
+            OSError, ValueError, TypeError, ImportError: one of its pictures or its video cannot be read; the message says which.
+        """
+        image, video, fps = self.image, self.video, self.fps
+        if isinstance(image, tuple):
+            image = tuple(_loaded(one, f"{where}image {i}: ") for i, one in enumerate(image))
+        elif image is not None:
+            image = _loaded(image, where)
+        if isinstance(video, tuple):
+            frames, fps = sample_frames(list(enumerate(video)), fps)
+            video = tuple(_loaded(frame, f"{where}frame {i}: ") for i, frame in frames)
+        elif video is not None:
+            video, fps = read_video(video)
+        return replace(self, image=image, video=video, fps=fps)
+
+
+def picture_key(picture: Any) -> Any:
+    """Equal for pictures, or videos, that are the same one: by path or URL, otherwise the same object in memory."""
+    if isinstance(picture, tuple):
+        return tuple(map(picture_key, picture))
+    return str(picture) if isinstance(picture, str | Path) else _Held(picture)
+
+
+class _Held:
+    """An object, equal to itself alone. It is held, so that no other can come to lie at its address."""
+
+    def __init__(self, value: Any) -> None:
+        self.value = value
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Held) and self.value is other.value
+
+    def __hash__(self) -> int:
+        return id(self.value)
+
+
+def _loaded(picture: Any, where: str) -> Image.Image:
+    try:
+        return load_image(picture)
+    except (OSError, ValueError, TypeError) as error:
+        raise type(error)(f"{where}{error}") from error
+
+
+def _name(value: Any) -> Any:
+    if isinstance(value, tuple):
+        return [_name(one) for one in value]
+    return str(value) if isinstance(value, str | Path) else None
 
 
 def is_single(inputs: Any) -> bool:
     """Whether `inputs` is one item rather than several."""
-    return isinstance(inputs, str | bytes | dict | Path | Image.Image | np.ndarray | torch.Tensor)
+    return isinstance(inputs, str | bytes | dict | Path | Image.Image | np.ndarray | torch.Tensor | Item)
 
 
 def as_items(inputs: Any, *, check_files: bool = True) -> list[Item]:
@@ -70,12 +153,17 @@ def as_items(inputs: Any, *, check_files: bool = True) -> list[Item]:
 
 def as_item(value: Any, where: str = "", *, check_files: bool = True) -> Item:
     """One item; `where` opens the message of an error. See `as_items`."""
+    if isinstance(value, Item):
+        return value
     if isinstance(value, dict):
-        unknown = value.keys() - {"image", "text"}
-        if unknown or not value:
-            raise ValueError(f"{where}a dict has the keys 'image', 'text' or both, got {sorted(map(str, value))}")
-        image = _image(value["image"], where, check_files) if "image" in value else None
-        return Item(image, _text(value["text"], where) if "text" in value else None)
+        if value.keys() - set(KEYS) or not value.keys() - {"fps"}:
+            raise ValueError(
+                f"{where}a dict has one or more of the keys 'image', 'video', 'text', got {sorted(map(str, value))}"
+            )
+        image = _images(value["image"], where, check_files) if "image" in value else None
+        text = _text(value["text"], where) if "text" in value else None
+        video = _video(value["video"], where, check_files) if "video" in value else None
+        return Item(image, text, video, _rate(value, where))
     if not is_single(value):
         raise TypeError(f"{where}expected {FORMS}, got {type(value).__name__} {value!r}")
     if not isinstance(value, str) or value.lower().endswith(SUFFIXES):
@@ -90,8 +178,42 @@ def as_item(value: Any, where: str = "", *, check_files: bool = True) -> Item:
     return Item(text=_text(value, where))
 
 
+def _images(value: Any, where: str, check_files: bool) -> Any:
+    if not isinstance(value, list | tuple):
+        return _image(value, where, check_files)
+    if not value:
+        raise ValueError(f"{where}'image' is an empty list; leave it out, or give it images")
+    images = tuple(_image(one, f"{where}image {i}: ", check_files) for i, one in enumerate(value))
+    return images if len(images) > 1 else images[0]
+
+
+def _video(value: Any, where: str, check_files: bool) -> Any:
+    if isinstance(value, list | tuple):
+        if not value:
+            raise ValueError(f"{where}'video' is an empty list; give its frames in order")
+        return tuple(_image(one, f"{where}frame {i}: ", check_files) for i, one in enumerate(value))
+    if not isinstance(value, str | Path):
+        raise TypeError(
+            f"{where}expected a video as a list of frames or the path of a file, got {type(value).__name__} {value!r:.80}"
+        )
+    if str(value).startswith(("http://", "https://")):
+        raise ValueError(f"{where}{value!r}: videos are not downloaded; fetch the file yourself and pass its path")
+    if check_files and not os.path.isfile(value):
+        raise FileNotFoundError(f"{where}there is no video file {str(value)!r}; check the path")
+    return value
+
+
+def _rate(value: dict[str, Any], where: str) -> float:
+    fps = value.get("fps", FPS)
+    if isinstance(fps, bool) or not isinstance(fps, int | float) or not fps > 0:
+        raise ValueError(f"{where}'fps' is the number of frames per second, expected one above 0, got {fps!r}")
+    if "fps" in value and not isinstance(value.get("video"), list | tuple):
+        raise ValueError(f"{where}'fps' belongs to a video that is given as a list of frames; leave it out")
+    return float(fps)
+
+
 def _image(value: Any, where: str, check_files: bool) -> Any:
-    if not is_single(value) or isinstance(value, dict):
+    if not is_single(value) or isinstance(value, dict | Item):
         raise TypeError(
             f"{where}expected an image (path, URL, PIL image, array, tensor, bytes), "
             f"got {type(value).__name__} {value!r}"

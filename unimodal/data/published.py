@@ -17,7 +17,9 @@ from PIL import Image
 from torch import Tensor
 from transformers import AutoImageProcessor, AutoTokenizer, PreTrainedTokenizerBase
 
+from unimodal.backbones import QwenVL
 from unimodal.config import CaptioningConfig
+from unimodal.data.conversation import ConversationProcessor, open_conversations
 from unimodal.data.processor import SETTINGS_FILE, Processor
 from unimodal.data.texts import TruncationWarning, require_texts
 from unimodal.data.writer import Writer
@@ -138,8 +140,10 @@ class PublishedProcessor(Processor):
 def saved_processor(folder: str | Path) -> Processor:
     """The processor of a checkpoint folder, of either kind; see `Processor.from_pretrained`."""
     path = Path(folder) / SETTINGS_FILE
-    published = path.is_file() and TEXT_KEY in json.loads(path.read_text())
-    return (PublishedProcessor if published else Processor).from_pretrained(folder)
+    settings = json.loads(path.read_text()) if path.is_file() else {}
+    if "conversation" in settings:
+        return ConversationProcessor.from_pretrained(folder)
+    return (PublishedProcessor if TEXT_KEY in settings else Processor).from_pretrained(folder)
 
 
 def open_tokenizer(folder: str | Path) -> PreTrainedTokenizerBase:
@@ -190,7 +194,7 @@ def open_writer(folder: str | Path, settings: CaptioningConfig, captioner: Any) 
         raise ValueError(f"the tokenizer of the language model in {folder}: {error}") from error
 
 
-def open_processor(folder: str | Path, backbone: Any) -> PublishedProcessor:
+def open_processor(folder: str | Path, backbone: Any) -> Processor:
     """The preprocessing of a published backbone, from its folder.
 
     Args:
@@ -198,8 +202,10 @@ def open_processor(folder: str | Path, backbone: Any) -> PublishedProcessor:
         backbone: `unimodal.backbones.PretrainedPair` or `Blip2Backbone`.
 
     Raises:
-        ValueError: the tokenizer has more tokens than the backbone.
+        ValueError: the tokenizer has more tokens than the backbone; also as `open_conversations`.
     """
+    if isinstance(backbone, QwenVL):
+        return open_conversations(folder, backbone.model.config, heads=("embedding",))
     tokenizer, image_processor = published_parts(folder)
     tokens = tokenizer.get_vocab()
     tokens.pop(PLACEHOLDER, None)

@@ -8,12 +8,13 @@ from unimodal.heads.captioning import BridgeCaptioner, CaptionDecoder
 from unimodal.heads.decoding import Decoding
 from unimodal.heads.embedding import EmbeddingHead
 from unimodal.heads.language_model import LanguageModelCaptioner
-from unimodal.heads.matching import BridgeMatchingHead, CachedMatchingHead
+from unimodal.heads.matching import AnswerHead, BridgeMatchingHead, CachedMatchingHead
 
 if TYPE_CHECKING:
     from unimodal.heads.generation import GenerationHead
 
 __all__ = [
+    "AnswerHead",
     "BridgeCaptioner",
     "BridgeMatchingHead",
     "CachedMatchingHead",

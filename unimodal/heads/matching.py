@@ -2,9 +2,10 @@
 
 `CachedMatchingHead` reads bridged image tokens that were computed once, so that a search scores a new text against
 stored images without touching a picture. `BridgeMatchingHead` reads what the bridge's queries found with the text
-beside them (BLIP-2, arXiv 2301.12597).
+beside them (BLIP-2, arXiv 2301.12597). `AnswerHead` reads what a vision-language model is about to answer.
 """
 
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from unimodal.layers import Block, KeyValues, init_weights, key_mask_to_bias, masked_mean
@@ -63,3 +64,21 @@ class BridgeMatchingHead(nn.Module):
         """What the queries found in P pairs (`QFormer.match`), [P, N, W] -> logits [P]."""
         no_match, match = self.score(query_outputs).mean(1).unbind(-1)
         return match - no_match
+
+
+class AnswerHead(nn.Module):
+    """The logit of the answer yes minus that of no: one row, the difference of the two words' rows in the language model's output, in place
+    of its whole vocabulary (Qwen3-VL-Reranker, arXiv 2601.04720).
+
+    Args:
+        width: C, width of the language model's states.
+    """
+
+    def __init__(self, *, width: int):
+        super().__init__()
+        self.score = nn.Linear(width, 1, bias=False)
+        self.apply(init_weights)
+
+    def forward(self, states: Tensor) -> Tensor:
+        """The last state of P conversations [P, C] -> logits [P], float32: in fewer bits the best candidates would tie."""
+        return F.linear(states.float(), self.score.weight.float())[:, 0]

@@ -50,7 +50,12 @@ def example_outputs(model: UnimodalModel, inputs: dict[str, Tensor]) -> dict[str
         outputs = {"image_embedding": model.image_embedding(image), "text_embedding": model.text_embedding(text)}
     pairs = torch.arange(2, device=inputs["ids"].device)
     if "matching" in model.heads:
-        outputs["match"] = model.match(image, text, pairs, pairs)
+        whole = model.config.matching is not None and model.config.matching.kind == "backbone"
+        pixels = named or inputs["pixels"]
+        outputs["match"] = model.judge(pixels) if whole else model.match(image, text, pairs, pairs)
+    if model.config.captioning is not None and model.config.captioning.kind == "backbone":
+        states = model.backbone.image_features(named or inputs["pixels"])
+        outputs["next_word"] = model.backbone.word_logits(states[:, -1])
     if "captioning" in model.heads:
         captions = [torch.tensor(ids, dtype=torch.long) for ids in model.caption(image, max_new_tokens=CAPTION_TOKENS)]
         outputs["caption"] = pad_sequence(captions, batch_first=True, padding_value=-1)

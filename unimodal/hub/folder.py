@@ -34,6 +34,7 @@ FILES = (
     "calibration.json",
     "README.md",
     "preprocessor_config.json",
+    "chat_template.jinja",
     *TOKENIZER,
     *(f"{WRITER_FOLDER}/{name}" for name in TOKENIZER),
 )

@@ -25,10 +25,14 @@ from unimodal.config import (
     ModelConfig,
     PublishedConfig,
 )
+from unimodal.data.conversation import open_conversations, single_token
 from unimodal.data.processor import Processor
 from unimodal.data.published import open_processor, open_writer
 from unimodal.hub.weights import CheckpointError, open_weights, read_json
 from unimodal.model import UnimodalModel
+
+# Widths of Qwen3-VL-Embedding, which was trained for prefixes of 64 dimensions and more (arXiv 2601.04720).
+WIDTHS = (64, 128, 256, 512, 768, 1024, 1536, 2048)
 
 __all__ = ["PUBLISHED_FILES", "is_published", "open_published"]
 
@@ -36,7 +40,7 @@ __all__ = ["PUBLISHED_FILES", "is_published", "open_published"]
 def is_published(folder: Path) -> bool:
     """Whether a folder holds a published model of a kind that can be opened."""
     path = folder / "config.json"
-    return path.is_file() and read_json(path).get("model_type") in (*PAIRS, "blip-2")
+    return path.is_file() and read_json(path).get("model_type") in (*PAIRS, "blip-2", "qwen3_vl")
 
 
 def open_published(
@@ -48,7 +52,8 @@ def open_published(
         folder: local folder of it.
         name: what the user called it: the folder, or a Hub id.
         revision: as the user gave it.
-        heads: load only these; None loads all.
+        heads: load only these; None loads all. A Qwen3-VL can be asked for `embedding`, `matching` and `captioning` whatever it was
+            trained for; None takes what its files say of that (`qwen_heads`).
 
     Raises:
         CheckpointError: it is incomplete, or lacks a head that was asked for.
@@ -58,10 +63,14 @@ def open_published(
     settings = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     published = PublishedConfig(name=settings.model_type, source=str(folder))
     try:
-        model = _open_blip2(settings, published) if settings.model_type == "blip-2" else _open_pair(settings, published)
-        processor = open_processor(folder, model.backbone)
-        if model.config.captioning is not None:
-            processor.writer = open_writer(folder, model.config.captioning, model.head("captioning"))
+        if settings.model_type == "qwen3_vl":
+            model, processor = _open_qwen(settings, published, folder, heads)
+        else:
+            open_model = _open_blip2 if settings.model_type == "blip-2" else _open_pair
+            model = open_model(settings, published)
+            processor = open_processor(folder, model.backbone)
+            if model.config.captioning is not None:
+                processor.writer = open_writer(folder, model.config.captioning, model.head("captioning"))
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{name}: {error}") from error
     if lacking := [head for head in heads or () if head not in model.jobs]:
@@ -165,3 +174,36 @@ def _fill(layer: Any, weights: dict[str, Tensor], name: str) -> None:
                 f"{name}.{part}: expected the shape {list(ours.shape)}, the weights have {found}; get it again"
             )
         ours.copy_(theirs)
+
+
+def qwen_heads(folder: Path) -> tuple[str, ...]:
+    """What a Qwen3-VL was trained for. All of them have the same kind of weights; the embedder and the reranker are told by the modules
+    that their folder lists for sentence-transformers, and what lists none writes."""
+    path = folder / "modules.json"
+    modules = path.read_text(encoding="utf-8") if path.is_file() else ""
+    if "LogitScore" in modules:
+        return ("matching",)
+    return ("embedding",) if "Pooling" in modules else ("captioning",)
+
+
+def _open_qwen(
+    settings: Any, published: PublishedConfig, folder: Path, heads: Sequence[str] | None
+) -> tuple[UnimodalModel, Processor]:
+    wanted = qwen_heads(folder) if heads is None else tuple(heads)
+    processor = open_conversations(folder, settings, heads=wanted)
+    width = settings.text_config.hidden_size
+    widths = tuple(dim for dim in WIDTHS if dim < width)
+    config = ModelConfig(
+        backbone=BackboneConfig(width=None, published=published),
+        bridge=None,
+        embedding=EmbeddingConfig(kind="backbone", dim=width, gate=False, matryoshka=widths)
+        if "embedding" in wanted
+        else None,
+        matching=MatchingConfig(kind="backbone") if "matching" in wanted else None,
+        captioning=CaptioningConfig(kind="backbone") if "captioning" in wanted else None,
+    )
+    words = {word: single_token(processor, word) for word in ("yes", "no")} if "matching" in wanted else {}
+    model = UnimodalModel(config, pretrained=True)
+    if words:
+        model.head("matching").score.weight.data.copy_(model.backbone.answer_row(**words))
+    return model, processor

@@ -29,6 +29,7 @@ def build_index(
     on_error: Literal["raise", "skip"] = "raise",
     folder: str | Path | None = None,
     show_progress_bar: bool | None = None,
+    prompt: str | None = None,
 ) -> Index:
     """Read documents into an index.
 
@@ -53,6 +54,8 @@ def build_index(
             folder as long as the object does. Documents are told apart by path, text, id and metadata, not by the
             content of files.
         show_progress_bar: None shows one for several batches on a terminal.
+        prompt: put before every text of a document; to a vision-language model the instruction by which documents are read. It is kept, so
+            that documents that are added later are read by the same.
 
     Raises:
         ValueError: ids or metadata that do not fit, an unknown precision or backend, an address with a password, a folder that holds
@@ -79,6 +82,7 @@ def build_index(
         "first_width": first_width or dim,
         "uri": f"{uri}#unimodal_{uuid.uuid4().hex}" if uri else None,
         "part": store.PART,
+        "prompt": prompt,
     }
     home = tempfile.TemporaryDirectory(prefix="unimodal-index-") if folder is None else None
     place = Path(folder if home is None else home.name)  # type: ignore[arg-type]

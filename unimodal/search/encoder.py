@@ -10,7 +10,7 @@ Legend: n items, P pairs, N queries, T image tokens, L text length, D backbone w
 import hashlib
 import json
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any, TypeVar
 
 import torch
@@ -21,13 +21,17 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from unimodal.backbones import move_pixels
+from unimodal.data.conversation import DESCRIBE
 from unimodal.data.images import load_image
 from unimodal.data.items import Item
 from unimodal.data.processor import Processor
 from unimodal.model import ImageState, TextState, UnimodalModel
 from unimodal.search.calibrate import Calibration
+from unimodal.search.judge import Judge, plan
 
 V = TypeVar("V")
+
+SAMPLING = ("temperature", "top_k", "top_p", "min_p", "typical_p")  # what a greedy search has no use for
 
 # What neither embedding nor match score depends on: training it leaves an index valid.
 OTHER_JOBS = ("heads.captioning.", "heads.generation.", "bridge.query_sets.generate", "bridge.lm_")
@@ -50,10 +54,15 @@ class Encoded:
 class Encoder:
     """A model in evaluation mode, its processor, and where it has one the calibration of its match logits."""
 
+    processor: Any
+
     def __init__(self, model: UnimodalModel, processor: Processor, calibration: Calibration | None = None) -> None:
         self.model, self.processor, self.calibration = model.eval(), processor, calibration
         kind = model.config.matching.kind if model.config.matching else None
-        self.matches, self.in_bridge = kind is not None, kind == "bridge"
+        self.matches, self.in_bridge = kind in ("cached", "bridge"), kind == "bridge"
+        self.judges = kind == "backbone"  # pairs are read whole, no tokens are kept of items
+        captioning = model.config.captioning
+        self.writes = captioning is not None and captioning.kind == "backbone"
 
     @property
     def device(self) -> torch.device:
@@ -77,9 +86,29 @@ class Encoder:
                 "array; pass images and texts in separate calls"
             )
 
+    def require_readable(self, item: Item, where: str = "") -> None:
+        """Refuse what the model cannot read."""
+        if unread := [part for part in item.parts or ("empty",) if part not in self.model.modalities]:
+            raise ValueError(
+                f"{where}this model reads {', '.join(self.model.modalities)}, got {', '.join(unread)}: {item.document!r:.200}"
+            )
+
     @torch.inference_mode()
-    def read(self, items: Sequence[Item]) -> Encoded:
-        """Read one batch of items. An item with image and text has the normalised mean of its two embeddings."""
+    def read(self, items: Sequence[Item], prompt: str | None = None, where: Sequence[str] | None = None) -> Encoded:
+        """Read one batch of items. An item with image and text has the normalised mean of its two embeddings, unless the backbone reads
+        both as one sequence.
+
+        Args:
+            items: what to read.
+            prompt: put before every text; to a model that is told what an embedding is for, the instruction.
+            where: for each item how an error calls it.
+        """
+        where = [""] * len(items) if where is None else where
+        for item, name in zip(items, where):
+            self.require_readable(item, name)
+        if self.model.backbone.whole:
+            return self._read_whole(items, prompt, where)
+        items = [item if item.text is None else replace(item, text=(prompt or "") + item.text) for item in items]
         vectors: dict[int, list[Tensor]] = {row: [] for row in range(len(items))}
         tokens: dict[int, list[Tensor]] = {row: [] for row in range(len(items))}
         for kind in ("image", "text"):
@@ -99,6 +128,93 @@ class Encoder:
         joined = [v[0] if len(v) == 1 else F.normalize(v[0] + v[1], dim=-1) for v in vectors.values()]
         single = [t[0] if self.matches and len(t) == 1 else torch.empty(0) for t in tokens.values()]
         return Encoded(torch.stack(joined), single)
+
+    def _read_whole(self, items: Sequence[Item], instruction: str | None, where: Sequence[str]) -> Encoded:
+        """Items with pictures in one batch, mere texts in another, each item as one sequence."""
+        out: dict[int, tuple[Tensor, Tensor]] = {}
+        for seen in (True, False):
+            rows = [row for row, item in enumerate(items) if bool(item.images or item.video) is seen]
+            if not rows:
+                continue
+            read = self.processor.items([items[row] for row in rows], instruction, where=[where[row] for row in rows])
+            batch: Any = move_pixels(read, self.device, self.model.log_scale.dtype)
+            if seen:
+                image = self.model.encode_image(batch)
+                embedding, tokens = self.model.image_embedding(image), self._image_tokens(image)
+            else:
+                text = self.model.encode_text(batch["ids"], batch["mask"])
+                embedding, tokens = self.model.text_embedding(text), self._text_tokens(text)
+            out |= dict(zip(rows, zip(embedding.float(), tokens)))
+        keep = [self.matches and item.kind in ("image", "text") for item in items]
+        tokens = [out[row][1] if kept else torch.empty(0) for row, kept in enumerate(keep)]
+        return Encoded(torch.stack([out[row][0] for row in range(len(items))]), tokens)
+
+    def judge(
+        self, pairs: Sequence[tuple[Item, Item]], prompt: str | None, batch_size: int, show: bool | None = False
+    ) -> Tensor:
+        """Match logits [P], float32, of (query, document) that a vision-language model reads as one conversation each.
+
+        Args:
+            pairs: items of any kind that the model reads.
+            prompt: what makes a document match, in place of the default instruction.
+            batch_size: pairs at a time.
+            show: as in `progress`.
+        """
+        for place, pair in enumerate(pairs):
+            for item in pair:
+                self.require_readable(item, f"pair {place}: ")
+        batches(len(pairs), batch_size)
+        scores, judge = torch.empty(len(pairs)), Judge(self.model, self.processor)
+        opened: dict[int, Item] = {}
+        for places in progress(plan(pairs, batch_size, self.processor.expected_tokens), "Matching", show):
+            # A query's pictures are opened once for all of its pairs in turn.
+            queries = {id(pairs[i][0]): (i, pairs[i][0]) for i in places}
+            opened = {key: opened.get(key) or query.opened(f"pair {i}: ") for key, (i, query) in queries.items()}
+            rows = [self.processor.pair(opened[id(pairs[i][0])], pairs[i][1], prompt, f"pair {i}: ") for i in places]
+            scores[places] = judge.logits(rows)
+        return scores
+
+    @torch.inference_mode()
+    def write(
+        self,
+        items: Sequence[Item],
+        prompt: str | Sequence[str] | None,
+        options: dict[str, Any],
+        batch_size: int,
+        show: bool | None = False,
+    ) -> list[str]:
+        """What a vision-language model writes about images and videos.
+
+        Args:
+            items: images, several images, videos.
+            prompt: what is asked about all of them, or about each; None asks for a description.
+            options: arguments of transformers' `generate`.
+            batch_size: items at a time.
+            show: as in `progress`.
+        """
+        asked = [prompt or DESCRIBE] * len(items) if prompt is None or isinstance(prompt, str) else list(prompt)
+        if len(asked) != len(items):
+            raise ValueError(f"prompt: expected one for all or one for each of {len(items)} images, got {len(asked)}")
+        if several := sorted({"num_return_sequences", "return_dict_in_generate"} & options.keys()):
+            raise ValueError(f"{', '.join(several)}: there is one text for each image; leave it out")
+        where = [f"item {i}: " for i in range(len(items))] if len(items) > 1 else [""]
+        for item, name in zip(items, where):
+            self.require_readable(item, name)
+            if item.kind not in ("image", "images", "video"):
+                raise ValueError(
+                    f"{name}caption: expected images or a video, got the {item.kind} {item.document!r}; what is asked about them "
+                    "is the prompt"
+                )
+        settings = {**self.processor.generation, "do_sample": False, **options}
+        if not settings["do_sample"]:
+            settings = {name: value for name, value in settings.items() if name not in SAMPLING}
+        out: list[str] = []
+        for rows in progress(batches(len(items), batch_size), "Captioning", show):
+            asking = zip(items[rows], asked[rows], where[rows])
+            read = self.processor.batch([self.processor.question(*one) for one in asking], "left")
+            batch: Any = move_pixels(read, self.device, self.model.log_scale.dtype)
+            out += [self.processor.decode(ids) for ids in self.model.backbone.write(batch, **settings)]
+        return out
 
     def match(self, pairs: Sequence[tuple[Tensor, Tensor]], batch_size: int, show: bool | None = False) -> Tensor:
         """Match logits [P], float32, of pairs of (image tokens, text tokens) as `read` returns them."""

@@ -244,9 +244,9 @@ class Index:
                 good = {row: item for row, item in opened.items() if isinstance(item, Item)}
                 done += batch
                 if good:
-                    arrays = read_items(
-                        self.encoder, list(good.values()), self.manifest["precision"], self.manifest["kind"] != "mixed"
-                    )
+                    keep = self.manifest["kind"] != "mixed"
+                    options = (self.manifest["precision"], keep, self.manifest.get("prompt"))
+                    arrays = read_items(self.encoder, list(good.values()), *options)
                     read.append(([row % size for row in good], arrays))
             write_part(part_file(self.folder, number), lay_out(read, done[-1] % size + 1))
             self.catalogue.read(done, errors)
@@ -331,6 +331,7 @@ class Index:
         match_scale: float = 1.0,
         batch_size: int = 32,
         show_progress_bar: bool | None = None,
+        prompt: str | None = None,
     ) -> Any:
         """Hits of each query, best first. No document is opened.
 
@@ -346,6 +347,8 @@ class Index:
             match_scale: weight of the logit under `sum`.
             batch_size: queries at a time, and pairs at a time.
             show_progress_bar: None shows one for several batches on a terminal.
+            prompt: put before the text of every query; to a vision-language model the instruction by which queries are read, which need
+                not be that of the documents.
 
         Returns:
             A list of hits per query (for a single query, its list of hits). A hit is a dict with `id`, `document`, `metadata`,
@@ -360,11 +363,12 @@ class Index:
         items = as_items(queries)
         selection = None if filter is None else Selection(parse(filter, self.catalogue.fields), self._keys)
         partner = {"image": "text", "text": "image"}.get(self.manifest["kind"])
-        groups = [[row for row, item in enumerate(items) if item.kind == kind] for kind in ("image", "text", "both")]
+        kinds = dict.fromkeys(item.kind for item in items)
+        groups = [[row for row, item in enumerate(items) if item.kind == kind] for kind in kinds]
         steps = [group[rows] for group in groups for rows in batches(len(group), batch_size)]
         hits: list[list[Hit]] = [[] for _ in items]
         for rows in progress(steps, "Searching", show_progress_bar):
-            read = self.encoder.read([items[row] for row in rows])
+            read = self.encoder.read([items[row] for row in rows], prompt)
 
             def match(pairs: list[tuple[int, int]], tokens: list[Tensor] = read.tokens) -> Tensor:
                 cached = {row: self.tokens(row) for row in {row for _, row in pairs}}

@@ -1,13 +1,11 @@
 """Documents into arrays: what an index keeps of a batch of items, read once."""
 
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import Literal
 
 import numpy as np
 import torch
 
-from unimodal.data.images import load_image
 from unimodal.data.items import Item
 from unimodal.search.encoder import Encoder
 from unimodal.search.quantise import int8_rows
@@ -20,17 +18,19 @@ TokenPrecision = Literal["int8", "float32"]
 def open_item(item: Item, on_error: OnError) -> Item | str:
     """The item with its picture loaded, or why it cannot be."""
     try:
-        return item if item.image is None else replace(item, image=load_image(item.image))
+        return item.opened()
     except (OSError, ValueError, TypeError) as error:
         if on_error == "raise":
             raise
         return str(error)
 
 
-def read_items(encoder: Encoder, items: Sequence[Item], precision: TokenPrecision, keep_tokens: bool) -> Arrays:
+def read_items(
+    encoder: Encoder, items: Sequence[Item], precision: TokenPrecision, keep_tokens: bool, prompt: str | None = None
+) -> Arrays:
     """Arrays of n items: `embedding` [n, E] or [n, N, E] float32, `length` [n] of their tokens, `tokens` one after another, and the `scale`
     of each token where they are int8."""
-    read = encoder.read(items)
+    read = encoder.read(items, prompt)
     kept = read.tokens if keep_tokens else [torch.empty(0)] * len(items)
     tokens = torch.cat(kept).cpu()
     codes = tokens.float().numpy() if tokens.is_floating_point() else tokens.int().numpy()
