@@ -95,7 +95,11 @@ def test_files_are_the_named_ones(saved: Path, model: UnimodalModel) -> None:
     assert load_file(saved / "model.safetensors").keys() == model.state_dict().keys()
     config = json.loads((saved / "config.json").read_text())
     assert config["model"] == json.loads(json.dumps(to_dict(model.config)))
-    assert config["library"] == "unimodal" and config["backbone"] == {"included": True, "sources": {}}
+    assert config["library"] == "unimodal" and config["backbone"] == {
+        "included": True,
+        "sources": {},
+        "fingerprint": None,
+    }
 
 
 def test_card_has_metadata_use_and_protocols(saved: Path) -> None:

@@ -338,11 +338,12 @@ def test_a_loss_that_is_not_finite_stops_the_run() -> None:
 class Batches(pl.Callback):
     """Notes what every step read and lost."""
 
-    def __init__(self) -> None:
+    def __init__(self, loss: str = "flow") -> None:
+        self.loss = loss
         self.rows: list[tuple[list[int], list[int], float]] = []
 
     def on_train_batch_end(self, trainer: pl.Trainer, task: Any, outputs: Any, batch: Any, index: int) -> None:
-        self.rows.append((batch["image_id"].tolist(), batch["text_id"].tolist(), task.step_losses["flow"]))
+        self.rows.append((batch["image_id"].tolist(), batch["text_id"].tolist(), task.step_losses[self.loss]))
 
 
 def test_a_run_resumes_exactly_at_any_step(tmp_path: Path) -> None:

@@ -14,20 +14,32 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.checkpoint import checkpoint
 
+Rows = (
+    Tensor | dict[str, Tensor] | None
+)  # of one input: a tensor [B, ...], or named ones (pictures of any size), or nothing
 
-def by_chunks(read: Callable[..., Any], *inputs: Tensor | None, size: int | None) -> Any:
+
+def at(rows: Rows, index: Any) -> Any:
+    """Some rows of an input: `index` is a slice, or a mask over the first dimensions."""
+    if isinstance(rows, dict):
+        return {name: part[index] for name, part in rows.items()}
+    return None if rows is None else rows[index]
+
+
+def by_chunks(read: Callable[..., Any], *inputs: Rows, size: int | None) -> Any:
     """`read(*inputs)` over rows of the inputs, `size` at a time; the gradient is that of the same chunks kept in memory.
 
     Args:
         read: takes what `inputs` are, by rows, and returns a tensor of as many rows or a NamedTuple of such.
-        inputs: tensors [B, ...], or None.
+        inputs: tensors [B, ...], named ones, or None.
         size: rows at a time; None reads all at once and keeps their activations.
     """
     if size is None:
         return read(*inputs)
-    count = next(len(x) for x in inputs if x is not None)
+    first = next(x for x in inputs if x is not None)
+    count = len(next(iter(first.values())) if isinstance(first, dict) else first)
     chunks = [
-        checkpoint(read, *(x if x is None else x[start : start + size] for x in inputs), use_reentrant=False)
+        checkpoint(read, *(at(x, slice(start, start + size)) for x in inputs), use_reentrant=False)
         for start in range(0, count, size)
     ]
     return (

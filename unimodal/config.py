@@ -253,8 +253,35 @@ class GenerationConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class AdapterConfig:
+    """A small part that is trained in place of the weights around it (`unimodal.tuning`).
+
+    Args:
+        kind: `lora` (arXiv 2106.09685), `dora` (2402.09353) and `ia3` (2205.05638) change linear layers and convolutions, `layer_norm`
+            (2312.11420) the normalisations, `bottleneck` (1902.00751) what linear layers write, `prompt` (2203.12119) the tokens of
+            transformer blocks, `prefix` (2101.00190) the keys and values of attention layers.
+        target: patterns over the names of the model's modules, such as `backbone.vision.blocks.*.attn.qkv`. Of those that match, the ones
+            that the kind can tune are tuned: `backbone.text.*` means all of them in the text tower.
+        r: rank of lora and dora, width of a bottleneck.
+        alpha: lora and dora count alpha / r times.
+        dropout: dropout of lora, dora and bottleneck.
+        tokens: learned tokens per layer of prompt and prefix.
+        active: whether the model starts with it in use; `set_adapter` changes that.
+    """
+
+    kind: Literal["lora", "dora", "ia3", "layer_norm", "bottleneck", "prompt", "prefix"] = "lora"
+    target: tuple[str, ...] = ("backbone.*",)
+    r: int = 8
+    alpha: float = 16.0
+    dropout: float = 0.0
+    tokens: int = 8
+    active: bool = True
+
+
+@dataclass(frozen=True, kw_only=True)
 class ModelConfig:
-    """One backbone, one bridge and the heads a model has; what is None is absent. Only a published model does without a bridge."""
+    """One backbone, one bridge and the heads a model has; what is None is absent. Only a published model does without a bridge.
+    `adapters` are what parameter-efficient tuning adds to them, by name."""
 
     backbone: BackboneConfig = field(default_factory=BackboneConfig)
     bridge: BridgeConfig | None = field(default_factory=BridgeConfig)
@@ -262,6 +289,7 @@ class ModelConfig:
     matching: MatchingConfig | None = None
     captioning: CaptioningConfig | None = None
     generation: GenerationConfig | None = None
+    adapters: dict[str, AdapterConfig] = field(default_factory=dict)
 
 
 def nearest(name: str, known: typing.Iterable[str]) -> str:

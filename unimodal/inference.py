@@ -5,9 +5,11 @@ Method names, argument order and return types follow what users know: sentence-t
 One item gives one result, a list gives a list in the same order; how items fall into batches changes nothing.
 """
 
+import copy
 import tempfile
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -51,6 +53,11 @@ class Unimodal:
     def __init__(self, model: UnimodalModel, processor: Processor, *, prompts: dict[str, str] | None = None) -> None:
         self.model, self.processor, self.prompts = model, processor, prompts or {}
         self.encoder = Encoder(model, processor)
+        self.encoders: dict[str | None, Encoder] = {}
+        for name in (None, *model.config.adapters):
+            names = () if name is None else (name,)
+            same = names == model.active
+            self.encoders[name] = self.encoder if same else Encoder(_with_adapters(model, names), processor)
 
     @classmethod
     def from_pretrained(
@@ -118,6 +125,7 @@ class Unimodal:
         device: str | torch.device | None = None,
         normalize_embeddings: bool = True,
         truncate_dim: int | None = None,
+        adapter: str | None = None,
     ) -> Any:
         """Embeddings: unit vectors, so that their product is their cosine.
 
@@ -135,6 +143,7 @@ class Unimodal:
             device: move the model there first, and leave it there.
             normalize_embeddings: the heads produce unit vectors, there is nothing else to return: False is refused.
             truncate_dim: keep the first dimensions and normalise again; meant for widths the model was trained for.
+            adapter: read with this adapter, for this call; None reads with what `set_adapter` chose.
 
         Returns:
             [E] for one item, [n, E] for n, float32 or codes. A model that keeps one vector per query gives [N, E] and
@@ -151,16 +160,17 @@ class Unimodal:
             )
         if device is not None:
             self.to(device)
-        dim = self._width(truncate_dim)
+        encoder = self.encoder if adapter is None else self._named(adapter)
+        dim = self._width(truncate_dim, encoder.model)
         prompt = self._prompt(prompt_name) if prompt is None else prompt
         items = as_items(inputs)
         where = [""] if is_single(inputs) else [f"item {i}: " for i in range(len(items))]
-        self.encoder.check_one_shape(items)
+        encoder.check_one_shape(items)
         # Images together, then texts by their length: a batch is padded to its longest text.
         order = sorted(range(len(items)), key=lambda i: len(items[i].text or ""))
         steps = progress([order[rows] for rows in batches(len(items), batch_size)], "Encoding", show_progress_bar)
         read = [
-            self.encoder.read([items[i] for i in rows], prompt, [where[i] for i in rows]).embedding[..., :dim]
+            encoder.read([items[i] for i in rows], prompt, [where[i] for i in rows]).embedding[..., :dim]
             for rows in steps
         ]
         embedding = torch.cat(read)[torch.tensor(order).argsort()] if read else torch.empty(0, dim)
@@ -493,6 +503,74 @@ class Unimodal:
             require_same_model("the index", index.manifest["model"], self.encoder)
         return index.search(queries, top_k, rerank_top_k, **options)
 
+    # Adapters: several on one backbone, chosen at call time.
+
+    @property
+    def adapters(self) -> tuple[str, ...]:
+        """Names that `set_adapter` and `encode(adapter=...)` take."""
+        return tuple(name for name in self.encoders if name is not None)
+
+    def load_adapter(self, name_or_path: str | Path, name: str | None = None, **place: Any) -> str:
+        """Load adapters, bridge and heads that were saved alone (`save_adapter`), beside what is there.
+
+        Args:
+            name_or_path: their folder or Hub id.
+            name: what to call them; None takes the name of the only adapter in it.
+            place: `revision`, `cache_dir`, `local_files_only`, `token`, as `from_pretrained` takes them.
+
+        Returns:
+            The name, for `set_adapter`.
+
+        Raises:
+            unimodal.hub.CheckpointError: they belong to another backbone; also as `unimodal.hub.load_adapter`.
+            ValueError: the name is taken, or none is given and they are not one adapter.
+        """
+        if name in self.adapters:
+            raise ValueError(f"there is an adapter {name!r} already; give another name")
+        model, processor = hub.load_adapter(self.model, name_or_path, name=name, **place)
+        if name is None:
+            if len(model.config.adapters) != 1:
+                raise ValueError(f"{name_or_path} holds {len(model.config.adapters)} adapters: give a name for them")
+            (name,) = model.config.adapters
+        self.encoders[name] = Encoder(model, processor)
+        return name
+
+    def set_adapter(self, name: str | None) -> None:
+        """Read with this adapter from now on, and with its bridge and heads where it brought its own; None reads without.
+
+        Raises:
+            ValueError: there is no such adapter.
+        """
+        self._choose(self._named(name))
+
+    @contextmanager
+    def using_adapter(self, name: str | None) -> Iterator[None]:
+        """`set_adapter` for the length of a `with` block."""
+        before = self.encoder
+        self.set_adapter(name)
+        try:
+            yield
+        finally:
+            self._choose(before)
+
+    def _named(self, name: str | None) -> Encoder:
+        if name not in self.encoders:
+            raise ValueError(f"no adapter named {name!r}; {nearest(str(name), self.adapters)}")
+        return self.encoders[name]
+
+    def _choose(self, encoder: Encoder) -> None:
+        self.encoder, self.model, self.processor = encoder, encoder.model, encoder.processor
+
+    def merge_adapters(self) -> None:
+        """Fold the adapters in use into the weights, and forget all others; see `UnimodalModel.merge_adapters`."""
+        self.model.merge_adapters()
+        self.encoder = Encoder(self.model, self.processor, self.encoder.calibration)
+        self.encoders = {None: self.encoder}
+
+    def save_adapter(self, folder: str | Path, **options: Any) -> None:
+        """Write adapters, bridge and heads without the backbone; options as in `unimodal.hub.save_adapter`."""
+        hub.save_adapter(self.model, self.processor, folder, **options)
+
     # Sharing.
 
     def save_pretrained(self, folder: str | Path, **options: Any) -> None:
@@ -551,8 +629,9 @@ class Unimodal:
         return self.encoder.device
 
     def to(self, device: str | torch.device) -> "Unimodal":
-        """Move the model to a device; returns itself."""
-        self.model.to(device)
+        """Move the model to a device, with all adapters; returns itself."""
+        for encoder in (self.encoder, *self.encoders.values()):
+            encoder.model.to(device)
         return self
 
     @property
@@ -564,8 +643,8 @@ class Unimodal:
         """Whether the model reads items of this kind."""
         return modality in self.modalities
 
-    def _width(self, truncate_dim: int | None) -> int:
-        embedding = self.model.embedding
+    def _width(self, truncate_dim: int | None, model: UnimodalModel) -> int:
+        embedding = model.embedding
         if truncate_dim is None:
             return embedding.dim
         if not 1 <= truncate_dim <= embedding.dim:
@@ -585,6 +664,13 @@ class Unimodal:
         if name not in self.prompts:
             raise ValueError(f"no prompt named {name!r}; {nearest(name, self.prompts)}")
         return self.prompts[name]
+
+
+def _with_adapters(model: UnimodalModel, names: tuple[str, ...]) -> UnimodalModel:
+    """The same modules, read with other adapters."""
+    view = copy.copy(model)
+    view.active = names
+    return view
 
 
 def as_pair(pair: Any, where: str, whole: bool = False) -> tuple[Item, Item]:

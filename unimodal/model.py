@@ -5,15 +5,16 @@ Legend: B images, M texts, P pairs, T tokens, L text length, N queries, D backbo
 
 import dataclasses
 import math
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from unimodal import heads
+from unimodal import heads, tuning
 from unimodal.backbones import Pixels, build_backbone, load_language_model
 from unimodal.bridge import QFormer
-from unimodal.config import EmbeddingConfig, ModelConfig
+from unimodal.config import AdapterConfig, EmbeddingConfig, ModelConfig, nearest
 from unimodal.layers import KeyValues
 
 # LSQ's `2 E|x| / sqrt(Q)` at Q = 127 for normal coordinates of unit variance.
@@ -185,6 +186,10 @@ class UnimodalModel(nn.Module):
                 condition_width=self._bridge_width("the generation head"),
                 **{f.name: getattr(config.generation, f.name) for f in dataclasses.fields(config.generation)},
             )
+        self.active: tuple[str, ...] = ()
+        self.config = dataclasses.replace(config, adapters={})
+        for name, adapter in config.adapters.items():
+            self.add_adapter(name, adapter)
 
     def _bridge_width(self, who: str) -> int:
         if self.config.bridge is None:
@@ -236,6 +241,60 @@ class UnimodalModel(nn.Module):
         if self.language_captioner is not None:
             self.language_captioner.sources = {part: found[part] for part in found.keys() - self.backbone.sources}
 
+    # Adapters: small parts around the weights, several of which may stand by; see `unimodal.tuning`.
+
+    def add_adapter(self, name: str, config: AdapterConfig) -> None:
+        """Add an adapter to the modules that it targets, in use if its configuration says so.
+
+        Raises:
+            ValueError: as `tuning.add_adapter`.
+        """
+        tuning.add_adapter(self, name, config)
+        self.config = dataclasses.replace(self.config, adapters={**self.config.adapters, name: config})
+        self.set_adapter([*self.active, name] if config.active else self.active)
+
+    def set_adapter(self, names: str | Sequence[str] | None) -> None:
+        """Use these adapters from now on and no others; None uses none.
+
+        Raises:
+            ValueError: the model has no such adapter.
+        """
+        chosen = (names,) if isinstance(names, str) else tuple(names or ())
+        for name in chosen:
+            if name not in self.config.adapters:
+                raise ValueError(f"this model has no adapter {name!r}; {nearest(name, self.config.adapters)}")
+        self.active = chosen
+        tuning.use_adapters(self, chosen)
+        for tower in self._towers():
+            tower.in_use = chosen
+
+    def merge_adapters(self) -> None:
+        """Fold the adapters in use into the weights and forget the others: the model computes the same, under its plain names.
+
+        Raises:
+            ValueError: one in use is of a kind that no weight can take up (`bottleneck`, `prompt`, `prefix`).
+        """
+        tuning.merge_adapters(self, self.active)
+        self.config = dataclasses.replace(self.config, adapters={})
+        self.set_adapter(None)
+
+    def own_state(self, adapters: Sequence[str] | None = None) -> dict[str, Tensor]:
+        """`state_dict` without the adapters of other models that share its towers, and only with these of its own."""
+        return tuning.own(self.state_dict(), self.config.adapters if adapters is None else adapters)
+
+    def tower_state(self) -> dict[str, Tensor]:
+        """Weights of the backbone's parts, without any adapter, by the names they have in this model."""
+        prefixes = tuple(f"backbone.{prefix}" for prefix in self.backbone.parts.values())
+        return {name: tensor for name, tensor in self.own_state(()).items() if name.startswith(prefixes)}
+
+    def _towers(self) -> list[Any]:
+        return [self.backbone.get_submodule(prefix.rstrip(".")) for prefix in self.backbone.parts.values()]
+
+    def _use_own_adapters(self) -> None:
+        """Another model may share the towers (`hub.load_adapter`) and have used its own."""
+        if any(getattr(tower, "in_use", ()) != self.active for tower in self._towers()):
+            self.set_adapter(self.active)
+
     # Reading: once per image and once per text, whatever the heads do with it.
 
     def encode_image(
@@ -245,6 +304,7 @@ class UnimodalModel(nn.Module):
         if features is None:
             if pixels is None:
                 raise ValueError("encode_image needs pixels or cached features, got neither")
+            self._use_own_adapters()
             features, mask = self.backbone.image_features(pixels), self.backbone.image_mask(pixels)
         own = self.backbone.image_embedding(features, mask) if self._uses_own_embedding else None
         hidden, mask, _ = self.backbone.image_tokens(features, mask)
@@ -256,12 +316,14 @@ class UnimodalModel(nn.Module):
         memory = self.bridge.project_memory(hidden, mask) if judges else None
         return ImageState(hidden, mask, self._read("image", memory or hidden, mask, cache), cache, memory, own)
 
-    def encode_text(self, ids: Tensor, mask: Tensor) -> TextState:
-        """Read texts: token ids and mask, both [M, L]."""
+    def encode_text(self, ids: Tensor, mask: Tensor, *, features: Tensor | None = None) -> TextState:
+        """Read texts: token ids and mask, both [M, L]; with the backbone's cached features [M, L, C], the tower does not run."""
         if "text" not in self.backbone.modalities:
             nothing = self.log_scale.new_empty(len(ids), 0)
             return TextState(ids, mask, nothing, nothing)
-        features = self.backbone.text_features(ids, mask)
+        if features is None:
+            self._use_own_adapters()
+            features = self.backbone.text_features(ids, mask)
         own = self.backbone.text_embedding(features, ids, mask) if self._uses_own_embedding else None
         hidden, mask, _ = self.backbone.text_tokens(features, mask)
         return TextState(ids, mask, hidden, self._read("text", hidden, mask), own)

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from unimodal.backbones import move_pixels
 from unimodal.config import nearest
 from unimodal.model import UnimodalModel
+from unimodal.tuning import adapter_of, base_name
 
 
 def paths(model: UnimodalModel) -> dict[str, tuple[str, ...]]:
@@ -49,20 +50,26 @@ def _matches(name: str, patterns: Iterable[str]) -> bool:
     return any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)
 
 
+def called(name: str) -> tuple[str, ...]:
+    """What a pattern may call a parameter: by its name, its name without adapters around it, and `adapters.NAME` of its adapter NAME."""
+    adapter = adapter_of(name)
+    return (name, base_name(name), *([] if adapter is None else [f"adapters.{adapter}"]))
+
+
 def rates(model: nn.Module, trainable: dict[str, float]) -> dict[str, float]:
-    """Learning-rate factor of every parameter; 0 is frozen. The last pattern that matches a name decides.
+    """Learning-rate factor of every parameter; 0 is frozen. The last pattern that matches a name (`called`) decides.
 
     Raises:
         ValueError: for a pattern that matches no parameter (names the nearest), or when nothing trains.
     """
-    names = [name for name, _ in model.named_parameters()]
+    names = {name: called(name) for name, _ in model.named_parameters()}
     for pattern in trainable:
-        if not fnmatch.filter(names, pattern):
-            tops = {".".join(name.split(".")[:2]) for name in names}
+        if not any(fnmatch.filter(forms, pattern) for forms in names.values()):
+            tops = {".".join(form.split(".")[:2]) for forms in names.values() for form in forms}
             raise ValueError(f"trainable pattern {pattern!r} matches no parameter; {nearest(pattern, tops)}")
     out = {}
-    for name in names:
-        factors = [factor for pattern, factor in trainable.items() if fnmatch.fnmatchcase(name, pattern)]
+    for name, forms in names.items():
+        factors = [factor for pattern, factor in trainable.items() if fnmatch.filter(forms, pattern)]
         out[name] = factors[-1] if factors else 0.0
     if not any(out.values()):
         raise ValueError(

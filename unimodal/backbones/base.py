@@ -65,6 +65,11 @@ class Backbone(nn.Module):
     reads: tuple[str, ...] = ()
     own: tuple[str, ...] = ()
 
+    def tower(self, kind: str) -> tuple[str, ...]:
+        """Patterns over its parameter names: what the raw features of `kind` (image, text) depend on. All parts with a source, unless it
+        knows better."""
+        return tuple(f"{prefix}*" for prefix in self.parts.values())
+
     def random_pixels(self, count: int, generator: torch.Generator) -> Pixels:
         """Noise in the shape of `count` pictures, for a fixed input that shows whether outputs stayed the same."""
         raise NotImplementedError(f"{type(self).__name__} is a backbone that reads no images; implement random_pixels")
@@ -106,5 +111,8 @@ class Backbone(nn.Module):
             pixels = batch["image"]
             out["image"] = self.image_tokens(self.image_features(pixels), self.image_mask(pixels))
         if "text" in batch:
-            out["text"] = self.text_tokens(self.text_features(batch["text"], batch["text_mask"]), batch["text_mask"])
+            features = batch.get("text_features")
+            if features is None:
+                features = self.text_features(batch["text"], batch["text_mask"])
+            out["text"] = self.text_tokens(features, batch["text_mask"])
         return out

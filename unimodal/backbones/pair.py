@@ -68,6 +68,11 @@ class PretrainedPair(Backbone):
             self.image_projection = nn.Sequential(nn.Linear(image_width, width), nn.LayerNorm(width))
             self.text_projection = nn.Sequential(nn.Linear(text_width, width), nn.LayerNorm(width))
 
+    def tower(self, kind: str) -> tuple[str, ...]:
+        """All that tokens depend on but our projection of them."""
+        patterns = self.sees if kind == "image" else self.reads
+        return tuple(pattern for pattern in patterns if pattern.startswith("model."))
+
     def random_pixels(self, count: int, generator: torch.Generator) -> Pixels:
         """[count, 3, S, S], or for NaFlex patches of square pictures, their mask and shapes."""
         vision = self.model.config.vision_config

@@ -135,6 +135,10 @@ class TwoTowers(Backbone):
         height, width = features.shape[-2:]
         return features.flatten(2).transpose(1, 2), (height, width)  # [B, C, h, w] -> [B, T, C]
 
+    def tower(self, kind: str) -> tuple[str, ...]:
+        """Images have one tower and texts the other."""
+        return ("vision.*",) if kind == "image" else ("text.*",)
+
     def random_pixels(self, count: int, generator: torch.Generator) -> Pixels:
         """[count, 3, S, S]."""
         return torch.randn(count, 3, self.image_size, self.image_size, generator=generator)

@@ -65,6 +65,8 @@ def check(stages: dict[str, dict[str, Any]]) -> None:
 def merge_stages(weights: dict[str, float], folder: Path) -> None:
     """Write the weighted average of the stages beside `folder`, by name, as its `model`."""
     loaded = [load_checkpoint(folder.parent / name / "model") for name in weights]
+    for model, _ in loaded:
+        model.merge_adapters()  # the mean of two products is not the product of two means
     model, processor = loaded[0]
     model.load_state_dict(merge_weights([one.state_dict() for one, _ in loaded], list(weights.values())))
     save_checkpoint(model, processor, folder / "model")

@@ -4,11 +4,12 @@ starts from the weights of the stage before it, and leaves a folder of its own:
     <output>/<stage>/resume.ckpt    where an interrupted stage goes on (weights, optimizer, loader position)
     <output>/<stage>/losses.jsonl   every step's losses
     <output>/<stage>/model/         the weights it ends with, as a shareable checkpoint
+    <output>/<stage>/adapter/       what stands around the backbone, alone, where the model has adapters
     <output>/<stage>/done.json      what it trained, how long it took, and every task's score after it
 
 A stage that trains nothing stands between others: `mine: {...}` writes hard negatives of the training split, found by the
 weights so far, as <stage>/negatives.jsonl, which later stages name in `data.negatives`; `merge: {a: 0.5, b: 0.5}` leaves
-the weighted average of earlier stages' weights.
+the weighted average of earlier stages' weights, with their adapters folded in; `merge: {a: 1}` only folds.
 
 The same command again skips finished stages and goes on inside the interrupted one.
 """
@@ -34,7 +35,7 @@ from unimodal.cli import between
 from unimodal.cli.finish import METRICS, write_results
 from unimodal.cli.messages import ConfigError
 from unimodal.config import nearest
-from unimodal.hub import Card, load_checkpoint, save_checkpoint
+from unimodal.hub import Card, load_checkpoint, save_adapter, save_checkpoint
 from unimodal.tasks import Evaluation, Task
 
 KEYS = (
@@ -132,6 +133,8 @@ def save_stage(task: Task, folder: Path) -> None:
     assert task.processor is not None
     task.model.eval()
     save_checkpoint(task.model, task.processor, folder / "model")
+    if task.config.adapters:
+        save_adapter(task.model, task.processor, folder / "adapter")
 
 
 def run_schedule(schedule: dict[str, Any], build: Callable[[dict[str, Any]], Any]) -> Path:
@@ -170,10 +173,8 @@ def _final_scores(
     """Score the last weights on the test split (the validation split where there is no other), write the results and the checkpoint."""
     started = time.monotonic()
     task, data = cli.model, cli.datamodule
+    task.model, _ = load_checkpoint(last)
     task.processor = data.bind(task.config, task.model.backbone, task.model.language_captioner)
-    weights, _ = load_checkpoint(last)
-    task.model.load_state_dict(weights.state_dict())
-    task.model.eval()
     pairs, loader = (data.val, data.val_dataloader()) if data.test is None else (data.test, data.test_dataloader())
     evaluation = Evaluation(task.model, task.processor, pairs, replace(task.settings, **schedule.get("final", {})))
     for batch in track(loader, description=f"reading the {pairs.split} split"):
@@ -192,6 +193,8 @@ def _final_scores(
     )
     card = Card(name=output.name, training=training + ".")
     save_checkpoint(task.model, task.processor, output / "model", metrics=measured, card=card)
+    if task.model.config.adapters:
+        save_adapter(task.model, task.processor, output / "adapter", metrics=measured, card=card)
     table = Table(title=f"held-out results: {pairs.name} {pairs.split}", title_justify="left")
     for column in ("measure", "value", "protocol"):
         table.add_column(column)

@@ -8,7 +8,7 @@ import math
 import random
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pytorch_lightning as pl
 import torch
@@ -16,15 +16,17 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from transformers import AutoTokenizer
 
+from unimodal.backbones import Backbone
 from unimodal.backbones.published import find_published
 from unimodal.config import ModelConfig
 from unimodal.data.batch import Batch
-from unimodal.data.features import FeatureCache
+from unimodal.data.features import ImageFeatures, SplitFeatures, TextFeatures, trained
 from unimodal.data.negatives import Negatives, read_negatives
-from unimodal.data.pairs import Pairs, require_captions
+from unimodal.data.pairs import Pairs, is_gallery, require_captions
 from unimodal.data.processor import Processor, scenes_tokenizer
 from unimodal.data.published import open_processor, open_writer
 from unimodal.data.sampler import hard_batches, random_batches
+from unimodal.data.store import Precision
 
 SIDED = ("left", "right")  # a caption with one of these words forbids mirroring its picture
 
@@ -48,7 +50,7 @@ class TrainingSamples(Dataset):
         seed: int,
         mirror: bool,
         target_size: int | None,
-        cache: FeatureCache | None,
+        cache: SplitFeatures | None,
         false_captions: int = 1,
         mined: Negatives | None = None,
         hard_texts: int = 1,
@@ -89,7 +91,7 @@ class TrainingSamples(Dataset):
                 sample["false_logits"].append(score)
             sample["wrong"] = draw.sample(images, min(self.hard_images, len(images)))
             sample["match_logit"] = self.mined.own.get((index, chosen), 0.0)  # nobody asks where there is no negative
-        if self.cache is None or self.target_size is not None:
+        if self.cache is None or self.cache.images is None or self.target_size is not None:
             array = self.array(index)
             sample["array"] = array.flip(-1) if mirrored else array
         return sample
@@ -116,6 +118,8 @@ class TrainingSamples(Dataset):
             batch["negative_text"] = ids.new_zeros(*given.shape, ids.shape[1])  # [B, K, L]
             batch["negative_mask"] = mask.new_zeros(batch["negative_text"].shape)
             batch["negative_text"][given], batch["negative_mask"][given] = ids[len(samples) :], mask[len(samples) :]
+        if self.cache is not None:
+            batch |= self._cached_texts(captions, false, batch)
         if self.mined is not None:
             batch |= self._mined_images(samples)
             if self.mined.judged_by_match:
@@ -123,13 +127,27 @@ class TrainingSamples(Dataset):
                 if places:
                     batch["negative_text_logit"] = torch.full(given.shape, math.nan)
                     batch["negative_text_logit"][given] = torch.tensor([x for s in samples for x in s["false_logits"]])
-        if self.cache is not None:
-            batch["image_features"] = self.cache.read([s["index"] for s in samples], [s["mirrored"] for s in samples])
+        if self.cache is not None and self.cache.images is not None:
+            batch |= self.cache.image([s["index"] for s in samples], [s["mirrored"] for s in samples])
         else:
             batch["image"] = self.processor.pixels([s["array"] for s in samples])
         if self.target_size is not None:
             batch["target"] = as_targets(torch.stack([s["array"] for s in samples]), self.target_size)
         return batch
+
+    def _cached_texts(self, captions: list[str], false: list[str], batch: Batch) -> Batch:
+        """Features of the captions, and of the false ones where all of them are some picture's captions."""
+        assert self.cache is not None
+        out: Batch = {}
+        if (features := self.cache.text(captions, batch["text_mask"])) is not None:
+            out["text_features"] = features
+        if false:
+            mask = batch["negative_mask"]
+            given = mask.any(dim=-1)
+            if (features := self.cache.text(false, mask[given])) is not None:
+                out["negative_text_features"] = features.new_zeros(*mask.shape, features.shape[-1])  # [B, K, L, C]
+                out["negative_text_features"][given] = features
+        return out
 
     def _mined_images(self, samples: list[dict[str, Any]]) -> Batch:
         """The pictures that are wrong for each caption, [B, K, ...], with what is known of them."""
@@ -137,23 +155,27 @@ class TrainingSamples(Dataset):
         if not self.hard_images:
             return {}
         given = torch.tensor([[k < len(s["wrong"]) for k in range(self.hard_images)] for s in samples])  # [B, K]
-        shape: tuple[int, ...]
         rows = [j for s in samples for j, _ in s["wrong"]]
-        out: Batch = {"negative_image_mask": given}
-        if self.cache is not None:
-            pictures = self.cache.read(rows)
-            key, shape = "negative_image_features", tuple(self.cache.shape[2:])
+        shown = rows or [samples[0]["index"]]  # of some picture, for its shape
+        if self.cache is not None and self.cache.images is not None:
+            pictures = {f"negative_{key}": part for key, part in self.cache.image(shown).items()}
         else:
-            arrays = [self.array(j) for j in rows]
-            pictures = self.processor.pixels(arrays) if rows else torch.empty(0)
-            key, shape = "negative_image", (3, self.processor.image_size, self.processor.image_size)
-        out[key] = torch.zeros(*given.shape, *shape)
-        if rows:
-            out[key][given] = pictures
+            pictures = {"negative_image": self.processor.pixels([self.array(j) for j in shown])}
+        out: Batch = {"negative_image_mask": given}
+        out |= {key: _at_places(part, given) for key, part in pictures.items()}
         if self.mined.judged_by_match:
             out["negative_image_logit"] = torch.full(given.shape, math.nan)
             out["negative_image_logit"][given] = torch.tensor([score for s in samples for _, score in s["wrong"]])
         return out
+
+
+def _at_places(rows: Any, given: Tensor) -> Any:
+    """Rows [G, ...], or named ones, at the places that are True in `given` [B, K], zeros elsewhere."""
+    if isinstance(rows, dict):
+        return {name: _at_places(part, given) for name, part in rows.items()}
+    out = rows.new_zeros(*given.shape, *rows.shape[1:])
+    out[given] = rows[: int(given.sum())]
+    return out
 
 
 class TrainingLoader:
@@ -224,7 +246,9 @@ class PairData(pl.LightningDataModule):
         batch_size: images per step and rank, one caption each.
         seed: what every random choice of the data follows from.
         mirror: mirror pictures at random, except where the caption says left or right.
-        feature_cache: folder of the frozen image tower's cached tokens; None runs the tower each time.
+        feature_cache: folder of what frozen towers make of the splits; None runs the towers each time.
+        cached_features: which towers' features it keeps.
+        feature_precision: `half` (float16), or `int8` with a scale for each token, in half the space.
         target_size: side of the picture to generate; None leaves the target out.
         false_captions: the reader's own false captions shown with each picture, where it has them.
         hard_neighbours: mined neighbours that stand beside each image in its batch; 0 draws batches at random.
@@ -244,6 +268,8 @@ class PairData(pl.LightningDataModule):
         seed: int = 0,
         mirror: bool = False,
         feature_cache: str | None = None,
+        cached_features: tuple[Literal["image", "text"], ...] = ("image",),
+        feature_precision: Precision = "half",
         target_size: int | None = None,
         false_captions: int = 1,
         hard_neighbours: int = 0,
@@ -256,14 +282,15 @@ class PairData(pl.LightningDataModule):
         self.train, self.val, self.test = train, val, test
         self.tokenizer, self.batch_size, self.seed, self.mirror = tokenizer, batch_size, seed, mirror
         self.feature_cache, self.target_size, self.workers = feature_cache, target_size, workers
+        self.cached_features, self.feature_precision = cached_features, feature_precision
         self.false_captions, self.hard_neighbours = false_captions, hard_neighbours
         self.negatives, self.hard_texts, self.hard_images = negatives, hard_texts, hard_images
         self.neighbours: Tensor | None = None
         self.processor: Processor | None = None
-        self.caches: dict[str, FeatureCache] = {}
+        self.caches: dict[str, SplitFeatures] = {}
 
     def bind(self, config: ModelConfig, backbone: Any, language_captioner: Any = None) -> Processor:
-        """Fit the preprocessing to a model, and open (or build) the feature cache of its image tower.
+        """Fit the preprocessing to a model, and open (or build) the feature caches of its towers.
 
         Args:
             config: the model's.
@@ -281,11 +308,35 @@ class PairData(pl.LightningDataModule):
         if self.feature_cache is not None:
             for split, pairs in (("train", self.train), ("val", self.val), ("test", self.test)):
                 if pairs is not None and split not in self.caches:
-                    mirror = self.mirror and split == "train"
-                    self.caches[split] = FeatureCache(
-                        Path(self.feature_cache), pairs, backbone, self.processor, mirror=mirror
-                    )
+                    self.caches[split] = self._cached(pairs, backbone, mirror=self.mirror and split == "train")
         return self.processor
+
+    def _cached(self, pairs: Pairs, backbone: Backbone, *, mirror: bool) -> SplitFeatures:
+        assert self.feature_cache is not None and self.processor is not None
+        place = Path(self.feature_cache), pairs, backbone, self.processor
+        device = self.trainer.strategy.root_device if self.trainer else None
+        settings: dict[str, Any] = {"precision": self.feature_precision, "device": device}
+        out = SplitFeatures()
+        if "image" in self.cached_features:
+            out.images = ImageFeatures(*place, **settings)
+            out.mirrored = ImageFeatures(*place, **settings, mirrored=True) if mirror else None
+        if "text" in self.cached_features and not is_gallery(pairs):
+            out.texts = TextFeatures(*place, **settings)
+        return out
+
+    def require_frozen(self, backbone: Backbone) -> None:
+        """Refuse to cache what a tower makes while it trains.
+
+        Raises:
+            ValueError: names a parameter that trains.
+        """
+        for kind in self.cached_features if self.feature_cache is not None else ():
+            if names := trained(backbone, kind):
+                raise ValueError(
+                    f"data.feature_cache keeps what the {kind} tower makes, and this stage trains {len(names)} of its parameters, for "
+                    f"example backbone.{names[0]}: they would train without effect. Freeze them in model.trainable, leave {kind!r} out "
+                    "of data.cached_features, or set data.feature_cache to null for this stage"
+                )
 
     def _processor(self, config: ModelConfig, backbone: Any) -> Processor:
         vision, published = config.backbone.vision, config.backbone.published
@@ -368,7 +419,7 @@ class EvaluationBatches(Dataset):
     """Whole rows of a split in order: every picture with all of its captions, whose `text_image_id` says which picture each is of.
     Batches of a gallery have pictures only."""
 
-    def __init__(self, pairs: Pairs, processor: Processor, rows: list[list[int]], cache: FeatureCache | None) -> None:
+    def __init__(self, pairs: Pairs, processor: Processor, rows: list[list[int]], cache: SplitFeatures | None) -> None:
         self.pairs, self.processor, self.rows, self.cache = pairs, processor, rows, cache
 
     def __len__(self) -> int:
@@ -381,8 +432,11 @@ class EvaluationBatches(Dataset):
         if captions:
             batch["text"], batch["text_mask"] = self.processor.texts([caption for _, caption in captions])
             batch["text_image_id"] = torch.tensor([self.pairs.image_id(i) for i, _ in captions])
-        if self.cache is not None:
-            batch["image_features"] = self.cache.read(rows)
+            texts = None if self.cache is None else self.cache.text([text for _, text in captions], batch["text_mask"])
+            if texts is not None:
+                batch["text_features"] = texts
+        if self.cache is not None and self.cache.images is not None:
+            batch |= self.cache.image(rows)
         else:
             batch["image"] = self.processor.images([self.pairs.image(i) for i in rows])
         return batch

@@ -4,8 +4,10 @@ from unimodal.hub.card import Card
 from unimodal.hub.checkpoint import (
     find_calibration,
     find_checkpoint,
+    load_adapter,
     load_checkpoint,
     push_to_hub,
+    save_adapter,
     save_checkpoint,
     verify_checkpoint,
 )
@@ -17,8 +19,10 @@ __all__ = [
     "CheckpointMismatch",
     "find_calibration",
     "find_checkpoint",
+    "load_adapter",
     "load_checkpoint",
     "push_to_hub",
+    "save_adapter",
     "save_checkpoint",
     "verify_checkpoint",
 ]

@@ -10,8 +10,9 @@ from typing import Any, Protocol
 
 from huggingface_hub import EvalResult, ModelCardData
 
-from unimodal.hub.contents import Source
+from unimodal.hub.contents import BackboneContents
 from unimodal.model import UnimodalModel
+from unimodal.tuning import adapter_of
 
 TASKS = {  # the Hub's name of the task, and which heads it takes
     "any-to-any": {"captioning", "generation"},
@@ -25,6 +26,11 @@ USAGE = {  # one line per head
     "captioning": 'captions = model.caption(["one.jpg", "two.jpg"])',
     "generation": 'pictures = model.generate_image(["a red circle"]).images',
 }
+WHOLE = ['model = unimodal.from_pretrained("this folder or its Hub id")']
+BESIDE = [
+    'model = unimodal.from_pretrained("the model with the backbone named below")',
+    'model.set_adapter(model.load_adapter("this folder or its Hub id"))',
+]
 LIMITS = (
     "Trained on little data compared with published models. Its results are those of the protocols above and nothing "
     "more; it has not been examined for bias, and pictures or captions may be wrong."
@@ -66,7 +72,7 @@ class Measured(Protocol):
 
 
 def render_card(
-    model: UnimodalModel, sources: dict[str, Source], card: Card, metrics: Sequence[tuple[str, Measured]]
+    model: UnimodalModel, backbone: BackboneContents, card: Card, metrics: Sequence[tuple[str, Measured]]
 ) -> str:
     """The README of a checkpoint: YAML metadata and a Markdown body."""
     heads = [head for head in USAGE if getattr(model.config, head) is not None]
@@ -85,12 +91,12 @@ def render_card(
         card.summary,
         "## Use",
         "\n".join(
-            ["```python", "import unimodal", "", 'model = unimodal.from_pretrained("this folder or its Hub id")']
+            ["```python", "import unimodal", "", *(WHOLE if backbone.included else BESIDE)]
             + [USAGE[head] for head in heads]
             + ["```"]
         ),
         "## Parts",
-        _parts(model, sources),
+        _parts(model, backbone),
         "## Results",
         "\n\n".join(_table(name, measured) for name, measured in metrics) or "Not measured.",
         "## Training data",
@@ -132,18 +138,25 @@ def _table(name: str, measured: Measured) -> str:
     )
 
 
-def _parts(model: UnimodalModel, sources: dict[str, Source]) -> str:
+def _parts(model: UnimodalModel, backbone: BackboneContents) -> str:
     parts = {
         f"backbone: {model.config.backbone.label}": model.backbone,
         **({} if model.bridge is None else {"bridge": model.bridge}),
         **{f"head: {name}": head for name, head in model.heads.items()},
     }
     counts = {name: sum(p.numel() for p in part.parameters()) for name, part in parts.items()}
+    for adapter, settings in model.config.adapters.items():
+        own = [p for name, p in model.named_parameters() if adapter_of(name) == adapter]
+        counts[f"of these, adapter: {adapter} ({settings.kind})"] = sum(p.numel() for p in own)
     rows = [f"| {name} | {count:,} |" for name, count in counts.items()]
     origins = [
         f"- {part}, first weights: {source.source}"
         + (f" at {source.revision}" if source.revision else "")
         + f", sha256 {source.sha256}"
-        for part, source in sources.items()
+        for part, source in backbone.sources.items()
     ]
+    if not backbone.included:
+        origins.append(
+            f"- the backbone is not in this folder; the fingerprint of its weights is {backbone.fingerprint}"
+        )
     return "\n".join(["| Part | Parameters |", "| --- | ---: |", *rows, *([""] + origins if origins else [])])

@@ -13,6 +13,7 @@ A configuration that comes from elsewhere chooses among known parts and can neit
 import json
 import logging
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -33,6 +34,7 @@ from unimodal.hub.folder import COMPANIONS, FILES, replacing, restore
 from unimodal.hub.published import PUBLISHED_FILES, is_published, open_published
 from unimodal.hub.weights import CheckpointError, load_weights, open_weights, weight_files
 from unimodal.model import UnimodalModel
+from unimodal.tuning import remove_adapters, renamed
 
 logger = logging.getLogger(__name__)
 
@@ -68,14 +70,42 @@ def save_checkpoint(
     """
     if not include_backbone:
         towers.require_unchanged(model)
-    apart = () if include_backbone else tuple(towers.prefixes(model).values())
-    weights = {name: tensor for name, tensor in model.state_dict().items() if not name.startswith(apart)}
+    return _save(model, processor, folder, metrics, card, max_shard_size, include_backbone, example)
+
+
+def save_adapter(
+    model: UnimodalModel,
+    processor: Processor,
+    folder: str | Path,
+    *,
+    metrics: Sequence[tuple[str, Measured]] = (),
+    card: Card | None = None,
+) -> Path:
+    """Write what was put around a backbone, alone: adapters, bridge and heads, with the hash of the backbone's weights.
+
+    Arguments and errors as `save_checkpoint`; the backbone needs no source, since `load_adapter` puts the folder on a model in hand.
+    """
+    return _save(model, processor, folder, metrics, card, "2GB", include_backbone=False, example=False)
+
+
+def _save(
+    model: UnimodalModel,
+    processor: Processor,
+    folder: str | Path,
+    metrics: Sequence[tuple[str, Measured]],
+    card: Card | None,
+    max_shard_size: str,
+    include_backbone: bool,
+    example: bool,
+) -> Path:
+    apart = () if include_backbone else model.tower_state().keys()
+    weights = {name: tensor for name, tensor in model.own_state().items() if name not in apart}
     with replacing(folder, is_ours) as fresh:
         contents = describe(model, include_backbone)
         (fresh / "config.json").write_text(json.dumps(to_dict(contents), indent=2) + "\n", encoding="utf-8")
         save_torch_state_dict(weights, fresh, max_shard_size=max_shard_size)
         processor.save_pretrained(fresh)
-        readme = render_card(model, contents.backbone.sources, card or Card(), metrics)
+        readme = render_card(model, contents.backbone, card or Card(), metrics)
         (fresh / "README.md").write_text(readme, encoding="utf-8")
         if example:
             inputs = example_inputs(model, processor)
@@ -131,12 +161,11 @@ def load_checkpoint(
     else:
         model = _build(towers.locate(config, sources, backbone_sources or {}, folder), folder, pretrained=True)
         towers.require_same(model, sources, folder)
-    ignored = load_weights(
-        model,
-        folder,
-        ignored=[f"heads.{name}." for name in dropped],
-        provided=() if contents.backbone.included else tuple(towers.prefixes(model).values()),
-    )
+        if contents.backbone.fingerprint is not None:
+            towers.require_fingerprint(model, contents.backbone.fingerprint, folder)
+    provided = () if contents.backbone.included else model.tower_state().keys()
+    expected = {name: tensor for name, tensor in model.own_state().items() if name not in provided}
+    ignored = load_weights(expected, folder, ignored=[f"heads.{name}." for name in dropped])
     if ignored:
         logger.info("%s: left out as asked: %s (%d tensors)", folder, ", ".join(dropped), len(ignored))
     processor = saved_processor(folder)
@@ -146,6 +175,53 @@ def load_checkpoint(
         except ValueError as error:
             raise CheckpointError(f"{folder} is incomplete: {error}; get the checkpoint again") from error
     return model.to(device=device, dtype=dtype).eval(), processor
+
+
+def load_adapter(
+    model: UnimodalModel,
+    path_or_id: str | Path,
+    *,
+    name: str | None = None,
+    revision: str | None = None,
+    cache_dir: str | Path | None = None,
+    local_files_only: bool = False,
+    token: str | bool | None = None,
+) -> tuple[UnimodalModel, Processor]:
+    """A second model from a folder of `save_adapter` and the towers of a first: its own bridge, heads and adapters, shared towers.
+
+    Both stay usable; each reads with its own adapters.
+
+    Args:
+        model: the model with the backbone that the folder was saved beside.
+        path_or_id, revision, cache_dir, local_files_only, token: as in `load_checkpoint`.
+        name: what to call the adapter here; of several, each is called `name_` and its own name. None keeps their names.
+
+    Raises:
+        FileNotFoundError: there is no such folder.
+        CheckpointError: it holds a whole model, or belongs to another backbone; also as in `load_checkpoint`.
+        ValueError: the model has an adapter of that name.
+    """
+    folder = find_checkpoint(path_or_id, revision, cache_dir, local_files_only, token)
+    contents = read_contents(folder)
+    if contents.backbone.included:
+        raise CheckpointError(
+            f"{folder} holds a whole model, not adapters beside a backbone; open it with from_pretrained"
+        )
+    towers.require_fingerprint(model, contents.backbone.fingerprint or "unknown", folder)
+    given = contents.model.adapters
+    names = {old: old if name is None else name if len(given) == 1 else f"{name}_{old}" for old in given}
+    other = _build(replace(contents.model, adapters={}), folder, pretrained=False).to(model.log_scale)
+    towers.share(model, other)
+    try:
+        for old, adapter in given.items():
+            other.add_adapter(names[old], adapter)
+        provided = other.tower_state().keys()
+        expected = {key: tensor for key, tensor in other.own_state().items() if key not in provided}
+        load_weights(expected, folder, renamed=lambda key: renamed(key, names))
+    except ValueError:
+        remove_adapters(other, tuple(other.config.adapters))  # the towers are the first model's, too
+        raise
+    return other.eval(), saved_processor(folder)
 
 
 def find_calibration(

@@ -17,6 +17,7 @@ from unimodal.config import ModelConfig, from_dict, nearest
 from unimodal.data.writer import WRITER_FOLDER
 from unimodal.hub.weights import CheckpointError, read_json
 from unimodal.model import UnimodalModel
+from unimodal.tuning import fingerprint
 
 LIBRARY = "unimodal"
 FORMAT = 1  # raised when an older version could not read a newer folder
@@ -44,10 +45,11 @@ class Source:
 
 @dataclass(frozen=True, kw_only=True)
 class BackboneContents:
-    """Whether the towers' weights are in the folder, and where they first came from."""
+    """Whether the towers' weights are in the folder, where they first came from, and where they are not in the folder their hash."""
 
     included: bool
     sources: dict[str, Source]
+    fingerprint: str | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,12 +86,14 @@ def describe(model: UnimodalModel, include_backbone: bool) -> Contents:
         if "language_model" in sources:
             language_model = replace(language_model, source=sources["language_model"].source)
         captioning = replace(captioning, language_model=language_model)
+    adapters = {name: replace(adapter, active=name in model.active) for name, adapter in model.config.adapters.items()}
+    towers = None if include_backbone else fingerprint(model.tower_state())
     return Contents(
         library=LIBRARY,
         format=FORMAT,
         version=__version__,
-        model=replace(model.config, backbone=backbone, captioning=captioning),
-        backbone=BackboneContents(included=include_backbone, sources=sources),
+        model=replace(model.config, backbone=backbone, captioning=captioning, adapters=adapters),
+        backbone=BackboneContents(included=include_backbone, sources=sources, fingerprint=towers),
     )
 
 
@@ -144,7 +148,12 @@ def choose_heads(config: ModelConfig, heads: Sequence[str] | None) -> tuple[Mode
             raise ValueError(f"heads: the checkpoint has no {name!r}; {nearest(name, ['embedding', *present])}")
     dropped = [name for name in present if name not in asked]
     nothing: dict[str, Any] = dict.fromkeys(dropped)
-    return replace(config, **nothing), dropped
+    apart = tuple(f"heads.{name}" for name in dropped)
+    adapters = {}
+    for name, adapter in config.adapters.items():
+        if target := tuple(pattern for pattern in adapter.target if not pattern.startswith(apart)):
+            adapters[name] = replace(adapter, target=target)
+    return replace(config, adapters=adapters, **nothing), dropped
 
 
 def _as_source(source: dict[str, Any]) -> Source:

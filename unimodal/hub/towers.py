@@ -10,6 +10,7 @@ from unimodal.config import ModelConfig
 from unimodal.hub.contents import Source
 from unimodal.hub.weights import CheckpointError
 from unimodal.model import UnimodalModel
+from unimodal.tuning import base_name, fingerprint
 
 
 def prefixes(model: UnimodalModel) -> dict[str, str]:
@@ -30,9 +31,10 @@ def require_unchanged(model: UnimodalModel) -> None:
                 f"include_backbone=False: the {tower} tower was not loaded from a source, so nobody could get it back; "
                 "save with include_backbone=True"
             )
-    origin = UnimodalModel(model.config, pretrained=True).state_dict()
+    origin = UnimodalModel(replace(model.config, adapters={}), pretrained=True).state_dict()
+    state = {base_name(name): tensor for name, tensor in model.tower_state().items()}
     for tower, prefix in prefixes(model).items():
-        weights = {name: tensor for name, tensor in model.state_dict().items() if name.startswith(prefix)}
+        weights = {name: tensor for name, tensor in state.items() if name.startswith(prefix)}
         changed = [name for name, tensor in weights.items() if not torch.equal(tensor.cpu(), origin[name])]
         if changed:
             raise ValueError(
@@ -80,3 +82,29 @@ def require_same(model: UnimodalModel, sources: dict[str, Source], folder: Path)
                 f"{folder} was trained on the {tower} tower of {source.source} with sha256 {source.sha256}, but "
                 f"{found['source']} has {found['sha256']}; give those weights in backbone_sources"
             )
+
+
+def require_fingerprint(model: UnimodalModel, expected: str, folder: Path) -> None:
+    """Compare a model's towers, as they are now, with those that a folder without them was saved beside.
+
+    Raises:
+        CheckpointError: they are others.
+    """
+    found = fingerprint(model.tower_state())
+    if found != expected:
+        dtype = next(iter(model.tower_state().values())).dtype
+        hint = (
+            "" if dtype == torch.float32 else f", or open it in float32, not {dtype}, and convert the whole afterwards"
+        )
+        raise CheckpointError(
+            f"{folder} belongs to a backbone with fingerprint {expected}, this one ({model.config.backbone.label}) has {found}: "
+            f"its adapters and heads would compute nonsense here. Open the model that it was trained on{hint}"
+        )
+
+
+def share(model: UnimodalModel, other: UnimodalModel) -> None:
+    """Put the towers of `model` in place of those of `other`, one in memory for both."""
+    for prefix in model.backbone.parts.values():
+        holder, _, name = prefix.rstrip(".").rpartition(".")
+        setattr(other.backbone.get_submodule(holder), name, model.backbone.get_submodule(prefix.rstrip(".")))
+    other.backbone.sources = model.backbone.sources

@@ -6,13 +6,13 @@ Names are those of the model's `state_dict`. Large models are split into shards 
 
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from torch import Tensor, nn
+from torch import Tensor
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
@@ -106,15 +106,19 @@ def open_weights(path: Path) -> Any:
 
 
 def load_weights(
-    model: nn.Module, folder: Path, *, ignored: Sequence[str] = (), provided: Sequence[str] = ()
+    expected: dict[str, Tensor],
+    folder: Path,
+    *,
+    ignored: Sequence[str] = (),
+    renamed: Callable[[str], str] = lambda name: name,
 ) -> list[str]:
-    """Copy a checkpoint's weights into a model, all or none.
+    """Copy a checkpoint's weights into a model's tensors, all or none.
 
     Args:
-        model: the model to fill.
+        expected: the tensors to fill, by name.
         folder: the checkpoint.
         ignored: prefixes of tensors in the files that are not wanted.
-        provided: prefixes of tensors of the model that come from elsewhere.
+        renamed: the model's name of what the files name otherwise.
 
     Returns:
         The names of the ignored tensors.
@@ -122,11 +126,8 @@ def load_weights(
     Raises:
         CheckpointMismatch: unless names and shapes agree on both sides.
     """
-    expected: dict[str, Tensor] = {
-        name: tensor for name, tensor in model.state_dict().items() if not name.startswith(tuple(provided))
-    }
     files = [open_weights(path) for path in weight_files(folder)]
-    shapes = {name: file.get_slice(name) for file in files for name in file.keys()}  # noqa: SIM118
+    shapes = {renamed(name): file.get_slice(name) for file in files for name in file.keys()}  # noqa: SIM118
     skipped = [name for name in shapes if name.startswith(tuple(ignored))]
     shapes = {name: part for name, part in shapes.items() if name not in skipped}
 
@@ -150,6 +151,6 @@ def load_weights(
     with torch.no_grad():
         for file in files:
             for name in file.keys():  # noqa: SIM118
-                if name in expected:
-                    expected[name].copy_(file.get_tensor(name))
+                if renamed(name) in expected:
+                    expected[renamed(name)].copy_(file.get_tensor(name))
     return skipped

@@ -28,6 +28,7 @@ from unimodal.data.processor import Processor
 from unimodal.model import ImageState, TextState, UnimodalModel
 from unimodal.search.calibrate import Calibration
 from unimodal.search.judge import Judge, plan
+from unimodal.tuning import base_name
 
 V = TypeVar("V")
 
@@ -258,7 +259,8 @@ class Encoder:
         settings = {name: parts[name] for name in ("bridge", "embedding", "matching")}
         reads = [self.processor.settings(), self.processor.tokenizer.get_vocab()]
         digest = hashlib.sha256(json.dumps([settings, reads], sort_keys=True).encode())
-        for name, value in sorted(self.model.state_dict().items()):
+        state = self.model.own_state(self.model.active)
+        for name, value in sorted((base_name(name), value) for name, value in state.items()):
             if not name.startswith(OTHER_JOBS):
                 digest.update(f"{name} {value.dtype} {list(value.shape)}".encode())
                 digest.update(value.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())

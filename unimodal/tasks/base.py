@@ -4,6 +4,7 @@ A training step returns `(losses, report)`: what is optimised and what is only l
 """
 
 from collections import Counter
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -15,9 +16,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from unimodal import stages
-from unimodal.chunks import by_chunks, refuse_coupled_rows
+from unimodal.chunks import at, by_chunks, refuse_coupled_rows
 from unimodal.config import ModelConfig
-from unimodal.data.batch import Batch, check_batch
+from unimodal.data.batch import Batch, check_batch, image_inputs, text_inputs
 from unimodal.data.pairs import Pairs
 from unimodal.data.processor import Processor
 from unimodal.hub import load_checkpoint
@@ -26,9 +27,11 @@ from unimodal.model import ImageState, TextState, UnimodalModel
 from unimodal.tasks.evaluation import Evaluation, EvaluationSettings
 from unimodal.tasks.mining import mine_neighbours
 from unimodal.tasks.optimizer import OptimizerSettings, build_optimizer
+from unimodal.tuning import base_name
 
 Losses = dict[str, Tensor]
 Report = dict[str, Tensor]
+SAME = "give the same model configuration"
 
 
 class Step:
@@ -55,39 +58,41 @@ class Step:
 
     # Token states.
 
-    def _read_image(self, pixels: Tensor | None, features: Tensor | None) -> ImageState:
-        state = self.model.encode_image(pixels, features=features)
+    def _read_image(self, pixels: Any, features: Tensor | None, mask: Tensor | None) -> ImageState:
+        state = self.model.encode_image(pixels, features=features, mask=mask)
         # Keys and values of a whole batch would be the memory that chunks save: they are projected again where they are read.
         return state if self.mini_batch_size is None else state._replace(memory=None)
 
+    def _read_text(self, ids: Tensor, mask: Tensor, features: Tensor | None) -> TextState:
+        return self.model.encode_text(ids, mask, features=features)
+
     @cached_property
     def image(self) -> ImageState:
-        pixels, features = self.batch.get("image"), self.batch.get("image_features")
-        return by_chunks(self._read_image, pixels, features, size=self.mini_batch_size)
+        return by_chunks(self._read_image, *self._images, size=self.mini_batch_size)
 
     @cached_property
     def text(self) -> TextState:
-        return by_chunks(self.model.encode_text, self.batch["text"], self.batch["text_mask"], size=self.mini_batch_size)
+        return by_chunks(self._read_text, *self._texts, size=self.mini_batch_size)
 
     @cached_property
     def negative_text(self) -> TextState:
         """The false captions that are there, in the order of `negative_text_given`; at least one must be."""
-        return by_chunks(self.model.encode_text, *self._negative_ids, size=self.mini_batch_size)
+        return by_chunks(self._read_text, *self._negative_texts, size=self.mini_batch_size)
 
     @cached_property
     def negative_image(self) -> ImageState:
         """The wrong pictures that are there, in the order of `negative_image_given`; at least one must be."""
-        return by_chunks(self._read_image, *self._negative_pixels, size=self.mini_batch_size)
+        return by_chunks(self._read_image, *self._negative_images, size=self.mini_batch_size)
 
     # Embeddings.
 
     @cached_property
     def image_embedding(self) -> Tensor:
-        return self._embed_images(self.batch.get("image"), self.batch.get("image_features"), "image")
+        return self._embed_images(self._images, "image")
 
     @cached_property
     def text_embedding(self) -> Tensor:
-        return self._embed_texts(self.batch["text"], self.batch["text_mask"], "text")
+        return self._embed_texts(self._texts, "text")
 
     @cached_property
     def wrong_text(self) -> Wrong | None:
@@ -95,7 +100,7 @@ class Step:
         given = self.negative_text_given
         if given is None or not given.any():
             return None if given is None else self._nothing_wrong(given, self.text_embedding)
-        return _spread(self._embed_texts(*self._negative_ids, "negative_text"), given)
+        return _spread(self._embed_texts(self._negative_texts, "negative_text"), given)
 
     @cached_property
     def wrong_image(self) -> Wrong | None:
@@ -103,7 +108,7 @@ class Step:
         given = self.negative_image_given
         if given is None or not given.any():
             return None if given is None else self._nothing_wrong(given, self.image_embedding)
-        return _spread(self._embed_images(*self._negative_pixels, "negative_image"), given)
+        return _spread(self._embed_images(self._negative_images, "negative_image"), given)
 
     @property
     def negative_text_given(self) -> Tensor | None:
@@ -115,35 +120,38 @@ class Step:
         """Which wrong pictures are there, [B, K]; None where the batch has no such key."""
         return self.batch.get("negative_image_mask")
 
-    @property
-    def _negative_ids(self) -> tuple[Tensor, Tensor]:
-        given = self.negative_text_given
-        return self.batch["negative_text"][given], self.batch["negative_mask"][given]
+    # What is read: pixels, features and their mask of images; ids, mask and features of texts. None for what the batch has not.
 
     @property
-    def _negative_pixels(self) -> tuple[Tensor | None, Tensor | None]:
-        given = self.batch["negative_image_mask"]
-        pixels, features = self.batch.get("negative_image"), self.batch.get("negative_image_features")
-        return None if pixels is None else pixels[given], None if features is None else features[given]
+    def _images(self) -> list[Any]:
+        return list(image_inputs(self.batch).values())
 
-    def _embed_images(self, pixels: Tensor | None, features: Tensor | None, state: str) -> Tensor:
+    @property
+    def _texts(self) -> list[Any]:
+        return list(text_inputs(self.batch).values())
+
+    @property
+    def _negative_texts(self) -> list[Any]:
+        keys = ("negative_text", "negative_mask", "negative_text_features")
+        return [at(self.batch.get(key), self.negative_text_given) for key in keys]
+
+    @property
+    def _negative_images(self) -> list[Any]:
+        keys = ("negative_image", "negative_image_features", "negative_image_features_mask")
+        return [at(self.batch.get(key), self.negative_image_given) for key in keys]
+
+    def _embed_images(self, inputs: list[Any], state: str) -> Tensor:
         if self.states or self.mini_batch_size is None:
             return self.model.image_embedding(getattr(self, state))
         return by_chunks(
-            lambda *chunk: self.model.image_embedding(self._read_image(*chunk)),
-            pixels,
-            features,
-            size=self.mini_batch_size,
+            lambda *chunk: self.model.image_embedding(self._read_image(*chunk)), *inputs, size=self.mini_batch_size
         )
 
-    def _embed_texts(self, ids: Tensor, mask: Tensor, state: str) -> Tensor:
+    def _embed_texts(self, inputs: list[Any], state: str) -> Tensor:
         if self.states or self.mini_batch_size is None:
             return self.model.text_embedding(getattr(self, state))
         return by_chunks(
-            lambda *chunk: self.model.text_embedding(self.model.encode_text(*chunk)),
-            ids,
-            mask,
-            size=self.mini_batch_size,
+            lambda *chunk: self.model.text_embedding(self._read_text(*chunk)), *inputs, size=self.mini_batch_size
         )
 
     def _nothing_wrong(self, given: Tensor, like: Tensor) -> Wrong:
@@ -210,28 +218,44 @@ class Task(pl.LightningModule):
                 f"mini_batch_size: expected at least 1, or None for the whole batch, got {mini_batch_size}"
             )
         self.mini_batch_size = mini_batch_size
+        source = None if init_from is None else load_checkpoint(init_from)[0]
         torch.manual_seed(seed)  # the first weights, too, follow from the seed
         self.config, self.objectives, self.trainable = config, objectives, trainable or {"*": 1.0}
         self.optimizer, self.settings, self.init_from, self.seed = optimizer, evaluation, init_from, seed
-        self.model = UnimodalModel(config, pretrained=pretrained and init_from is None)
+        known = {
+            name: adapter for name, adapter in config.adapters.items() if source and name in source.config.adapters
+        }
+        self.model = UnimodalModel(replace(config, adapters=known), pretrained=pretrained and source is None)
+        missing = [] if source is None else self._start_from(source)
+        for name, adapter in config.adapters.items():
+            if name not in known:
+                self.model.add_adapter(name, adapter)  # now, since some start from the weights that they are put on
+        self.model.set_adapter([name for name, adapter in config.adapters.items() if adapter.active])
         self.factors = stages.rates(self.model, self.trainable)
-        if init_from is not None:
-            self._start_from(init_from)
+        trained = {base_name(name) for name, factor in self.factors.items() if factor}
+        if untrained := [name for name in missing if base_name(name) not in trained]:
+            raise ValueError(
+                f"init_from {init_from}: tensors missing there that this stage does not train: {untrained}; {SAME}"
+            )
         stages.freeze(self.model, self.factors)
         self.processor: Processor | None = None
         self.evaluation: Evaluation | None = None
         self.results: dict[str, Any] = {}
 
-    def _start_from(self, checkpoint: str) -> None:
-        source, _ = load_checkpoint(checkpoint)
+    def _start_from(self, source: UnimodalModel) -> list[str]:
+        """Take the weights of another model; returns the names of those that it lacks."""
         result = self.model.load_state_dict(source.state_dict(), strict=False)
-        untrained = [name for name in result.missing_keys if not self.factors.get(name)]
-        if untrained or result.unexpected_keys:
+        if adapters := [name for name in source.config.adapters if name not in self.config.adapters]:
             raise ValueError(
-                f"init_from {checkpoint}: tensors missing there that this stage does not train: {untrained}; "
-                f"tensors there that this model lacks: {list(result.unexpected_keys)}; give the same model configuration"
+                f"init_from {self.init_from}: it has adapters that this stage's model.adapters lacks: {', '.join(adapters)}; name them "
+                "there, or fold them into the weights first (UnimodalModel.merge_adapters, in a schedule a stage `merge: {STAGE: 1}`)"
+            )
+        if result.unexpected_keys:
+            raise ValueError(
+                f"init_from {self.init_from}: tensors there that this model lacks: {list(result.unexpected_keys)}; {SAME}"
             )
         self.model.sources = source.sources
+        return list(result.missing_keys)
 
     # Training.
 
@@ -298,6 +322,8 @@ class Task(pl.LightningModule):
 
     def setup(self, stage: str) -> None:
         data = self.data
+        if stage == "fit":
+            data.require_frozen(self.model.backbone)
         self.processor = data.bind(self.config, self.model.backbone, self.model.language_captioner)
         if stage == "fit" and self.init_from is None and self.config.captioning and self.config.captioning.vocabulary:
             self.model.head("captioning").set_vocabulary(
@@ -332,9 +358,7 @@ class Task(pl.LightningModule):
         if not path.exists():
             self.model.eval()
             images = [
-                self.model.image_embedding(
-                    self.model.encode_image(batch.get("image"), features=batch.get("image_features"))
-                )
+                self.model.image_embedding(self.model.encode_image(**image_inputs(batch)))
                 for batch in data.mining_dataloader()
             ]
             assert self.processor is not None
@@ -379,9 +403,9 @@ class Task(pl.LightningModule):
 
     def predict_step(self, batch: Batch, batch_index: int) -> dict[str, Tensor]:
         """Embeddings of the batch's images, and of its captions where it has any."""
-        image = self.model.encode_image(batch.get("image"), features=batch.get("image_features"))
+        image = self.model.encode_image(**image_inputs(batch))
         embeddings = {"image": self.model.image_embedding(image)}
         if "text" in batch:
-            text = self.model.encode_text(batch["text"], batch["text_mask"])
+            text = self.model.encode_text(**text_inputs(batch))
             embeddings["text"] = self.model.text_embedding(text)
         return embeddings

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from unimodal.candidates import best_captions
-from unimodal.data.batch import Batch
+from unimodal.data.batch import Batch, image_inputs, text_inputs
 from unimodal.data.pairs import Pairs
 from unimodal.data.processor import Processor
 from unimodal.data.scenes import Scenes, caption_matches, checker_arguments, parse_caption
@@ -95,8 +95,8 @@ class Evaluation:
     @torch.no_grad()
     def add(self, batch: Batch) -> None:
         """Read one batch of pictures with all their captions."""
-        image = self.model.encode_image(batch.get("image"), features=batch.get("image_features"))
-        text = self.model.encode_text(batch["text"], batch["text_mask"])
+        image = self.model.encode_image(**image_inputs(batch))
+        text = self.model.encode_text(**text_inputs(batch))
         if self.embeds:
             self.image_embeddings.append(self.model.image_embedding(image).float())
             self.text_embeddings.append(self.model.text_embedding(text).float())

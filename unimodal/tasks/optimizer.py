@@ -97,7 +97,7 @@ def build_optimizer(model: nn.Module, factors: dict[str, float], settings: Optim
     groups: dict[tuple[bool, float, bool], list[Tensor]] = {}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
-            decays = parameter.ndim > 1 and "query_sets" not in name
+            decays = parameter.ndim > 1 and "query_sets" not in name and ".ia3_l." not in name
             hidden = settings.muon > 0 and decays and parameter.ndim in (2, 4) and parameter not in embeddings
             groups.setdefault((hidden, factors[name], decays), []).append(parameter)
 
