@@ -81,6 +81,11 @@ def sum_over_ranks(x: Tensor) -> Tensor:
     return total
 
 
+def mean_over_ranks(x: Tensor) -> Tensor:
+    """Element-wise mean over ranks, without gradient: by the convention above, a loss on the global batch."""
+    return sum_over_ranks(x) / world_size()
+
+
 def ring_exchange(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
     """Yield the tensors of this rank, then those of every other rank, one rank at a time, passed on around a ring.
 

@@ -10,7 +10,6 @@ without being computed again.
 """
 
 from collections.abc import Iterable
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -57,16 +56,21 @@ def attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, dropout: float)
     return F.scaled_dot_product_attention(q, k, v, bias, dropout)
 
 
-@dataclass
 class KeyValues:
     """Keys and values of every layer of a network that attends, and what hides some of them.
 
     As the memory of cross-attention it is computed once per image and selected for every pair that needs the image. As
-    the cache of causal self-attention it starts empty and grows with each piece of text.
+    the cache of causal self-attention it starts empty and grows with each piece of text. (No dataclass: FSDP2 casts the
+    inputs of a block in copies of dataclasses, and a copied cache would not grow.)
+
+    Args:
+        layers: keys and values [B, H, T, W / H] of each layer.
+        bias: what is added to attention scores, [B, 1, 1, T].
     """
 
-    layers: list[tuple[Tensor, Tensor]] = field(default_factory=list)
-    bias: Tensor | None = None  # [B, 1, 1, T]
+    def __init__(self, layers: list[tuple[Tensor, Tensor]] | None = None, bias: Tensor | None = None) -> None:
+        self.layers = [] if layers is None else layers
+        self.bias = bias
 
     @classmethod
     def of(cls, readers: Iterable[Any], tokens: Tensor, mask: Tensor | None = None) -> "KeyValues":

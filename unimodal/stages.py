@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from unimodal.backbones import move_pixels
 from unimodal.config import nearest
 from unimodal.model import UnimodalModel
+from unimodal.sharding import whole
 from unimodal.tuning import adapter_of, base_name
 
 
@@ -99,7 +100,7 @@ def fingerprints(model: nn.Module) -> dict[str, str]:
         parameters = list(module.parameters())
         if parameters and not any(p.requires_grad for p in parameters):
             frozen |= {f"{prefix}.{name}": buffer for name, buffer in module.named_buffers(recurse=False)}
-    return {name: hashlib.sha256(_bytes(tensor)).hexdigest()[:16] for name, tensor in frozen.items()}
+    return {name: hashlib.sha256(_bytes(whole(tensor))).hexdigest()[:16] for name, tensor in frozen.items()}
 
 
 def _bytes(tensor: Tensor) -> bytes:

@@ -28,7 +28,16 @@ VERBS = {
     "export": ("verbs", "export", "export onnx|sentence-transformers|cross-encoder: a checkpoint for other programs"),
     "push": ("verbs", "push", "push a checkpoint folder to the Hub"),
     "data": ("verbs", "data", "check a data set before training: unimodal data check PATH"),
-    "doctor": ("verbs", "doctor", "report versions, devices and, for a checkpoint, whether it replays"),
+    "gather": (
+        "gather",
+        "run",
+        "a training checkpoint, sharded or not, as a checkpoint folder: CKPT --config FILE --out DIR",
+    ),
+    "doctor": (
+        "doctor",
+        "run",
+        "report versions, devices, whether a checkpoint replays, and what a recipe will take: --config FILE",
+    ),
 }
 
 

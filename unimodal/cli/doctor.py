@@ -1,9 +1,11 @@
-"""`unimodal doctor`: what this installation and machine are, and whether a checkpoint still computes what it did."""
+"""`unimodal doctor`: what this installation and machine are, whether a checkpoint replays, and what a recipe trains and takes."""
 
+import argparse
 import os
 import platform
 import re
 import shutil
+from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, requires, version
 from pathlib import Path
 from urllib.error import HTTPError
@@ -14,10 +16,43 @@ from huggingface_hub import constants
 from rich.console import Console
 from rich.table import Table
 
+from unimodal.cli.forecast import GIB, available_memory, examine_recipe
 from unimodal.hub import CheckpointError, verify_checkpoint
 
 TIMEOUT = 5.0  # seconds that the Hub has to answer
-GIB = 2**30
+
+
+def parser() -> argparse.ArgumentParser:
+    """The parser of the verb; what it does not know overrides the recipe."""
+    verb = argparse.ArgumentParser(prog="unimodal doctor", description="Report on this machine, and what is asked for.")
+    verb.add_argument("--model", type=Path, help="a checkpoint folder, whose stored example is computed again")
+    verb.add_argument("--hub", action="store_true", help="also see whether the Hub answers")
+    verb.add_argument(
+        "--config",
+        type=Path,
+        action="append",
+        default=[],
+        help="a recipe, with --key.key value to change it: what it trains, and where its memory will not suffice",
+    )
+    return verb
+
+
+def parse(arguments: Sequence[str]) -> argparse.Namespace:
+    """The options, and the recipe's `overrides`."""
+    options, overrides = parser().parse_known_args(arguments[1:])
+    if overrides and not options.config:
+        parser().error(f"{overrides[0]} changes a recipe; give it with --config")
+    options.overrides = overrides
+    return options
+
+
+def run(arguments: Sequence[str]) -> int:
+    """Report on the machine, then on a recipe."""
+    options = parse(arguments)
+    status = examine(options.model, ask_hub=options.hub)
+    if options.config:
+        status = examine_recipe(options.config, options.overrides, Console()) or status
+    return status
 
 
 def examine(checkpoint: Path | None, *, ask_hub: bool = False) -> int:
@@ -34,9 +69,8 @@ def examine(checkpoint: Path | None, *, ask_hub: bool = False) -> int:
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else "mps" if torch.mps.is_available() else "cpu"
     table.add_row("device", device, "")
     table.add_row("threads", f"{torch.get_num_threads()} of {os.cpu_count()} processors", "")
-    page = os.sysconf("SC_PAGE_SIZE")
-    free, total = (page * os.sysconf(name) / GIB for name in ("SC_AVPHYS_PAGES", "SC_PHYS_PAGES"))
-    table.add_row("memory", f"{free:.1f} of {total:.1f} GiB free", "")
+    total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    table.add_row("memory", f"{available_memory() / GIB:.1f} of {total / GIB:.1f} GiB free", "")
     table.add_row("disk here", f"{shutil.disk_usage('.').free / GIB:.1f} GiB free", "")
     if ask_hub:
         answer = _ask_hub()

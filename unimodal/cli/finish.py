@@ -9,6 +9,7 @@ import torch
 
 from unimodal.data.pairs import Pairs
 from unimodal.metrics.generation import SceneReport, summarise
+from unimodal.model import UnimodalModel
 from unimodal.report import Caption, Drawing, Hit, Metric, Report, Score, Search, Stage, Swap, write_report
 from unimodal.tasks import Evaluation
 
@@ -63,7 +64,7 @@ def protocols(evaluation: Evaluation, results: dict[str, Any]) -> dict[str, str]
 
 def write_results(
     output: Path,
-    task: Any,
+    model: UnimodalModel,
     pairs: Pairs,
     evaluation: Evaluation,
     results: dict[str, Any],
@@ -75,7 +76,7 @@ def write_results(
 
     Args:
         output: the schedule's folder.
-        task: the last stage's task.
+        model: what the last stage left.
         pairs: the split that `results` are about.
         evaluation: the finished evaluation.
         results: what it measured.
@@ -102,7 +103,7 @@ def write_results(
     page = Report(
         title=about["title"],
         summary=about["summary"],
-        facts=_facts(task, pairs),
+        facts=_facts(model, pairs),
         wall_seconds=wall,
         peak_memory_mb=memory,
         metrics=_metrics(numbers, lines, aims),
@@ -129,13 +130,13 @@ def _more(numbers: dict[str, float], results: dict[str, Any]) -> dict[str, Any]:
     return out
 
 
-def _facts(task: Any, pairs: Pairs) -> dict[str, str]:
-    backbone, bridge = task.config.backbone, task.config.bridge
-    count = sum(p.numel() for p in task.model.parameters())
+def _facts(model: UnimodalModel, pairs: Pairs) -> dict[str, str]:
+    backbone, bridge = model.config.backbone, model.config.bridge
+    count = sum(p.numel() for p in model.parameters())
     reader = "" if bridge is None else f", Q-Former of {bridge.layers} x {bridge.width}"
     return {
         "Model": f"{count / 1e6:.1f} M parameters: {backbone.label}{reader}",
-        "Heads": ", ".join(task.model.jobs),
+        "Heads": ", ".join(model.jobs),
         "Data": f"{pairs.name}: scored on {len(pairs)} held-out images of the {pairs.split} split",
     }
 

@@ -17,7 +17,9 @@ The same command again skips finished stages and goes on inside the interrupted 
 import copy
 import hashlib
 import json
+import os
 import resource
+import shutil
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -26,6 +28,8 @@ from pathlib import Path
 from typing import Any
 
 import pytorch_lightning as pl
+import torch
+from pytorch_lightning.utilities import rank_zero_only
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
@@ -35,8 +39,12 @@ from unimodal.cli import between
 from unimodal.cli.finish import METRICS, write_results
 from unimodal.cli.messages import ConfigError
 from unimodal.config import nearest
+from unimodal.data.module import PairData
+from unimodal.data.processor import Processor
 from unimodal.hub import Card, load_checkpoint, save_adapter, save_checkpoint
-from unimodal.tasks import Evaluation, Task
+from unimodal.hub.folder import restore
+from unimodal.model import UnimodalModel
+from unimodal.tasks import Evaluation, EvaluationSettings, Task
 
 KEYS = (
     "name",
@@ -101,6 +109,7 @@ def peak_memory_mb() -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
 
+@rank_zero_only
 def print_stage(name: str, about: str, rows: list[dict[str, Any]]) -> None:
     """What trains in a stage and what does not."""
     table = Table(title=f"stage {name}: {about}", title_justify="left")
@@ -116,6 +125,7 @@ def print_stage(name: str, about: str, rows: list[dict[str, Any]]) -> None:
     console.print(table)
 
 
+@rank_zero_only
 def print_history(history: dict[str, dict[str, float]], title: str) -> None:
     """Every task's score after every stage: what was learned, what was forgotten."""
     table = Table(title=title, title_justify="left")
@@ -128,13 +138,11 @@ def print_history(history: dict[str, dict[str, float]], title: str) -> None:
     console.print(table)
 
 
-def save_stage(task: Task, folder: Path) -> None:
+def save_stage(model: UnimodalModel, processor: Processor, folder: Path) -> None:
     """Write the weights a run ends with as a shareable checkpoint."""
-    assert task.processor is not None
-    task.model.eval()
-    save_checkpoint(task.model, task.processor, folder / "model")
-    if task.config.adapters:
-        save_adapter(task.model, task.processor, folder / "adapter")
+    save_checkpoint(model.eval(), processor, folder / "model")
+    if model.config.adapters:
+        save_adapter(model, processor, folder / "adapter")
 
 
 def run_schedule(schedule: dict[str, Any], build: Callable[[dict[str, Any]], Any]) -> Path:
@@ -155,16 +163,38 @@ def run_schedule(schedule: dict[str, Any], build: Callable[[dict[str, Any]], Any
         _refuse_other_settings(folder, config if kind is None else {**config, kind: stage[kind]})
         done = folder / "done.json"
         if done.exists():
-            console.print(f"stage {name}: finished before, in {folder}")
-        elif kind is not None:
-            cli = _run_between(kind, stage, name, folder, partial(build, config))
-        else:
+            rank_zero_only(console.print)(f"stage {name}: finished before, in {folder}")
+        elif kind is None:
             cli = build(config)
             _run_stage(cli, name, stage.get("about", ""), folder)
+        elif _is_first():
+            cli = _run_between(kind, stage, name, folder, partial(build, config))
+        _wait_for(done)
         history[name] = json.loads(done.read_text())
         print_history({stage: row["scores"] for stage, row in history.items()}, "validation after each stage")
-    _final_scores(schedule, folder.parent, folder / "model", cli or build(config), history)
+    if _is_first():
+        _final_scores(schedule, folder.parent, folder / "model", cli or build(config), history)
     return folder.parent
+
+
+def _is_first() -> bool:
+    """Whether this is the first process of the run; known before there is a trainer."""
+    return rank_zero_only.rank == 0  # type: ignore[attr-defined]
+
+
+def _wait_for(file: Path) -> None:
+    """Until the first process has written a file, however long that takes.
+
+    Raises:
+        RuntimeError: when the process that started this one is gone, and with it whoever would write.
+    """
+    parent = os.getppid()
+    while not file.exists():
+        if os.getppid() != parent:
+            raise RuntimeError(
+                f"{file} was not written: the process that started this one has ended; start the run again"
+            )
+        time.sleep(0.2)
 
 
 def _final_scores(
@@ -172,29 +202,27 @@ def _final_scores(
 ) -> None:
     """Score the last weights on the test split (the validation split where there is no other), write the results and the checkpoint."""
     started = time.monotonic()
-    task, data = cli.model, cli.datamodule
-    task.model, _ = load_checkpoint(last)
-    task.processor = data.bind(task.config, task.model.backbone, task.model.language_captioner)
-    pairs, loader = (data.val, data.val_dataloader()) if data.test is None else (data.test, data.test_dataloader())
-    evaluation = Evaluation(task.model, task.processor, pairs, replace(task.settings, **schedule.get("final", {})))
-    for batch in track(loader, description=f"reading the {pairs.split} split"):
-        evaluation.add(batch)
-    results = evaluation.results()
+    data = cli.datamodule
+    model, processor = load_checkpoint(last)
+    data.bind(model.config, model.backbone, model.language_captioner)
+    settings = replace(cli.model.settings, **schedule.get("final", {}))
+    evaluation = _evaluate(model, processor, data, settings, cli.trainer.strategy.root_device, final=True)
+    pairs, results = evaluation.pairs, evaluation.results()
     results |= {"seconds": time.monotonic() - started, "peak_memory_mb": peak_memory_mb()}
     about = {
         "title": schedule.get("title", schedule.get("name", "A schedule of stages")),
         "summary": schedule.get("about", ""),
     }
-    content = write_results(output, task, pairs, evaluation, results, history, about, schedule.get("aims", {}))
+    content = write_results(output, model, pairs, evaluation, results, history, about, schedule.get("aims", {}))
     names = {"retrieval_first": "first stage", "retrieval_reranked": "reranked", "captions": "captions"}
     measured = [(name, results[key]) for key, name in names.items() if key in results]
     training = f"{about['summary']} Stages: " + "; ".join(
         f"{name} ({row['steps']} steps): {row['about']}" for name, row in history.items()
     )
     card = Card(name=output.name, training=training + ".")
-    save_checkpoint(task.model, task.processor, output / "model", metrics=measured, card=card)
-    if task.model.config.adapters:
-        save_adapter(task.model, task.processor, output / "adapter", metrics=measured, card=card)
+    save_checkpoint(model, processor, output / "model", metrics=measured, card=card)
+    if model.config.adapters:
+        save_adapter(model, processor, output / "adapter", metrics=measured, card=card)
     table = Table(title=f"held-out results: {pairs.name} {pairs.split}", title_justify="left")
     for column in ("measure", "value", "protocol"):
         table.add_column(column)
@@ -253,6 +281,8 @@ def _stage_config(
 def _refuse_other_settings(folder: Path, config: dict[str, Any]) -> None:
     digest = hashlib.sha256(json.dumps(config, sort_keys=True, default=str).encode()).hexdigest()[:16]
     settings = folder / "settings.json"
+    if not _is_first():
+        return
     if not settings.exists():
         folder.mkdir(parents=True, exist_ok=True)
         settings.write_text(json.dumps({"digest": digest}))
@@ -270,11 +300,14 @@ def _run_stage(cli: Any, name: str, about: str, folder: Path) -> None:
     spent = json.loads(clock.read_text()) if clock.exists() else 0.0
     started = time.monotonic()
     resume = folder / "resume.ckpt"
+    restore(resume)  # a kill may have come between the two renames of a sharded one
     trainer.callbacks.append(_Clock(clock, spent, started))
     trainer.fit(task, datamodule=data, ckpt_path=str(resume) if resume.exists() else None)
-    task.model.eval()
-    scores = _scores(task, data)
-    save_stage(task, folder)
+    model = task.whole_model()
+    if not trainer.is_global_zero:
+        return
+    scores = _scores(model, task, data, trainer.strategy.root_device)
+    save_stage(model, task.processor, folder)
     done = {
         "about": about,
         "steps": trainer.global_step,
@@ -282,10 +315,18 @@ def _run_stage(cli: Any, name: str, about: str, folder: Path) -> None:
         "peak_memory_mb": peak_memory_mb(),
         "scores": scores,
         "parts": rows,
-        "untouched_heads": stages.untouched_heads(task.model),
+        "untouched_heads": stages.untouched_heads(model),
     }
-    (folder / "done.json").write_text(json.dumps(done, indent=1))
+    _write_done(folder, done)
+    if resume.is_dir():
+        shutil.rmtree(resume)
     resume.unlink(missing_ok=True)
+
+
+def _write_done(folder: Path, done: dict[str, Any]) -> None:
+    unfinished = folder / "done.json.unfinished"
+    unfinished.write_text(json.dumps(done, indent=1))
+    os.replace(unfinished, folder / "done.json")
 
 
 def _run_between(kind: str, stage: dict[str, Any], name: str, folder: Path, build: Callable[[], Any]) -> Any:
@@ -295,7 +336,10 @@ def _run_between(kind: str, stage: dict[str, Any], name: str, folder: Path, buil
     if kind == "merge":
         between.merge_stages(stage["merge"], folder)
         cli = build()  # starts from the merged weights
-        scores, proof = _scores(cli.model, cli.datamodule), "the weights are an average; nothing was trained"
+        task, data = cli.model, cli.datamodule
+        task.processor = data.bind(task.config, task.model.backbone, task.model.language_captioner)
+        scores = _scores(task.model, task, data, cli.trainer.strategy.root_device)
+        proof = "the weights are an average; nothing was trained"
     else:
         cli = build()
         kept = between.mine_stage(stage["mine"], cli, folder)
@@ -313,22 +357,34 @@ def _run_between(kind: str, stage: dict[str, Any], name: str, folder: Path, buil
         "parts": [],
         "proof": proof,
     }
-    (folder / "done.json").write_text(json.dumps(done, indent=1))
+    _write_done(folder, done)
     return cli
 
 
-def _scores(task: Task, data: Any) -> dict[str, float]:
+def _scores(model: UnimodalModel, task: Task, data: PairData, device: torch.device) -> dict[str, float]:
     """Every task's score on the validation split."""
-    scorer = pl.Trainer(
-        logger=False,
-        enable_checkpointing=False,
-        enable_model_summary=False,
-        enable_progress_bar=False,
-        devices=1,
-        accelerator="auto",
-    )
-    scorer.validate(task, datamodule=data, verbose=False)
-    return {key.removeprefix("val/"): float(value) for key, value in scorer.callback_metrics.items()}
+    assert task.processor is not None
+    evaluation = _evaluate(model, task.processor, data, task.settings, device)
+    return evaluation.numbers(evaluation.results())
+
+
+def _evaluate(
+    model: UnimodalModel,
+    processor: Processor,
+    data: PairData,
+    settings: EvaluationSettings,
+    device: torch.device,
+    *,
+    final: bool = False,
+) -> Evaluation:
+    """What the model reads from the validation split, or finally from the test split where there is one."""
+    test = final and data.test is not None
+    pairs, loader = (data.test, data.test_dataloader()) if test else (data.val, data.val_dataloader())
+    assert pairs is not None
+    evaluation = Evaluation(model.to(device).eval(), processor, pairs, settings)
+    for batch in track(loader, description=f"reading the {pairs.split} split", disable=not final):
+        evaluation.add(data.transfer_batch_to_device(batch, device, 0))
+    return evaluation
 
 
 class _Clock(pl.Callback):
@@ -338,5 +394,5 @@ class _Clock(pl.Callback):
         self.path, self.spent, self.started = path, spent, started
 
     def on_train_batch_end(self, trainer: pl.Trainer, *_: Any) -> None:
-        if trainer.global_step % 50 == 0:
+        if trainer.global_step % 50 == 0 and trainer.is_global_zero:
             self.path.write_text(json.dumps(self.spent + time.monotonic() - self.started))

@@ -1,5 +1,6 @@
 """`unimodal fit|validate|test|predict|demo`: LightningCLI over tasks and data, and schedules of stages."""
 
+import os
 import sys
 import warnings
 from argparse import ArgumentError
@@ -10,6 +11,7 @@ from typing import Any
 import yaml
 from pytorch_lightning import Trainer
 from pytorch_lightning.cli import LightningCLI
+from pytorch_lightning.plugins.environments import SLURMEnvironment, TorchElasticEnvironment
 
 from unimodal.cli.messages import ConfigError, short
 from unimodal.cli.schedule import merge, run_schedule, save_stage, stage_configs
@@ -23,8 +25,17 @@ TRAINER_DEFAULTS = {
     "enable_model_summary": False,
     "num_sanity_val_steps": 0,
     "log_every_n_steps": 10,
+    "use_distributed_sampler": False,  # training data cuts its own batches; evaluation is of whole splits
 }
 VERBS = ("fit", "validate", "test", "predict")
+SECTIONS = ("model", "data", "trainer")  # may be given as a file: --trainer configs/trainer/ddp.yaml
+
+
+def _nodes() -> int:
+    """How many machines the launcher started this run on."""
+    if TorchElasticEnvironment.detect():
+        return int(os.environ["GROUP_WORLD_SIZE"])
+    return int(os.environ["SLURM_NNODES"]) if SLURMEnvironment.detect() else 1
 
 
 class TrainCLI(LightningCLI):
@@ -40,7 +51,7 @@ class TrainCLI(LightningCLI):
             auto_configure_optimizers=False,
             save_config_callback=None,
             trainer_class=Trainer,
-            trainer_defaults={**TRAINER_DEFAULTS, "callbacks": [LossLog(), StageProof()]},
+            trainer_defaults={**TRAINER_DEFAULTS, "num_nodes": _nodes(), "callbacks": [LossLog(), StageProof()]},
             parser_kwargs={
                 "exit_on_error": False,
                 **({verb: {"exit_on_error": False} for verb in VERBS} if run else {}),
@@ -50,7 +61,9 @@ class TrainCLI(LightningCLI):
         )
 
     def after_fit(self) -> None:
-        save_stage(self.model, Path(self.trainer.default_root_dir))
+        model = self.model.whole_model()
+        if self.trainer.is_global_zero:
+            save_stage(model, self.model.processor, Path(self.trainer.default_root_dir))
 
 
 class ConfigCheck(TrainCLI):
@@ -60,13 +73,24 @@ class ConfigCheck(TrainCLI):
         pass
 
 
-def _quiet() -> None:
+class Parts(TrainCLI):
+    """Model and data of a configuration, and no trainer: on whatever machine, as that of the training would build them."""
+
+    def instantiate_trainer(self, **kwargs: Any) -> Any:
+        return None
+
+
+def quiet() -> None:
     """Silence what Lightning says of loaders that are deliberate here, and its advertising."""
     warnings.filterwarnings("ignore", message=".*does not have many workers.*")
     warnings.filterwarnings("ignore", message=".*LightningCLI's args parameter is intended.*")
     warnings.filterwarnings("ignore", message=".*Checkpoint directory .* exists and is not empty.*")
     warnings.filterwarnings("ignore", message=".*_dataloader.* returned 0 length.*")
     warnings.filterwarnings("ignore", message=".*isinstance.treespec, LeafSpec.*")
+    warnings.filterwarnings(
+        "ignore", message=".*FSDP2-wrapped module .* returned a view tensor.*"
+    )  # nobody writes there
+    warnings.filterwarnings("ignore", message=".*torch.distributed is disabled, unavailable or uninitialized.*")
     warnings.filterwarnings("ignore", message=".*lr_scheduler.step.*before.*optimizer.step.*")
 
 
@@ -84,22 +108,29 @@ def _configs(arguments: Sequence[str]) -> tuple[list[Path], list[str]]:
     return files, rest
 
 
-def _schedule(files: list[Path], overrides: list[str]) -> dict[str, Any] | None:
+def _read(file: Path, option: str) -> dict[str, Any]:
+    """The settings in a YAML file that was given to `option`."""
+    if not file.is_file():
+        example = "tasks/quickstart/schedule.yaml" if option == "--config" else f"configs/{option[2:]}/..."
+        raise ConfigError(
+            f"{option} {file}: no such file; give the path of a recipe or a fragment, for example {example}"
+        )
+    try:
+        content = yaml.safe_load(file.read_text()) or {}
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{option} {file}: not readable as YAML: {error}") from error
+    if not isinstance(content, dict):
+        raise ConfigError(
+            f"{option} {file}: holds {type(content).__name__} {content!r:.80}; expected a mapping of settings"
+        )
+    return content
+
+
+def read_schedule(files: list[Path], overrides: list[str]) -> dict[str, Any] | None:
     """The merged schedule that `files` hold, with `--key.key value` overrides; None when they hold a plain configuration."""
     content: dict[str, Any] = {}
     for file in files:
-        if not file.is_file():
-            raise ConfigError(
-                f"--config {file}: no such file; give the path of a recipe, for example tasks/quickstart/schedule.yaml"
-            )
-        try:
-            content = merge(content, yaml.safe_load(file.read_text()) or {})
-        except (yaml.YAMLError, UnicodeDecodeError) as error:
-            raise ConfigError(f"--config {file}: not readable as YAML: {error}") from error
-        if not isinstance(content, dict):
-            raise ConfigError(
-                f"--config {file}: holds {type(content).__name__} {content!r:.80}; expected a mapping of settings"
-            )
+        content = merge(content, _read(file, "--config"))
     if "stages" not in content:
         return None
     words = iter(overrides)
@@ -109,6 +140,8 @@ def _schedule(files: list[Path], overrides: list[str]) -> dict[str, Any] | None:
         key, _, value = word[2:].partition("=")
         value = value if "=" in word else next(words, "")
         patch: Any = yaml.safe_load(value)
+        if key in SECTIONS and isinstance(patch, str):
+            patch = _read(Path(patch), f"--{key}")
         for part in reversed(key.split(".")):
             patch = {part: patch}
         content = merge(content, patch)
@@ -120,12 +153,14 @@ def run(arguments: Sequence[str]) -> int:
 
     A configuration that cannot be read is a short message on standard error and status 2.
     """
-    _quiet()
+    quiet()
     files, rest = _configs(arguments[1:])
     may_be_schedule = arguments[0] == "fit" and not {"-h", "--help"} & set(rest)
     where = ""
     try:
-        schedule = _schedule(files, [word for word in rest if word != "--print_config"]) if may_be_schedule else None
+        schedule = (
+            read_schedule(files, [word for word in rest if word != "--print_config"]) if may_be_schedule else None
+        )
         if schedule is None:
             TrainCLI(list(arguments))
             return 0

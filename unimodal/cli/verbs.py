@@ -22,7 +22,6 @@ from rich.table import Table
 from unimodal.cli import exporting, searching
 from unimodal.cli import mine as mining
 from unimodal.cli.data import add_parser, check_data
-from unimodal.cli.doctor import examine
 from unimodal.data.images import load_image
 from unimodal.data.items import SUFFIXES
 from unimodal.hub import push_to_hub
@@ -98,9 +97,6 @@ def parser() -> argparse.ArgumentParser:
 
     add_parser(verbs)
 
-    verb = verbs.add_parser("doctor", help="report versions, devices and, for a checkpoint, whether it replays")
-    verb.add_argument("--model", type=Path, help="a checkpoint folder, whose stored example is computed again")
-    verb.add_argument("--hub", action="store_true", help="also see whether the Hub answers")
     return whole
 
 
@@ -223,11 +219,6 @@ def push(options: argparse.Namespace) -> None:
 @_verb
 def data(options: argparse.Namespace) -> int:
     return check_data(options)
-
-
-@_verb
-def doctor(options: argparse.Namespace) -> int:
-    return examine(options.model, ask_hub=options.hub)
 
 
 def _checkpoint(options: argparse.Namespace) -> str:

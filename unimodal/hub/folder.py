@@ -8,7 +8,7 @@ another name; the next save or load puts it back (`restore`).
 import os
 import shutil
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from fnmatch import fnmatch
 from pathlib import Path
 
@@ -96,7 +96,8 @@ def restore(folder: Path) -> None:
     """Put back the old folder where a kill between the two renames left none."""
     _, old = _beside(folder)
     if old.exists() and not folder.exists():
-        old.rename(folder)
+        with suppress(FileNotFoundError):  # another process was first
+            old.rename(folder)
 
 
 def _beside(folder: Path) -> tuple[Path, Path]:

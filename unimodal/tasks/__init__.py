@@ -9,9 +9,11 @@ from unimodal.tasks.joint import Joint
 from unimodal.tasks.matching import ITM, Matching
 from unimodal.tasks.optimizer import OptimizerSettings
 from unimodal.tasks.retrieval import ITC, Distillation, EmbeddingObjective, MaskedITC, Retrieval, SigmoidITC
+from unimodal.tasks.strategy import FSDP2
 
 __all__ = [
     "EMA",
+    "FSDP2",
     "ITC",
     "ITG",
     "ITM",

@@ -3,7 +3,10 @@
 A training step returns `(losses, report)`: what is optimised and what is only logged never share a dict.
 """
 
+import math
 from collections import Counter
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
@@ -11,19 +14,23 @@ from typing import Any
 
 import pytorch_lightning as pl
 import torch
+from pytorch_lightning.strategies import ModelParallelStrategy, Strategy
 from pytorch_lightning.utilities.types import OptimizerLRSchedulerConfig
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from unimodal import stages
+from unimodal.blocks import compile_blocks, recompute
 from unimodal.chunks import at, by_chunks, refuse_coupled_rows
 from unimodal.config import ModelConfig
 from unimodal.data.batch import Batch, check_batch, image_inputs, text_inputs
 from unimodal.data.pairs import Pairs
 from unimodal.data.processor import Processor
+from unimodal.distributed import mean_over_ranks
 from unimodal.hub import load_checkpoint
 from unimodal.losses import Wrong
 from unimodal.model import ImageState, TextState, UnimodalModel
+from unimodal.sharding import clip_gradients, is_sharded, shard, whole_state
 from unimodal.tasks.evaluation import Evaluation, EvaluationSettings
 from unimodal.tasks.mining import mine_neighbours
 from unimodal.tasks.optimizer import OptimizerSettings, build_optimizer
@@ -32,6 +39,8 @@ from unimodal.tuning import base_name
 Losses = dict[str, Tensor]
 Report = dict[str, Tensor]
 SAME = "give the same model configuration"
+# What reads a sharded model: the parameters of no block are whole in these methods of a task.
+WHOLE_IN = ("training_step", "validation_step", "test_step", "predict_step", "_end", "probe")
 
 
 class Step:
@@ -198,6 +207,8 @@ class Task(pl.LightningModule):
         seed: what the randomness of every step follows from.
         mini_batch_size: rows read at a time, so that the memory of a large batch is that of a small one (GradCache,
             arXiv 2101.06983) at the price of a second reading. None reads the whole batch at once.
+        gradient_checkpointing: keep only the inputs of every block and run it once more in the backward: less memory, more time.
+        compile: let `torch.compile` fuse the blocks of bridge and heads in training; the first steps are slow.
     """
 
     def __init__(
@@ -211,13 +222,15 @@ class Task(pl.LightningModule):
         pretrained: bool = True,
         seed: int = 0,
         mini_batch_size: int | None = None,
+        gradient_checkpointing: bool = False,
+        compile: bool = False,
     ) -> None:
         super().__init__()
         if mini_batch_size is not None and mini_batch_size < 1:
             raise ValueError(
                 f"mini_batch_size: expected at least 1, or None for the whole batch, got {mini_batch_size}"
             )
-        self.mini_batch_size = mini_batch_size
+        self.mini_batch_size, self.gradient_checkpointing = mini_batch_size, gradient_checkpointing
         source = None if init_from is None else load_checkpoint(init_from)[0]
         torch.manual_seed(seed)  # the first weights, too, follow from the seed
         self.config, self.objectives, self.trainable = config, objectives, trainable or {"*": 1.0}
@@ -238,6 +251,11 @@ class Task(pl.LightningModule):
                 f"init_from {init_from}: tensors missing there that this stage does not train: {untrained}; {SAME}"
             )
         stages.freeze(self.model, self.factors)
+        if compile:
+            for part in (self.model.bridge, self.model.heads):
+                compile_blocks(part)
+        if gradient_checkpointing:
+            recompute(self.model)
         self.processor: Processor | None = None
         self.evaluation: Evaluation | None = None
         self.results: dict[str, Any] = {}
@@ -256,6 +274,52 @@ class Task(pl.LightningModule):
             )
         self.model.sources = source.sources
         return list(result.missing_keys)
+
+    # Several devices.
+
+    def configure_model(self) -> None:
+        """Cut the model among the processes where the strategy asks for it (FSDP2).
+
+        Raises:
+            ValueError: if the strategy would also cut single layers.
+        """
+        if not isinstance(self.trainer.strategy, ModelParallelStrategy) or is_sharded(self):
+            return
+        assert self.device_mesh is not None
+        if self.device_mesh["tensor_parallel"].size() > 1:
+            raise ValueError(
+                "ModelParallelStrategy asks for tensor parallelism, which this model has none of; take the strategy "
+                "unimodal.tasks.FSDP2 (configs/trainer/fsdp2.yaml), or set tensor_parallel_size to 1"
+            )
+        low = torch.bfloat16 if self.trainer.precision == "bf16-mixed" else None
+        shard(self, self.device_mesh["data_parallel"], WHOLE_IN, low)
+
+    def configure_gradient_clipping(
+        self, optimizer: Any, gradient_clip_val: float | None = None, gradient_clip_algorithm: str | None = None
+    ) -> None:
+        if is_sharded(self) and gradient_clip_val and gradient_clip_algorithm in (None, "norm"):
+            clip_gradients([p for p in self.parameters() if p.requires_grad], gradient_clip_val)
+        else:
+            self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
+
+    def probe(self, heads: Iterable[str]) -> dict[str, Tensor]:
+        """As `stages.probe`, in the precision of the run."""
+        with self.trainer.precision_plugin.forward_context():
+            return stages.probe(self.model, heads)
+
+    def whole_model(self) -> UnimodalModel:
+        """The model; one that is cut among the processes is put together on the first one, and all must ask."""
+        if not is_sharded(self):
+            return self.model
+        state = whole_state(self.model)
+        model = self.model
+        if self.global_rank == 0:
+            model = UnimodalModel(self.config)
+            model.load_state_dict(state)
+            model.sources = self.model.sources
+            model.set_adapter(self.model.active)
+            stages.freeze(model, self.factors)
+        return model
 
     # Training.
 
@@ -281,13 +345,15 @@ class Task(pl.LightningModule):
     def training_step(self, batch: Batch, batch_index: int) -> Tensor:
         losses, report = self.training_forward(batch)
         total = torch.stack([self.objectives[name].weight * loss for name, loss in losses.items()]).sum()
-        if not torch.isfinite(total):
+        values = [value.detach().float().to(total.device) for value in (*losses.values(), *report.values())]
+        means = mean_over_ranks(torch.stack(values)).tolist()
+        self.step_losses = dict(zip(losses, means))
+        self.step_report = dict(zip(report, means[len(losses) :]))
+        if not all(map(math.isfinite, self.step_losses.values())):
             raise FloatingPointError(
-                f"step {self.global_step}: losses are not finite: { {k: float(v) for k, v in losses.items()} }; "
+                f"step {self.global_step}: losses are not finite: {self.step_losses}; "
                 "lower the learning rate or train in float32"
             )
-        self.step_losses = {name: float(loss.detach()) for name, loss in losses.items()}
-        self.step_report = {name: float(value.detach()) for name, value in report.items()}
         self.log_dict(self.step_losses, prog_bar=True, logger=False)
         if self.trainer.loggers:
             self.log_dict({f"train/{k}": v for k, v in {**self.step_losses, **self.step_report}.items()})
@@ -321,6 +387,11 @@ class Task(pl.LightningModule):
         return self.trainer.datamodule  # type: ignore[attr-defined]
 
     def setup(self, stage: str) -> None:
+        with _rank_zero_first(self.trainer.strategy):
+            self._prepare(stage)
+
+    def _prepare(self, stage: str) -> None:
+        """What reads whole splits, and may leave it in files that other ranks then find."""
         data = self.data
         if stage == "fit":
             data.require_frozen(self.model.backbone)
@@ -376,7 +447,16 @@ class Task(pl.LightningModule):
 
     def _end(self, prefix: str) -> None:
         assert self.evaluation is not None
-        self.results = self.evaluation.results()
+        read, split = sum(map(len, self.evaluation.image_ids)), self.evaluation.pairs
+        if self.trainer.sanity_checking and read < len(split):
+            return
+        if read != len(split):
+            raise ValueError(
+                f"read {read} images of {split.name} {split.split}, expected all {len(split)}: its numbers are about the whole "
+                "split. Every rank reads it: set trainer.use_distributed_sampler to false and limit_val_batches to 1.0 or 0"
+            )
+        with self.trainer.precision_plugin.forward_context():
+            self.results = self.evaluation.results()
         self.log_dict(
             {f"{prefix}/{k}": v for k, v in self.evaluation.numbers(self.results).items()}, rank_zero_only=True
         )
@@ -409,3 +489,12 @@ class Task(pl.LightningModule):
             text = self.model.encode_text(**text_inputs(batch))
             embeddings["text"] = self.model.text_embedding(text)
         return embeddings
+
+
+@contextmanager
+def _rank_zero_first(strategy: Strategy) -> Iterator[None]:
+    if not strategy.is_global_zero:
+        strategy.barrier()
+    yield
+    if strategy.is_global_zero:
+        strategy.barrier()

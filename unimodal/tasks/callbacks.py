@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from unimodal import stages
+from unimodal.sharding import cut_like, whole
 
 
 class LossLog(pl.Callback):
@@ -16,6 +17,8 @@ class LossLog(pl.Callback):
 
     def on_train_start(self, trainer: pl.Trainer, task: pl.LightningModule) -> None:
         self.path = Path(trainer.default_root_dir) / "losses.jsonl"
+        if not trainer.is_global_zero:
+            return
         self.path.parent.mkdir(parents=True, exist_ok=True)
         lines = self.path.read_text().splitlines(keepends=True) if self.path.exists() else []
         kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] < trainer.global_step]
@@ -46,15 +49,14 @@ class EMA(pl.Callback):
         return {name: p for name, p in task.named_parameters() if p.requires_grad}
 
     def on_train_start(self, trainer: pl.Trainer, task: pl.LightningModule) -> None:
-        if not self.average:
-            self.average = {name: p.detach().clone() for name, p in self._trained(task).items()}
+        for name, p in self._trained(task).items():
+            self.average[name] = cut_like(self.average[name], p) if name in self.average else p.detach().clone()
 
     @torch.no_grad()
     def on_train_batch_end(self, trainer: pl.Trainer, task: pl.LightningModule, *_: Any) -> None:
         self.updates += 1
         decay = min(self.decay, (1 + self.updates) / (10 + self.updates))
         for name, parameter in self._trained(task).items():
-            self.average[name] = self.average[name].to(parameter.device)
             self.average[name].lerp_(parameter.detach(), 1 - decay)
 
     @torch.no_grad()
@@ -63,7 +65,7 @@ class EMA(pl.Callback):
             parameter.copy_(self.average[name])
 
     def state_dict(self) -> dict[str, Any]:
-        return {"average": self.average, "updates": self.updates}
+        return {"average": {name: whole(part).cpu() for name, part in self.average.items()}, "updates": self.updates}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.average, self.updates = state["average"], state["updates"]
@@ -82,13 +84,13 @@ class StageProof(pl.Callback):
     def on_train_start(self, trainer: pl.Trainer, task: Any) -> None:
         if not self.frozen:
             self.frozen = stages.fingerprints(task.model)
-            self.outputs = stages.probe(task.model, stages.untouched_heads(task.model))
+            self.outputs = task.probe(stages.untouched_heads(task.model))
 
     def on_train_end(self, trainer: pl.Trainer, task: Any) -> None:
         moved = stages.moved(self.frozen, stages.fingerprints(task.model))
         if moved:
             raise RuntimeError(f"frozen tensors moved during this stage: {', '.join(moved)}")
-        after = stages.probe(task.model, stages.untouched_heads(task.model))
+        after = task.probe(stages.untouched_heads(task.model))
         changed = [name for name, output in self.outputs.items() if not torch.equal(output, after[name])]
         if changed:
             raise RuntimeError(f"outputs of heads that this stage does not train changed: {', '.join(changed)}")

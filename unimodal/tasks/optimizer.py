@@ -12,6 +12,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from unimodal.sharding import cut_like, replicate
+
 
 @dataclass(frozen=True, kw_only=True)
 class OptimizerSettings:
@@ -43,38 +45,45 @@ class OptimizerSettings:
 
 
 class HiddenMuon(torch.optim.Optimizer):
-    """Muon for matrices and for kernels [O, I, h, w], which it steps as the matrices [O, I h w] that they are applied as."""
+    """Muon for matrices and for kernels [O, I, h, w], which it steps as the matrices [O, I h w] that they are applied as.
+
+    Of a sharded matrix every process puts gradient and momentum together, orthogonalises them whole and steps its own part.
+    """
 
     def __init__(self, groups: list[dict[str, Any]]) -> None:
         super().__init__(groups, {})
-        matrices = [{**g, "params": [p.detach().view(len(p), -1) for p in g["params"]]} for g in self.param_groups]
-        self.muon = torch.optim.Muon(matrices, adjust_lr_fn="match_rms_adamw")
 
     def step(self, closure: Any = None) -> Any:
         loss = None if closure is None else closure()
-        for group, flat in zip(self.param_groups, self.muon.param_groups, strict=True):
-            flat["lr"] = group["lr"]
-            for parameter, matrix in zip(group["params"], flat["params"], strict=True):
-                matrix.data = parameter.data.view(len(parameter), -1)  # a view: Muon moves the parameter itself
-                matrix.grad = None if parameter.grad is None else parameter.grad.view(len(parameter), -1)
-        self.muon.step()
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                if parameter.grad is not None:
+                    self._step_one(parameter, group)
         return loss
 
-    def state_dict(self) -> dict[str, Any]:
-        return {"muon": self.muon.state_dict(), "lr": [group["lr"] for group in self.param_groups]}
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self.muon.load_state_dict(state_dict["muon"])
-        for group, lr in zip(self.param_groups, state_dict["lr"], strict=True):
-            group["lr"] = lr
+    def _step_one(self, parameter: Tensor, group: dict[str, Any]) -> None:
+        matrix = parameter.detach().view(len(parameter), -1)  # a view: Muon moves the parameter itself
+        matrix.grad = replicate(parameter.grad).view(matrix.shape)  # type: ignore[arg-type]
+        muon = torch.optim.Muon([{**group, "params": [matrix]}], adjust_lr_fn="match_rms_adamw")
+        if own := self.state[parameter]:
+            muon.state[matrix]["momentum_buffer"] = replicate(own["momentum_buffer"]).view(matrix.shape)
+        muon.step()
+        momentum = muon.state[matrix]["momentum_buffer"].view(parameter.shape)
+        own["momentum_buffer"] = cut_like(momentum, parameter)
 
 
 class Together(torch.optim.Optimizer):
-    """Several optimizers that step as one; Lightning and schedulers take one."""
+    """Several optimizers that step as one, with one state by parameter: what Lightning, schedulers and sharded checkpoints take."""
 
     def __init__(self, parts: list[torch.optim.Optimizer]) -> None:
         self.parts = parts
         super().__init__([group for part in parts for group in part.param_groups], {})
+        self._share()
+
+    def _share(self) -> None:
+        groups = iter(self.param_groups)
+        for part in self.parts:
+            part.state, part.param_groups = self.state, [next(groups) for _ in part.param_groups]
 
     def step(self, closure: Any = None) -> Any:
         loss = None if closure is None else closure()
@@ -82,13 +91,9 @@ class Together(torch.optim.Optimizer):
             part.step()
         return loss
 
-    def state_dict(self) -> dict[str, Any]:
-        return {"parts": [part.state_dict() for part in self.parts]}
-
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        for part, state in zip(self.parts, state_dict["parts"], strict=True):
-            part.load_state_dict(state)
-        self.param_groups = [group for part in self.parts for group in part.param_groups]  # loading made new ones
+        super().load_state_dict(state_dict)
+        self._share()  # loading made new ones
 
 
 def build_optimizer(model: nn.Module, factors: dict[str, float], settings: OptimizerSettings) -> torch.optim.Optimizer:
