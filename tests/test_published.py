@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 import transformers as T
+import yaml
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models, pre_tokenizers
@@ -412,3 +413,13 @@ def test_heads_need_a_bridge(tmp_path: Path) -> None:
     saved("clip", tmp_path)
     with pytest.raises(ValueError, match="the embedding head reads what a bridge read, and this model has none"):
         UnimodalModel(bridged(tmp_path, "clip", bridge=None, matching=None, captioning=None))
+
+
+@pytest.mark.parametrize(
+    "path", sorted(Path(__file__).parent.parent.glob("configs/backbone/*.yaml")), ids=lambda p: p.stem
+)
+def test_fragments_describe_a_backbone_and_its_embedding(path: Path) -> None:
+    fragment = yaml.safe_load(path.read_text())["model"]["init_args"]["config"]
+    config = from_dict(ModelConfig, fragment)
+    assert config.backbone.published is not None and config.embedding is not None
+    assert (config.embedding.bias is None) == (config.backbone.published.name == "clip")
