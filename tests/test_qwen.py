@@ -391,6 +391,11 @@ def test_questions_and_generate_arguments_pass_through(writer: Unimodal) -> None
     drawn = {writer.caption(PICTURES[0], do_sample=True, temperature=2.0, max_new_tokens=8) for _ in range(4)}
     assert len(drawn) > 1
     assert isinstance(writer.caption(PICTURES[0], num_beams=2, max_new_tokens=4), str)
+    several = writer.caption(PICTURES[:2], num_beams=3, num_return_sequences=2, max_new_tokens=4)
+    assert [len(texts) for texts in several] == [2, 2]
+    alone = [writer.caption(picture, num_beams=3, max_new_tokens=4) for picture in PICTURES[:2]]
+    assert [texts[0] for texts in several] == alone
+    assert writer.answer(PICTURES[0], "What?", num_beams=1, length_penalty=1.0, max_new_tokens=8) == asked[0]
     assert writer.caption([]) == []
 
 
@@ -403,7 +408,7 @@ def test_questions_and_generate_arguments_pass_through(writer: Unimodal) -> None
             "item 1: caption: expected images.*the prompt",
         ),
         (lambda m: m.caption(PICTURES[:2], prompt=["a"]), "one for all or one for each of 2 images, got 1"),
-        (lambda m: m.caption(PICTURES[0], num_return_sequences=2), "num_return_sequences: there is one text"),
+        (lambda m: m.caption(PICTURES[0], return_dict_in_generate=True), "return_dict_in_generate: texts are returned"),
         (lambda m: m.caption(PICTURES[0], candidates=3), "candidates: a vision-language model writes one"),
         (lambda m: m.caption(PICTURES[0], colour="red"), "colour"),
         (lambda m: m.caption(PICTURES[0], prompt="<|im_end|>"), r"prompt: the text .* holds '<\|im_end\|>'"),

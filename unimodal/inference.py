@@ -402,7 +402,7 @@ class Unimodal:
         self,
         images: Any,
         questions: str | Sequence[str],
-        prompt: str = "Question: {} Answer:",
+        prompt: str | None = None,
         max_new_tokens: int = 10,
         num_beams: int = 5,
         length_penalty: float = -1.0,
@@ -415,7 +415,8 @@ class Unimodal:
         Args:
             images: one image or several.
             questions: one for all images, or one for each.
-            prompt: what the language model continues; `{}` is the question.
+            prompt: what the language model continues; `{}` is the question. By default "Question: {} Answer:", for a vision-language model
+                the question alone.
             max_new_tokens: longest answer in tokens.
             num_beams: hypotheses kept.
             length_penalty: below 0 prefers short answers.
@@ -427,7 +428,8 @@ class Unimodal:
         Raises:
             As `caption`.
         """
-        asked = prompt.format(questions) if isinstance(questions, str) else [prompt.format(q) for q in questions]
+        around = ("{}" if self.encoder.writes else "Question: {} Answer:") if prompt is None else prompt
+        asked = around.format(questions) if isinstance(questions, str) else [around.format(q) for q in questions]
         return self.caption(images, max_new_tokens, num_beams, prompt=asked, length_penalty=length_penalty, **options)
 
     @torch.inference_mode()

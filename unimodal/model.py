@@ -148,7 +148,7 @@ class UnimodalModel(nn.Module):
                     dropout=matching.dropout,
                 )
         if (captioning := config.captioning) is not None and captioning.kind != "backbone":
-            if self.backbone.whole:
+            if self.backbone.whole and captioning.kind in ("decoder", "bridge"):
                 raise ValueError(
                     f"captioning: texts are conversations to {config.backbone.label}, which a captioner would learn to repeat; it "
                     "writes by itself: set captioning.kind to 'backbone'"

@@ -183,8 +183,8 @@ class Encoder:
         options: dict[str, Any],
         batch_size: int,
         show: bool | None = False,
-    ) -> list[str]:
-        """What a vision-language model writes about images and videos.
+    ) -> list[Any]:
+        """What a vision-language model writes about images and videos: a text for each, or with `num_return_sequences` a list of texts.
 
         Args:
             items: images, several images, videos.
@@ -196,8 +196,10 @@ class Encoder:
         asked = [prompt or DESCRIBE] * len(items) if prompt is None or isinstance(prompt, str) else list(prompt)
         if len(asked) != len(items):
             raise ValueError(f"prompt: expected one for all or one for each of {len(items)} images, got {len(asked)}")
-        if several := sorted({"num_return_sequences", "return_dict_in_generate"} & options.keys()):
-            raise ValueError(f"{', '.join(several)}: there is one text for each image; leave it out")
+        if "return_dict_in_generate" in options:
+            raise ValueError(
+                "return_dict_in_generate: texts are returned, not what generate knows of them; leave it out"
+            )
         where = [f"item {i}: " for i in range(len(items))] if len(items) > 1 else [""]
         for item, name in zip(items, where):
             self.require_readable(item, name)
@@ -209,13 +211,14 @@ class Encoder:
         settings = {**self.processor.generation, "do_sample": False, **options}
         if not settings["do_sample"]:
             settings = {name: value for name, value in settings.items() if name not in SAMPLING}
-        out: list[str] = []
+        out: list[Any] = []
         for rows in progress(batches(len(items), batch_size), "Captioning", show):
             asking = zip(items[rows], asked[rows], where[rows])
             read = self.processor.batch([self.processor.question(*one) for one in asking], "left")
             batch: Any = move_pixels(read, self.device, self.model.log_scale.dtype)
             out += [self.processor.decode(ids) for ids in self.model.backbone.write(batch, **settings)]
-        return out
+        each = options.get("num_return_sequences", 1)
+        return out if each == 1 else [out[i : i + each] for i in range(0, len(out), each)]
 
     def match(self, pairs: Sequence[tuple[Tensor, Tensor]], batch_size: int, show: bool | None = False) -> Tensor:
         """Match logits [P], float32, of pairs of (image tokens, text tokens) as `read` returns them."""
