@@ -238,6 +238,14 @@ def test_patterns_call_things_by_their_plain_names() -> None:
         stages.rates(model, {"adapters.new": 1.0})
 
 
+def test_an_adapter_must_be_in_use_to_train() -> None:
+    art = AdapterConfig(target=("*.qkv",), active=False)
+    with pytest.raises(ValueError, match="trains adapters that are not in use: art; make them active"):
+        task({"*": 1.0}, news=AdapterConfig(target=("*.qkv",)), art=art)
+    one = task({"*": 1.0, "adapters.art": 0.0}, news=AdapterConfig(target=("*.qkv",)), art=art)
+    assert one.model.active == ("news",) and stages.untouched_heads(one.model) == []
+
+
 @pytest.mark.parametrize("kind", ["dora", "layer_norm"])
 def test_a_stage_puts_adapters_on_the_weights_it_starts_from(kind: str, tmp_path: Path) -> None:
     """Both kinds begin as a copy of what they find, which must not be the random numbers before the checkpoint."""
@@ -360,7 +368,9 @@ def test_adapter_folders_have_no_backbone_and_refuse_another(folders: dict[str, 
     base = unimodal.from_pretrained(folders["base"])
     with pytest.raises(CheckpointError, match="base holds a whole model, not adapters beside a backbone"):
         base.load_adapter(folders["base"])
-    with pytest.raises(CheckpointError, match="lora holds no .* tower|describes a model|belongs to a backbone"):
+    with pytest.raises(
+        CheckpointError, match="lora belongs to a backbone .* Open the model that they were trained on and load_adapter"
+    ):
         unimodal.from_pretrained(folders["lora"])
 
 

@@ -98,7 +98,7 @@ def require_fingerprint(model: UnimodalModel, expected: str, folder: Path) -> No
         )
         raise CheckpointError(
             f"{folder} belongs to a backbone with fingerprint {expected}, this one ({model.config.backbone.label}) has {found}: "
-            f"its adapters and heads would compute nonsense here. Open the model that it was trained on{hint}"
+            f"its adapters and heads would compute nonsense here. Open the model that they were trained on and load_adapter them{hint}"
         )
 
 

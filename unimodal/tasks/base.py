@@ -34,7 +34,7 @@ from unimodal.sharding import clip_gradients, is_sharded, shard, whole_state
 from unimodal.tasks.evaluation import Evaluation, EvaluationSettings
 from unimodal.tasks.mining import mine_neighbours
 from unimodal.tasks.optimizer import OptimizerSettings, build_optimizer
-from unimodal.tuning import base_name
+from unimodal.tuning import adapter_of, base_name
 
 Losses = dict[str, Tensor]
 Report = dict[str, Tensor]
@@ -199,7 +199,8 @@ class Task(pl.LightningModule):
     Args:
         config: the model to build.
         objectives: losses by name; their weighted sum is minimised.
-        trainable: learning-rate factor by parameter name pattern (last match decides); everything unmatched is frozen.
+        trainable: learning-rate factor by parameter name pattern (last match decides); everything unmatched is frozen. `adapters.NAME`
+            means the parameters of an adapter.
         optimizer: optimizer settings.
         evaluation: what validation measures.
         init_from: a checkpoint folder or Hub id whose weights the stage starts from. Not for resuming: that is `--ckpt_path`.
@@ -245,6 +246,11 @@ class Task(pl.LightningModule):
                 self.model.add_adapter(name, adapter)  # now, since some start from the weights that they are put on
         self.model.set_adapter([name for name, adapter in config.adapters.items() if adapter.active])
         self.factors = stages.rates(self.model, self.trainable)
+        if idle := {adapter_of(name) for name, factor in self.factors.items() if factor} - {None, *self.model.active}:
+            raise ValueError(
+                f"this stage trains adapters that are not in use: {', '.join(map(str, sorted(idle, key=str)))}; make them active in "
+                "model.adapters, or give adapters.NAME the factor 0 in trainable"
+            )
         trained = {base_name(name) for name, factor in self.factors.items() if factor}
         if untrained := [name for name in missing if base_name(name) not in trained]:
             raise ValueError(
