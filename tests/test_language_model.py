@@ -16,7 +16,7 @@ from transformers import AutoTokenizer, GPT2TokenizerFast
 import unimodal
 from tests.blip2 import QUERIES, pictures, save_captioner, save_language_model, writer_tokenizer
 from tests.toy import toy_config, toy_model, toy_processor
-from unimodal import stages
+from unimodal import cli, stages
 from unimodal.backbones import load_language_model
 from unimodal.config import LanguageModelConfig, ModelConfig
 from unimodal.data import Scenes
@@ -160,6 +160,15 @@ def test_answers(model: Unimodal) -> None:
     assert asked == model.caption(pictures(), prompt="Question: what colour? Answer:", **short)
     questions = ["what colour?", "what is left?", "the circle?"]
     assert model.answer(pictures(), questions) == [model.answer(p, q) for p, q in zip(pictures(), questions)]
+
+
+def test_a_prompt_from_the_shell(
+    model: Unimodal, published: tuple[Any, Any, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pictures()[0].save(tmp_path / "a.png")
+    arguments = ["caption", str(tmp_path / "a.png"), "--model", str(published[2]), "--prompt", QUESTION]
+    assert cli.main(arguments) == 0
+    assert capsys.readouterr().out == f"{tmp_path / 'a.png'}: {model.caption(tmp_path / 'a.png', prompt=QUESTION)}\n"
 
 
 def test_pictures_are_the_authors(published: tuple[Any, Any, Path], model: Unimodal) -> None:
