@@ -71,6 +71,29 @@ def test_a_threshold_means_a_precision_on_fresh_pairs(precision: float) -> None:
     assert float(labels[passed].float().mean()) == pytest.approx(precision, abs=0.015)
 
 
+def test_thresholds_are_counted_where_the_sigmoid_does_not_fit() -> None:
+    """Above 0 nine of ten pairs are right, however sure the sigmoid of so many easy wrong ones becomes."""
+    random = torch.Generator().manual_seed(0)
+    logits = torch.cat([-8 + torch.randn(50_000, generator=random), 8 * torch.rand(2000, generator=random)])
+    labels = torch.cat([torch.zeros(50_000, dtype=torch.bool), torch.rand(2000, generator=random) < 0.9])
+    found = calibrate(logits, labels)
+    passed = found.probability(logits) >= found.threshold_for(0.85)
+    assert 0.85 < float(labels[passed].double().mean()) < 0.88 and passed.sum() > 1900
+    with pytest.raises(ValueError, match=r"reaches the precision 0.97 for certain, 0.9\d+ at most; ask for less"):
+        found.threshold_for(0.97)
+
+
+def test_the_lower_end_of_the_interval_by_hand() -> None:
+    found = calibrate(torch.arange(10.0), torch.arange(10) >= 5)
+    lows = []
+    for n in range(10, 0, -1):  # of the n surest pairs
+        share, z = min(n, 5) / n, 1.645
+        centre, width = share + z**2 / (2 * n), z * (share * (1 - share) / n + z**2 / (4 * n**2)) ** 0.5
+        lows.append((centre - width) / (1 + z**2 / n))
+    assert found.curve[-1][1] == pytest.approx(max(lows)) and max(lows) == pytest.approx(5 / (5 + 1.645**2))
+    assert found.threshold_for(0.6) == pytest.approx(float(found.probability(torch.tensor([5.0]))))
+
+
 def test_the_check_counts_pairs_of_images_that_the_fit_did_not_see() -> None:
     logits, labels = drawn(20_000, 0)
     image_id = torch.arange(20_000) // 20 * 7
@@ -108,7 +131,9 @@ def test_separable_pairs_have_a_finite_answer_and_the_file_comes_back(tmp_path: 
     (tmp_path / "calibration.json").write_text('{"scale": 1}')
     with pytest.raises(ValueError, match="is no calibration"):
         Calibration.load(tmp_path / "calibration.json")
-    with pytest.raises(ValueError, match=r"no threshold reaches the precision 0.999.*ask for less"):
+    with pytest.raises(
+        ValueError, match=r"no threshold reaches the precision 0.999 for certain, 0.4\d+ at most; ask for less"
+    ):
         found.threshold_for(0.999)
     with pytest.raises(ValueError, match="a share between 0 and 1, got 95"):
         found.threshold_for(95)

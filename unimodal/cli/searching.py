@@ -115,7 +115,7 @@ def calibrate(model: Unimodal, options: argparse.Namespace, folder: Path) -> Non
         try:
             line = f"probability at least {found.threshold_for(precision):.4f}"
         except ValueError:
-            line = f"not reached; the surest pair has probability {found.curve[-1][0]:.4f}"
+            line = f"not reached, {found.curve[-1][1]:.3f} at most"
         pairs, right = passed.get(precision, (0, 0))
         measured = f"; unseen, {right} of {pairs} pairs right, {right / pairs:.3f}" if pairs else ""
         print(f"  precision {precision:g}: {line}{measured}")

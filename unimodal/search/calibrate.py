@@ -4,10 +4,10 @@ A matching head learns from negatives drawn for training, so its sigmoid is a ra
 Platt scaling (Platt 1999; with the offset 0 the temperature of Guo et al. 2017, arXiv:1706.04599) maps logit z to sigmoid(a z + b) with the
 a, b of the greatest likelihood on pairs that look like those of a search: true pairs and the wrong ones of the first stage's top k.
 
-Of calibrated probabilities the mean over all pairs that pass a threshold is the share of them that is right. It grows with the threshold,
-so each precision has one threshold. It holds for pairs of the same kind: fit again where the data or the first stage's depth differ.
-
-Whether it holds is measured, not believed: `held_out_check` fits on one half of the images and counts on the other.
+The threshold of a precision is counted, not derived from the sigmoid, which need not fit where few pairs are: it is the lowest probability
+at or above which at least this share of the pairs is right, by the lower end of Wilson's interval (1927), so that a few lucky pairs promise
+nothing. It holds for pairs of the same kind: fit again where the data or the first stage's depth
+differ. Whether it holds is measured, not believed: `held_out_check` fits on one half of the images and counts on the other.
 
 Legend: P pairs.
 """
@@ -23,6 +23,7 @@ from torch import Tensor
 
 STEPS = 100
 NEAR = 1e-10  # a Newton step below it ends the fit
+CONFIDENT = 1.645  # standard errors: 95 %, on one side
 
 
 @dataclass(frozen=True)
@@ -33,7 +34,7 @@ class Calibration:
         scale, offset: a and b of sigmoid(a z + b).
         pairs, positives: what it was fitted on.
         error_before, error_after: expected calibration error of the sigmoid and of the calibrated probability on these pairs.
-        curve: (probability, share of right pairs at or above it) at up to 200 thresholds, both rising.
+        curve: (probability, share of right pairs at or above it, with 95 % confidence) at up to 200 thresholds, both rising.
         model: fingerprint of the model whose logits they were.
     """
 
@@ -51,7 +52,7 @@ class Calibration:
         return (self.scale * logits.double() + self.offset).sigmoid().float()
 
     def threshold_for(self, precision: float) -> float:
-        """The lowest probability such that of the pairs at or above it this share is right.
+        """The lowest probability such that of the pairs at or above it at least this share is right, with 95 % confidence.
 
         Raises:
             ValueError: a precision outside (0, 1), or one that these pairs do not reach.
@@ -62,8 +63,8 @@ class Calibration:
             if share >= precision:
                 return probability
         raise ValueError(
-            f"no threshold reaches the precision {precision}: the surest pairs of the calibration are right in "
-            f"{self.curve[-1][1]:.4f}; ask for less, or calibrate on more pairs"
+            f"no threshold reaches the precision {precision} for certain, {self.curve[-1][1]:.4f} at most; ask for less, or "
+            "calibrate on more pairs"
         )
 
     def save(self, path: str | Path) -> None:
@@ -105,7 +106,7 @@ def calibrate(logits: Tensor, labels: Tensor, *, model: str = "") -> Calibration
         raise ValueError(
             f"the logits rank true pairs below wrong ones (fitted scale {a:.3g}); train the matching head first"
         )
-    p = (a * z + b).sigmoid()
+    p = (a * z + b).sigmoid().float()  # as `probability` gives it, so that thresholds meet equal numbers
     return Calibration(
         a,
         b,
@@ -113,7 +114,7 @@ def calibrate(logits: Tensor, labels: Tensor, *, model: str = "") -> Calibration
         positives,
         expected_calibration_error(z.sigmoid(), labels),
         expected_calibration_error(p, labels),
-        _curve(p),
+        _curve(p, labels),
         model,
     )
 
@@ -201,9 +202,16 @@ def _newton(z: Tensor, y: Tensor) -> tuple[float, float]:
     return a, float(w[1]) - a * float(z.mean())
 
 
-def _curve(probability: Tensor, points: int = 200) -> tuple[tuple[float, float], ...]:
-    """(threshold, mean probability at or above it), thresholds rising, from the lowest pair to the highest."""
-    ordered = probability.sort(descending=True).values
-    means = ordered.cumsum(0) / torch.arange(1, len(ordered) + 1)
-    places = torch.linspace(len(ordered) - 1, 0, min(points, len(ordered))).long().unique().flip(0)
-    return tuple(zip(ordered[places].tolist(), means[places].tolist()))
+def _curve(probability: Tensor, labels: Tensor, points: int = 200) -> tuple[tuple[float, float], ...]:
+    """(threshold, best lower bound of the share of right pairs at or above a threshold up to this one), both rising, the shares evenly."""
+    ordered, order = probability.sort()
+    right = labels[order].double().flip(0).cumsum(0).flip(0)  # [P], at or above each pair
+    count = torch.arange(len(ordered), 0, -1)
+    share = right / count
+    spread = (share * (1 - share) / count + (CONFIDENT / count) ** 2 / 4).sqrt()
+    low = (share + CONFIDENT**2 / count / 2 - CONFIDENT * spread) / (1 + CONFIDENT**2 / count)
+    first = torch.cat([torch.tensor([True]), ordered.diff() > 0])  # equal pairs pass together
+    ordered, best = ordered[first], low[first].cummax(0).values
+    steps = torch.linspace(float(best[0]), float(best[-1]), points, dtype=torch.float64)
+    places = torch.searchsorted(best, steps).clamp(max=len(best) - 1).unique()
+    return tuple(zip(ordered[places].tolist(), best[places].tolist()))
