@@ -282,9 +282,16 @@ class UnimodalModel(nn.Module):
         """`state_dict` without the adapters of other models that share its towers, and only with these of its own."""
         return tuning.own(self.state_dict(), self.config.adapters if adapters is None else adapters)
 
+    @property
+    def parts(self) -> dict[str, str]:
+        """Name of each part that may come from a source, and the prefix of its weights: `vision` and `text`, or `published`;
+        `language_model`."""
+        writer = {} if self.language_captioner is None else {"language_model": "heads.captioning.language_model."}
+        return {part: f"backbone.{prefix}" for part, prefix in self.backbone.parts.items()} | writer
+
     def tower_state(self) -> dict[str, Tensor]:
-        """Weights of the backbone's parts, without any adapter, by the names they have in this model."""
-        prefixes = tuple(f"backbone.{prefix}" for prefix in self.backbone.parts.values())
+        """Weights of these parts, without any adapter, by the names they have in this model."""
+        prefixes = tuple(self.parts.values())
         return {name: tensor for name, tensor in self.own_state(()).items() if name.startswith(prefixes)}
 
     def _towers(self) -> list[Any]:

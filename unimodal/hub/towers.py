@@ -13,19 +13,13 @@ from unimodal.model import UnimodalModel
 from unimodal.tuning import base_name, fingerprint
 
 
-def prefixes(model: UnimodalModel) -> dict[str, str]:
-    """Name of each part that has a source, and the prefix of its weights: `vision` and `text`, or `published`; `language_model`."""
-    own = {} if model.language_captioner is None else {"language_model": "heads.captioning.language_model."}
-    return {part: f"backbone.{prefix}" for part, prefix in model.backbone.parts.items()} | own
-
-
 def require_unchanged(model: UnimodalModel) -> None:
     """Refuse to leave out towers that could not be got back.
 
     Raises:
         ValueError: if a tower has no source, or its weights are no longer the source's.
     """
-    for tower in prefixes(model):
+    for tower in model.parts:
         if tower not in model.sources:
             raise ValueError(
                 f"include_backbone=False: the {tower} tower was not loaded from a source, so nobody could get it back; "
@@ -33,7 +27,7 @@ def require_unchanged(model: UnimodalModel) -> None:
             )
     origin = UnimodalModel(replace(model.config, adapters={}), pretrained=True).state_dict()
     state = {base_name(name): tensor for name, tensor in model.tower_state().items()}
-    for tower, prefix in prefixes(model).items():
+    for tower, prefix in model.parts.items():
         weights = {name: tensor for name, tensor in state.items() if name.startswith(prefix)}
         changed = [name for name, tensor in weights.items() if not torch.equal(tensor.cpu(), origin[name])]
         if changed:
