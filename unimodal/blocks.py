@@ -66,19 +66,22 @@ def _recomputed(block: nn.Module) -> Callable[..., Any]:
 
         @contextmanager
         def as_it_was() -> Iterator[None]:
-            after, tracked = [cache.layers for cache in caches], [norm.track_running_stats for norm in norms]
+            after, counted = (
+                [cache.layers for cache in caches],
+                [(norm.momentum, norm.num_batches_tracked) for norm in norms],
+            )
             for cache, layers in zip(caches, before):
                 cache.layers = list(layers)
             for norm in norms:
-                norm.track_running_stats = False
+                norm.momentum, norm.num_batches_tracked = 0.0, None
             try:
                 with sdpa_kernel(kernels):
                     yield
             finally:
                 for cache, layers in zip(caches, after):
                     cache.layers = layers
-                for norm, value in zip(norms, tracked):
-                    norm.track_running_stats = value
+                for norm, values in zip(norms, counted):
+                    norm.momentum, norm.num_batches_tracked = values
 
         return checkpoint(
             forward, *args, use_reentrant=False, context_fn=lambda: (nullcontext(), as_it_was()), **kwargs

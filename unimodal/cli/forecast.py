@@ -60,11 +60,15 @@ def available_memory() -> int:
     return free
 
 
+def program_size() -> int:
+    """Bytes that this process has taken so far, before there is a model: Python and the libraries."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
 def examine_recipe(files: list[Path], overrides: list[str], console: Console) -> int:
     """Print the report of every stage; returns 1 when one does not fit, 2 for a configuration that cannot be read."""
     quiet()
-    program = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    fits = True
+    program, fits = program_size(), True
     try:
         for name, about, config, first in _stages(files, overrides, console):
             with tempfile.TemporaryDirectory() as folder:
