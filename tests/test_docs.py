@@ -45,7 +45,8 @@ def commands(program: str) -> list[tuple[Path, list[str]]]:
     found = []
     for page in [*PAGES, *YAMLS]:
         for line in code(page):
-            words = shlex.split(line, comments=True) if re.match(rf"(\w+=\S+ )*{program} ", line) else []
+            started = rf"(\w+=\S+ )*(srun |torchrun .* -m )?{program} "  # by itself or by a launcher
+            words = shlex.split(line, comments=True) if re.match(started, line) else []
             rest = words[words.index(program) + 1 :] if words else []
             if rest and rest not in ([verb] for verb in TRAINING):  # a training verb alone is a mention, not a command
                 found.append((page, rest))
