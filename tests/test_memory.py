@@ -188,7 +188,7 @@ def test_the_doctor_says_what_does_not_fit_and_what_to_do(
     assert status == 1 and out.count("does not fit") == 2
     assert "ddp on 2 cpus, 32-true" in out and "DDP's buckets" in out
     for advice in (
-        "rows fit",
+        "data.batch_size: 1 at most",
         "mini_batch_size",
         "gradient_checkpointing: true",
         "bf16.yaml",

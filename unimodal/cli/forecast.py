@@ -9,7 +9,7 @@ from argparse import ArgumentError
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 from rich.console import Console
@@ -49,6 +49,16 @@ class Machine:
         return min(torch.cuda.mem_get_info(i)[0] for i in range(self.devices))
 
 
+class Run(NamedTuple):
+    """What a stage trains, on which data and machine, whether an average of the weights runs along, and bytes of pictures kept."""
+
+    task: Task
+    data: PairData
+    machine: Machine
+    averages: bool
+    pictures: int
+
+
 def available_memory() -> int:
     """Bytes of main memory that this process could still take: what the system has, within the limit of a container."""
     free = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_AVPHYS_PAGES")
@@ -72,17 +82,18 @@ def examine_recipe(files: list[Path], overrides: list[str], console: Console) ->
     try:
         for name, about, config, first in _stages(files, overrides, console):
             with tempfile.TemporaryDirectory() as folder:
-                task, data, machine, averages = _build(config, first, Path(folder))
-                print_stage(name, about, stages.table(task.model, task.factors))
+                run = _build(config, first, Path(folder))
+                print_stage(name, about, stages.table(run.task.model, run.task.factors))
                 found = forecast(
-                    task,
-                    data,
-                    precision=machine.precision,
-                    devices=machine.devices * machine.nodes,
-                    strategy=machine.strategy,
-                    averages=averages,
+                    run.task,
+                    run.data,
+                    precision=run.machine.precision,
+                    devices=run.machine.devices * run.machine.nodes,
+                    strategy=run.machine.strategy,
+                    averages=run.averages,
                 )
-            fits &= _report(console, task, found, machine, CUDA if machine.kind == "gpu" else program + _pictures(data))
+            beside = CUDA if run.machine.kind == "gpu" else program + run.pictures
+            fits &= _report(console, run.task, found, run.machine, beside)
     except (ArgumentError, ConfigError, OSError, ValueError) as error:
         print(f"unimodal doctor: {short(str(error))}", file=sys.stderr)
         return 2
@@ -106,7 +117,7 @@ def _stages(files: list[Path], overrides: list[str], console: Console) -> Iterat
         first = False
 
 
-def _build(config: Any, first: bool, folder: Path) -> tuple[Task, PairData, Machine, bool]:
+def _build(config: Any, first: bool, folder: Path) -> Run:
     """Task and data as the stage will have them, but for what earlier stages are yet to leave."""
     mined = None
     if not first:
@@ -115,14 +126,15 @@ def _build(config: Any, first: bool, folder: Path) -> tuple[Task, PairData, Mach
         mined = config["data"].pop("negatives")
     parts = Parts(config, run=False)
     task, data, trainer = parts.model, parts.datamodule, parts.config["trainer"]
+    decodes = data.feature_cache is None or data.target_size is not None
     data.feature_cache, data.hard_neighbours = None, 0  # both take long to make and change little of a step's memory
-    task.processor = data.bind(task.config, task.model.backbone)
+    task.processor = data.bind(task.config, task.model.backbone, task.model.language_captioner)
     if "generation" in task.model.heads and (generator := task.model.head("generation")).needs_fit:
         generator.autoencoder.fit(torch.rand(64, 3, generator.size, generator.size) * 2 - 1)  # any pictures do
     if mined is not None:
         data.negatives = str(_stand_in(data, folder / "negatives.jsonl"))
     averages = any("EMA" in str(callback.get("class_path")) for callback in trainer.get("callbacks") or ())
-    return task, data, _machine(trainer), averages
+    return Run(task, data, _machine(trainer), averages, _pictures(data) if decodes else 0)
 
 
 def _stand_in(data: PairData, path: Path) -> Path:
@@ -222,7 +234,7 @@ def _advice(task: Task, found: Forecast, machine: Machine, free: int) -> Iterato
     if found.total > free:
         rows = found.rows_within(free)
         if rows > 0:
-            yield f"data.batch_size: {rows} rows fit"
+            yield f"data.batch_size: {rows} at most"
         if task.mini_batch_size is None and not any(objective.states for objective in task.objectives.values()):
             yield "model.init_args.mini_batch_size: a large batch is read a few rows at a time (GradCache)"
         if not task.gradient_checkpointing:

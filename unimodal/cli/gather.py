@@ -54,7 +54,7 @@ def run(arguments: Sequence[str]) -> int:
         parts = Parts(_configuration(options), run=False)
         task, data = parts.model, parts.datamodule
         data.feature_cache = None
-        processor = data.bind(task.config, task.model.backbone)
+        processor = data.bind(task.config, task.model.backbone, task.model.language_captioner)
         try:
             task.model.load_state_dict(weights)
         except RuntimeError as error:

@@ -2,9 +2,11 @@
 
 A training step is run for real on batches of a few rows, and every tensor that is alive is counted. Activations grow in
 proportion to the rows, and with `mini_batch_size` to the rows of a chunk and to those of the batch, each at its own rate;
-so few rows tell of many. Weights, gradients and optimizer states are counted, not measured.
+so few rows tell of many. Left out is what grows with the square of the batch, the similarities of a contrast: some 5 to 30
+bytes for each pair of the global batch. Weights, gradients and optimizer states are counted, not measured.
 """
 
+import math
 import weakref
 from collections.abc import Iterable
 from contextlib import nullcontext
@@ -202,9 +204,11 @@ def _batch(task: Task, data: PairData, rows: int) -> Batch:
     captions = [caption for i in range(min(len(pairs), CAPTIONS)) for caption in pairs.captions(i)]
     assert task.processor is not None
     longest = task.processor.texts(captions)[0].shape[1]
-    for key in ("text", "text_mask", "negative_text", "negative_mask"):
+    longer = longest / batch["text"].shape[-1] if "text" in batch else 1.0
+    for key in ("text", "text_mask", "negative_text", "negative_mask", "caption", "caption_mask"):
         if key in batch:
-            batch[key] = F.pad(batch[key], (0, max(0, longest - batch[key].shape[-1])))
+            length = batch[key].shape[-1]
+            batch[key] = F.pad(batch[key], (0, max(0, math.ceil(length * longer) - length)))
     return batch
 
 
