@@ -2,17 +2,14 @@
 gloo ranks gets the value and the gradients that one process gets on the whole batch. Three ranks, because around a ring
 of two both directions are the same."""
 
-import multiprocessing
-import os
-import sys
 from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing
 import torch.nn.functional as F
+from ranks import start
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -207,8 +204,6 @@ def error_of(function, *arguments) -> str:
 
 
 def run_rank(index: int, world: int, folder: Path) -> None:
-    torch.set_num_threads(1)
-    os.environ["GLOO_SOCKET_IFNAME"] = "lo" if sys.platform == "linux" else "lo0"
     dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=index, world_size=world)
     share = ROWS // world
     mine = slice(index * share, (index + 1) * share)
@@ -239,11 +234,7 @@ def run_rank(index: int, world: int, folder: Path) -> None:
 @pytest.fixture(scope="module", params=[2, 3], ids=["2 ranks", "3 ranks"])
 def ranks(request, tmp_path_factory) -> list[dict]:
     world, folder = request.param, tmp_path_factory.mktemp("ranks")
-    # A fork server imports torch once for all ranks; torch._dynamo is what DDP imports on first use, and takes longer.
-    multiprocessing.set_forkserver_preload(["torch", "torch._dynamo"])
-    torch.multiprocessing.start_processes(
-        run_rank, args=(world, folder), nprocs=world, daemon=True, start_method="forkserver"
-    )
+    start(run_rank, folder, world=world)
     return [torch.load(folder / f"{index}.pt", weights_only=True) for index in range(world)]
 
 

@@ -15,7 +15,7 @@ from pytorch_lightning.callbacks import ModelCheckpoint
 from pytorch_lightning.strategies import ModelParallelStrategy
 from pytorch_lightning.utilities import rank_zero_only
 from safetensors.torch import load_file
-from toy import toy_config
+from toy import toy_config, toy_model
 
 from unimodal import cli
 from unimodal.cli import schedule as schedules
@@ -333,3 +333,13 @@ def test_whoever_waits_for_a_process_that_ended_says_so(tmp_path: Path, monkeypa
     monkeypatch.setattr(schedules.os, "getppid", lambda: next(parents))
     with pytest.raises(RuntimeError, match="done.json was not written: the process that started this one has ended"):
         schedules._wait_for(tmp_path / "done.json")
+
+
+def test_a_run_goes_on_with_as_many_processes_as_before() -> None:
+    module, model = data(1), toy_model()
+    module.bind(model.config, model.backbone)
+    loader = module.train_dataloader()
+    loader.load_state_dict({**loader.state_dict(), "step": 1})
+    assert loader.step == 1
+    with pytest.raises(ValueError, match="stopped with 2 processes and goes on with 1: .*start as many as before"):
+        loader.load_state_dict({**loader.state_dict(), "world": 2})

@@ -229,9 +229,14 @@ class TrainingLoader:
             yield batch
 
     def state_dict(self) -> dict[str, int]:
-        return {"epoch": self.epoch, "step": self.step}
+        return {"epoch": self.epoch, "step": self.step, "world": self.world}
 
     def load_state_dict(self, state: dict[str, int]) -> None:
+        if state["world"] != self.world:
+            raise ValueError(
+                f"the run was stopped with {state['world']} processes and goes on with {self.world}: its batches would be others; "
+                "start as many as before, or begin anew from its weights (init_from)"
+            )
         self.epoch, self.step, self.resumed = state["epoch"], state["step"], True
 
 
