@@ -195,12 +195,13 @@ def test_caption_token_by_token_equals_all_at_once(ours, memory, memory_mask, id
     assert cache.length == N + L
 
 
-def test_memory_projected_once_and_selected_equals_recomputation(ours, memory, memory_mask, ids, text_mask) -> None:
+@pytest.mark.parametrize("way", ["select", "shared"])
+def test_memory_projected_once_equals_recomputation(ours, memory, memory_mask, ids, text_mask, way) -> None:
     image, text = torch.tensor([0, 2, 2, 1]), torch.tensor([1, 0, 2, 2])
 
-    def losses(select_projected: bool) -> torch.Tensor:
-        if select_projected:
-            pair = (ours.project_memory(memory, memory_mask).select(image), None)
+    def losses(projected: bool) -> torch.Tensor:
+        if projected:
+            pair = (getattr(ours.project_memory(memory, memory_mask), way)(image), None)
         else:
             pair = (memory[image], memory_mask[image])
         found = ours.match("image", ids[text], text_mask[text], *pair)
@@ -221,6 +222,20 @@ def test_memory_projected_once_and_selected_equals_recomputation(ours, memory, m
     ours.layers[0].cross_attention.key.register_forward_hook(lambda *_: counted.append(1))
     losses(True)
     assert len(counted) == 1
+
+
+def test_pairs_that_share_an_image_keep_no_copy_of_its_keys_and_values(ours, memory, ids) -> None:
+    def kept(way: str, pairs: int) -> int:
+        """Numbers kept for the backward."""
+        index, sizes = torch.zeros(pairs, dtype=torch.long), []
+        projected = getattr(ours.project_memory(memory[:1]), way)(index)
+        with torch.autograd.graph.saved_tensors_hooks(lambda x: sizes.append(x.numel()) or x, lambda x: x):
+            ours.match("image", ids[:1].expand(pairs, -1), None, projected)
+        return sum(sizes)
+
+    copies = 2 * T * W * sum(layer.reads_memory for layer in ours.layers)  # of one pair's keys and values
+    grown = kept("select", 9) - kept("select", 1) - (kept("shared", 9) - kept("shared", 1))
+    assert grown >= 8 * copies
 
 
 @torch.no_grad()
@@ -344,7 +359,7 @@ def test_errors_say_what_came_what_was_expected_and_what_to_do(ours, memory, ids
         ours.read("image", memory, torch.ones(B, T, dtype=torch.long))
     with pytest.raises(ValueError, match=r"expected bool \[B, T\] .* got the shape \[3, 7, 1\]"):
         ours.read("image", memory, torch.ones(B, T, 1, dtype=torch.bool))
-    with pytest.raises(ValueError, match=r"3 texts but 2 memories; .* memory.select\(index\)"):
+    with pytest.raises(ValueError, match=r"3 texts but 2 memories; .* memory.shared\(index\)"):
         ours.match("image", ids, text_mask, memory[:2])
     with pytest.raises(ValueError, match="text: 17 tokens for 16 positions; shorten it or raise max_positions"):
         ours.text(torch.ones(1, 17, dtype=torch.long), None)

@@ -53,14 +53,14 @@ class QFormerLayer(nn.Module):
         text: Tensor | None,
         padding: Padding | None,
         bias: Tensor | None,
-        memory: tuple[Tensor, Tensor, Tensor | None] | None,
+        memory: tuple[Tensor, Tensor, Tensor | None, Tensor | None] | None,
         cache: KeyValues | None,
         place: int,
         ask_text: bool,
     ) -> tuple[Tensor | None, Tensor | None]:
         """Queries [B, N, W] and text [B, L, W], or its real tokens [R, W], to the same; one of them may be absent.
 
-        `memory`: keys, values, bias; `place`: the layer's index in the cache; `ask_text`: whether anyone reads the text after this layer.
+        `memory`: keys, values, bias, index; `place`: the layer's place in the cache; `ask_text`: whether anyone reads the text after it.
         """
         projected = [self.attention.project(x, p) for x, p in ((read, None), (text, padding)) if x is not None]
         keys, values = (torch.cat(parts, 2) if len(parts) > 1 else parts[0] for parts in zip(*projected, strict=True))
@@ -73,7 +73,7 @@ class QFormerLayer(nn.Module):
             read = self.query_mlp_norm(read + self.dropout(self.query_mlp(read)))
         if text is None or not ask_text:
             return read, None
-        text = self.attention_norm(text + self.dropout(self.attention(text, keys, values, bias, padding)))
+        text = self.attention_norm(text + self.dropout(self.attention(text, keys, values, bias, padding=padding)))
         return read, self.text_mlp_norm(text + self.dropout(self.text_mlp(text)))
 
 
@@ -81,7 +81,7 @@ class QFormer(nn.Module):
     """Named sets of learned queries that read a memory, and a text branch that shares their self-attention.
 
     Wherever a memory is asked for, the tokens [B, T, D] will do, or their keys and values from `project_memory`, which
-    can be used in several passes and selected for pairs (`memory.select(index)`); a mask only goes with tokens, as keys
+    can be used in several passes and shared by pairs (`memory.shared(index)`); a mask only goes with tokens, as keys
     and values carry theirs.
 
     Args:
@@ -216,7 +216,7 @@ class QFormer(nn.Module):
         if memory.rows != len(ids):
             raise ValueError(
                 f"match: {len(ids)} texts but {memory.rows} memories; pairs are row by row, "
-                "so select the memory of each text first: memory.select(index)"
+                "so say which memory each text goes with: memory.shared(index)"
             )
         queries = self._queries(name).expand(len(ids), -1, -1)  # [P, N, W]
         seen = None
@@ -291,9 +291,9 @@ class QFormer(nn.Module):
             text = self.dropout(self.norm(text if padding is None else padding.remove(text)))
         if read is not None:
             read = self.dropout(self.norm(read))
-        readers = iter(memory.layers if memory is not None else ())
+        readers = iter([] if memory is None else [memory.layer(place) for place in range(len(memory.layers))])
         for i, layer in enumerate(self.layers):
-            shown = (*next(readers), memory.bias) if memory is not None and layer.reads_memory else None
+            shown = next(readers) if memory is not None and layer.reads_memory else None
             ask_text = read is None or i < len(self.layers) - 1
             read, text = layer(read, text, padding, bias, shown, cache, i, ask_text)
         return read, text if padding is None or text is None else padding.restore(text)

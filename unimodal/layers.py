@@ -9,12 +9,13 @@ to any it is given, so that they can be kept, grown (`KeyValues.extend`) or hand
 without being computed again.
 """
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 # Added to a score that must not count. Finite: a row that may look at nothing stays finite. Within float16, even twice.
 HIDDEN = -3e4
@@ -56,6 +57,13 @@ def attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, dropout: float)
     return F.scaled_dot_product_attention(q, k, v, bias, dropout)
 
 
+def recomputed(function: Callable[..., Tensor], *inputs: Any) -> Tensor:
+    """`function(*inputs)`; the backward computes once more what this computes on the way and does not keep. For what is cheap and large."""
+    if not torch.is_grad_enabled() or torch.compiler.is_compiling():  # a compiler chooses for itself what to keep
+        return function(*inputs)
+    return checkpoint(function, *inputs, use_reentrant=False)
+
+
 class KeyValues:
     """Keys and values of every layer of a network that attends, and what hides some of them.
 
@@ -66,11 +74,17 @@ class KeyValues:
     Args:
         layers: keys and values [B, H, T, W / H] of each layer.
         bias: what is added to attention scores, [B, 1, 1, T].
+        index: which row each of P pairs reads, [P]; None: as many pairs as rows, in their order.
     """
 
-    def __init__(self, layers: list[tuple[Tensor, Tensor]] | None = None, bias: Tensor | None = None) -> None:
+    def __init__(
+        self,
+        layers: list[tuple[Tensor, Tensor]] | None = None,
+        bias: Tensor | None = None,
+        index: Tensor | None = None,
+    ) -> None:
         self.layers = [] if layers is None else layers
-        self.bias = bias
+        self.bias, self.index = bias, index
 
     @classmethod
     def of(cls, readers: Iterable[Any], tokens: Tensor, mask: Tensor | None = None) -> "KeyValues":
@@ -84,8 +98,12 @@ class KeyValues:
 
     @property
     def rows(self) -> int:
-        """Batch size B."""
-        return self.layers[0][0].shape[0]
+        """Batch size B, or how many pairs P read these."""
+        return self.layers[0][0].shape[0] if self.index is None else len(self.index)
+
+    def layer(self, place: int) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+        """What `Attention` reads in one layer: keys, values, bias, index."""
+        return (*self.layers[place], self.bias, self.index)
 
     def extend(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
         """Append to one layer; returns all that the layer holds now."""
@@ -96,10 +114,20 @@ class KeyValues:
             self.layers[layer] = (torch.cat([past_keys, keys], 2), torch.cat([past_values, values], 2))
         return self.layers[layer]
 
+    def shared(self, index: Tensor) -> "KeyValues":
+        """For pairs that read the rows `index` [P]: a layer's rows are repeated while it reads them, and at no other time."""
+        return KeyValues(self.layers, self.bias, index)
+
     def select(self, index: Tensor) -> "KeyValues":
         """Rows `index` [P] of every layer, as new keys and values: gradients flow back, growth does not."""
         layers = [(k.index_select(0, index), v.index_select(0, index)) for k, v in self.layers]
         return KeyValues(layers, None if self.bias is None else self.bias.index_select(0, index))
+
+
+def _attend_rows(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, dropout: float, index: Tensor) -> Tensor:
+    """As `attend`; row p of q reads row index[p] of the rest."""
+    bias = None if bias is None else bias.index_select(0, index)
+    return attend(q, k.index_select(0, index), v.index_select(0, index), bias, dropout)
 
 
 class Padding:
@@ -141,11 +169,22 @@ class Attention(nn.Module):
         return self._split(self.key(memory), padding), self._split(self.value(memory), padding)
 
     def forward(
-        self, x: Tensor, keys: Tensor, values: Tensor, bias: Tensor | None = None, padding: "Padding | None" = None
+        self,
+        x: Tensor,
+        keys: Tensor,
+        values: Tensor,
+        bias: Tensor | None = None,
+        index: Tensor | None = None,
+        padding: "Padding | None" = None,
     ) -> Tensor:
-        """x [B, L, W], or its real tokens [R, W], to the same."""
+        """x [B, L, W], or its real tokens [R, W], to the same; with an index [B] row b reads the keys and values of row index[b]."""
         queries = self._split(self.query(x), padding)
-        mixed = attend(queries, keys, values, bias, self.dropout if self.training else 0.0).transpose(1, 2).flatten(2)
+        dropout = self.dropout if self.training else 0.0
+        if index is None:
+            mixed = attend(queries, keys, values, bias, dropout)
+        else:
+            mixed = recomputed(_attend_rows, queries, keys, values, bias, dropout, index)
+        mixed = mixed.transpose(1, 2).flatten(2)
         return self.output(mixed if padding is None else padding.remove(mixed))
 
     def _split(self, x: Tensor, padding: "Padding | None") -> Tensor:
@@ -162,7 +201,10 @@ class MLP(nn.Module):
         self.down = nn.Linear(hidden, width)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.down(F.gelu(self.up(x)))
+        return recomputed(self._activate, self.up(x))  # keeps one of the two widest tensors of a transformer
+
+    def _activate(self, x: Tensor) -> Tensor:
+        return self.down(F.gelu(x))
 
 
 class Block(nn.Module):
@@ -187,7 +229,7 @@ class Block(nn.Module):
         if cache is not None:
             keys, values = cache.extend(layer, keys, values)
         x = x + self.dropout(self.attention(y, keys, values, bias))
-        x = x + self.dropout(self.cross_attention(self.cross_attention_norm(x), *memory.layers[layer], memory.bias))
+        x = x + self.dropout(self.cross_attention(self.cross_attention_norm(x), *memory.layer(layer)))
         return x + self.dropout(self.mlp(self.mlp_norm(x)))
 
 

@@ -421,9 +421,9 @@ class UnimodalModel(nn.Module):
         if isinstance(head, heads.BridgeMatchingHead):
             memory = image.memory or self.bridge.project_memory(image.tokens, image.mask)
             pair = text.select(text_index)
-            return head(self.bridge.match("image", pair.ids, pair.mask, memory.select(image_index)))
+            return head(self.bridge.match("image", pair.ids, pair.mask, memory.shared(image_index)))
         return head(
-            text.tokens[text_index], text.mask[text_index], head.project_images(image.bridged).select(image_index)
+            text.tokens[text_index], text.mask[text_index], head.project_images(image.bridged).shared(image_index)
         )
 
     def judge(self, conversations: Pixels, **options: Any) -> Tensor:
@@ -441,14 +441,13 @@ class UnimodalModel(nn.Module):
         head = self.head("captioning")
         return head.rows_of(ids) if isinstance(head, heads.CaptionDecoder) else ids
 
-    def caption_logits(self, image: ImageState, ids: Tensor) -> Tensor:
-        """Next-token logits [B, L, V] of captions `ids` [B, L] under teacher forcing."""
+    def caption_logits(self, image: ImageState, ids: Tensor, mask: Tensor | None = None) -> Tensor:
+        """Next-token logits [B, L, V] of captions `ids` [B, L] under teacher forcing; with their mask [B, L], padding may not be read."""
         head = self.head("captioning")
         if isinstance(head, heads.BridgeCaptioner):
             assert image.cache is not None
-            return head(
-                self.bridge, ids, cache=KeyValues(list(image.cache.layers))
-            )  # a copy, for the text's keys to be added to
+            cache = KeyValues(list(image.cache.layers))  # a copy, for the text's keys to be added to
+            return head(self.bridge, ids, cache=cache, text_mask=mask)
         return head(ids, image.bridged)
 
     @torch.no_grad()

@@ -60,7 +60,7 @@ def ours(model: QFormer) -> Callable[[dict[str, Tensor]], Losses]:
         queries = model.read("image", memory, cache=cache)
         texts = model.text(ids, mask)[:, 0]
         image_index, text_index = torch.cat([rows, rows, wrong]), torch.cat([rows, wrong, rows])
-        joint = model.match("image", ids[text_index], mask[text_index], memory.select(image_index))
+        joint = model.match("image", ids[text_index], mask[text_index], memory.shared(image_index))
         logits = joint.mean(1) @ batch["head"]
         words = model.lm_logits(model.caption("image", ids, cache=cache, text_mask=mask))
         return contrast(queries, texts), matching_loss(logits, batch["labels"]), caption_loss(words, ids, mask)

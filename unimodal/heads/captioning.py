@@ -152,6 +152,7 @@ class SpeakingBridge(Protocol):
         memory_mask: Tensor | None,
         *,
         cache: KeyValues | None,
+        text_mask: Tensor | None = None,
     ) -> Tensor: ...
 
     def lm_logits(self, hidden: Tensor) -> Tensor: ...
@@ -178,9 +179,11 @@ class BridgeCaptioner(nn.Module):
         memory_mask: Tensor | None = None,
         *,
         cache: KeyValues | None = None,
+        text_mask: Tensor | None = None,
     ) -> Tensor:
-        """Captions ids [B, L], padded on the right -> logits [B, L, V]; memory and cache as in `QFormer.caption`."""
-        return bridge.lm_logits(bridge.caption(self.queries, ids, memory, memory_mask, cache=cache))
+        """Captions ids [B, L], padded on the right -> logits [B, L, V]; memory, cache and text mask as in `QFormer.caption`."""
+        hidden = bridge.caption(self.queries, ids, memory, memory_mask, cache=cache, text_mask=text_mask)
+        return bridge.lm_logits(hidden)
 
     @torch.no_grad()
     def generate(

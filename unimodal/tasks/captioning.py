@@ -31,9 +31,10 @@ class ITG(Objective):
         key = "caption" if own else "text"
         check_batch(step.batch, (key, f"{key}_mask"), "objective ITG")
         ids = step.batch["caption"] if own else step.model.start_caption(step.batch["text"])
-        logits = step.model.caption_logits(step.image, ids)
+        mask = step.batch[f"{key}_mask"]
+        logits = step.model.caption_logits(step.image, ids, mask)
         targets = step.model.caption_targets(ids)
-        return caption_loss(logits, targets, step.batch[f"{key}_mask"], label_smoothing=self.label_smoothing), {}
+        return caption_loss(logits, targets, mask, label_smoothing=self.label_smoothing), {}
 
 
 class Captioning(Task):
