@@ -302,7 +302,7 @@ class Oracle:
         """history [R, t], the image's number first -> [R, V]."""
         return self.table[(history * 31 ** torch.arange(history.shape[1])).sum(1) % 997]
 
-    def step(self, last: torch.Tensor, cache: KeyValues) -> torch.Tensor:
+    def step(self, last: torch.Tensor, cache: KeyValues, memory: KeyValues) -> torch.Tensor:
         fed = last[:, None, :, None]
         return self.logits(cache.extend(0, fed, fed)[0][:, 0, :, 0])
 
@@ -328,7 +328,7 @@ def test_batched_cached_beams_equal_a_plain_search(length_penalty) -> None:
     numbers = beam_rows(images, beams, torch.device("cpu"))[:, None, None, None]
     start = torch.zeros(images * beams, 1, dtype=torch.long)
     how = Decoding(num_beams=beams, max_new_tokens=length, length_penalty=length_penalty)
-    assert decode(model.step, KeyValues([(numbers, numbers)]), start, end, how, 9) == expected
+    assert decode(model.step, KeyValues([(numbers, numbers)]), KeyValues(), start, end, how, 9) == expected
 
 
 class Markov:
@@ -337,7 +337,7 @@ class Markov:
     def __init__(self, table: list[list[float]]):
         self.logits = torch.tensor(table).log()
 
-    def step(self, last: torch.Tensor, cache: KeyValues) -> torch.Tensor:
+    def step(self, last: torch.Tensor, cache: KeyValues, memory: KeyValues) -> torch.Tensor:
         return self.logits[last[:, 0]]
 
 
@@ -347,7 +347,7 @@ def test_beams_find_what_greedy_misses() -> None:
 
     def run(beams: int) -> list[list[int]]:
         start = torch.zeros(2 * beams, 1, dtype=torch.long)
-        return decode(model.step, KeyValues(), start, 1, Decoding(num_beams=beams, max_new_tokens=4), 9)
+        return decode(model.step, KeyValues(), KeyValues(), start, 1, Decoding(num_beams=beams, max_new_tokens=4), 9)
 
     assert run(1) == [[2, 2, 2, 2]] * 2
     assert run(2) == [[3]] * 2
@@ -360,7 +360,7 @@ def test_samples_follow_the_probabilities_of_the_nucleus() -> None:
         start = torch.zeros(20_000, 1, dtype=torch.long)
         generator = torch.Generator().manual_seed(0)
         how = Decoding(do_sample=True, generator=generator, **settings)
-        said = decode(Markov(table).step, KeyValues(), start, 1, how, 9)
+        said = decode(Markov(table).step, KeyValues(), KeyValues(), start, 1, how, 9)
         first = torch.tensor([words[0] if words else 1 for words in said])
         return torch.bincount(first, minlength=4) / len(first)
 
@@ -376,14 +376,14 @@ def test_samples_follow_the_probabilities_of_the_nucleus() -> None:
 def test_decoding_ends_when_all_rows_have_ended() -> None:
     calls = []
 
-    def step(last, cache):
+    def step(last, cache, memory):
         calls.append(1)
-        return Markov([[0.0, 0.1, 0.9, 0.0], [0.25] * 4, [0.0, 1.0, 0.0, 0.0], [0.25] * 4]).step(last, cache)
+        return Markov([[0.0, 0.1, 0.9, 0.0], [0.25] * 4, [0.0, 1.0, 0.0, 0.0], [0.25] * 4]).step(last, cache, memory)
 
     for beams in (1, 2):
         calls.clear()
         start = torch.zeros(3 * beams, 1, dtype=torch.long)
-        assert decode(step, KeyValues(), start, 1, Decoding(num_beams=beams), 30) == [[2]] * 3
+        assert decode(step, KeyValues(), KeyValues(), start, 1, Decoding(num_beams=beams), 30) == [[2]] * 3
         assert len(calls) == 2
     assert beam_rows(2, 3, torch.device("cpu")).tolist() == [0, 0, 0, 1, 1, 1]
 

@@ -108,11 +108,11 @@ class CaptionDecoder(nn.Module):
             images = self.project_images(images)
         device = self.vocabulary.device
         rows = beam_rows(images.rows, decoding.num_beams, device)
-        memory = images.select(rows)
         bos, eos = self.rows_of(torch.tensor([self.bos_id, self.eos_id], device=device))
         captions = decode(
-            lambda last, cache: self._logits(last, memory, cache)[:, -1],
+            lambda last, cache, memory: self._logits(last, memory, cache)[:, -1],
             KeyValues(),
+            images if decoding.num_beams == 1 else images.select(rows),
             bos.expand(len(rows), 1),
             int(eos),
             decoding,
@@ -214,8 +214,9 @@ class BridgeCaptioner(nn.Module):
             bridge.read(self.queries, memory, memory_mask, cache=cache)
         rows = beam_rows(cache.rows, decoding.num_beams, cache.layers[0][0].device)
         return decode(
-            lambda last, cache: self(bridge, last, cache=cache)[:, -1],
+            lambda last, cache, _: self(bridge, last, cache=cache)[:, -1],
             cache.select(rows),
+            KeyValues(),
             torch.full((len(rows), 1), self.bos_id, device=rows.device),
             self.eos_id,
             decoding,

@@ -1,8 +1,9 @@
 """Choosing words one after another: greedy, sampling, beam search. One loop for every captioner, all rows of a batch at
 once.
 
-A captioner gives a function `step(ids [R, 1], cache) -> logits [R, V]`, which continues each row by one token and
-extends the cache. Beam search takes the cache's rows along with the beams it keeps. Nucleus sampling: Holtzman et al.
+A captioner gives a function `step(ids [R, 1], cache, memory) -> logits [R, V]`, which continues each row by one token and
+extends the cache; the memory is what its rows read besides, and does not grow. Beam search takes the cache's rows along with
+the beams it keeps. Images whose captions have ended leave the batch. Nucleus sampling: Holtzman et al.
 2020 (arXiv 1904.09751).
 """
 
@@ -14,7 +15,9 @@ from torch import Tensor
 
 from unimodal.layers import KeyValues
 
-Step = Callable[[Tensor, KeyValues], Tensor]
+Step = Callable[[Tensor, KeyValues, KeyValues], Tensor]
+
+LEAVING = 0.2  # share of ended captions from which the others go on without them: leaving costs a copy of the cache
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,13 +68,20 @@ def beam_rows(images: int, num_beams: int, device: torch.device) -> Tensor:
 
 
 def decode(
-    step: Step, cache: KeyValues, bos: Tensor, eos_id: int, decoding: Decoding, max_length: int
+    step: Step,
+    cache: KeyValues,
+    memory: KeyValues,
+    bos: Tensor,
+    eos_id: int,
+    decoding: Decoding,
+    max_length: int,
 ) -> list[list[int]]:
     """One caption per image, without start and end token.
 
     Args:
         step: continues rows by a token, see above.
         cache: what the captioner holds before the first token, one row per image and beam (`beam_rows`).
+        memory: what it reads besides, with the same rows; empty where that is nothing.
         bos: [B * num_beams, 1], the start token of every row.
         eos_id: the token that ends a caption.
         decoding: how to choose.
@@ -79,25 +89,33 @@ def decode(
     """
     length = min(decoding.max_new_tokens, max_length)
     if decoding.num_beams > 1:
-        tokens = _beam_search(step, cache, bos, eos_id, length, decoding.num_beams, decoding.length_penalty)
+        tokens = _beam_search(step, cache, memory, bos, eos_id, length, decoding.num_beams, decoding.length_penalty)
     else:
-        tokens = _one_by_one(step, cache, bos, eos_id, length, decoding)
+        tokens = _one_by_one(step, cache, memory, bos, eos_id, length, decoding)
     captions = tokens.tolist()
     return [caption[: caption.index(eos_id)] if eos_id in caption else caption for caption in captions]
 
 
-def _one_by_one(step: Step, cache: KeyValues, last: Tensor, eos_id: int, length: int, decoding: Decoding) -> Tensor:
-    """The likeliest or a drawn word at a time: -> [B, at most length]; what follows an end token means nothing."""
-    chosen = []
-    done = torch.zeros_like(last, dtype=torch.bool)  # [B, 1]
-    for _ in range(length):
-        logits = step(last, cache)
+def _one_by_one(
+    step: Step, cache: KeyValues, memory: KeyValues, last: Tensor, eos_id: int, length: int, decoding: Decoding
+) -> Tensor:
+    """The likeliest or a drawn word at a time: -> [B, length]; what follows an end token means nothing."""
+    chosen = last.new_full((len(last), length), eos_id)
+    image = torch.arange(len(last), device=last.device)  # of each row that is left
+    done = torch.zeros_like(image, dtype=torch.bool)
+    for place in range(length):
+        logits = step(last, cache, memory)
         last = _draw(logits, decoding) if decoding.do_sample else logits.argmax(-1, keepdim=True)
-        chosen.append(last)
-        done = done | (last == eos_id)
-        if done.all():
+        chosen[image, place] = last[:, 0]
+        done = done | (last[:, 0] == eos_id)
+        ended = done.float().mean().item()
+        if ended == 1:
             break
-    return torch.cat(chosen, 1)
+        if ended >= LEAVING:
+            left = (~done).nonzero()[:, 0]
+            image, last, done = image[left], last[left], done[left]
+            cache, memory = cache.select(left), memory.select(left)
+    return chosen
 
 
 def _draw(logits: Tensor, decoding: Decoding) -> Tensor:
@@ -109,34 +127,56 @@ def _draw(logits: Tensor, decoding: Decoding) -> Tensor:
 
 
 def _beam_search(
-    step: Step, cache: KeyValues, last: Tensor, eos_id: int, length: int, beams: int, penalty: float
+    step: Step,
+    cache: KeyValues,
+    memory: KeyValues,
+    last: Tensor,
+    eos_id: int,
+    length: int,
+    beams: int,
+    penalty: float,
 ) -> Tensor:
-    """The best of `beams` hypotheses per image: -> [B, at most length].
+    """The best of `beams` hypotheses per image: -> [B, length]; what follows an end token means nothing.
 
     A finished hypothesis stays in its beam with its score and competes, by score per length, with those still growing.
     """
     images = len(last) // beams
-    first_row = torch.arange(images, device=last.device)[:, None] * beams  # [B, 1]
+    chosen = last.new_full((images, length), eos_id)
+    image = torch.arange(images, device=last.device)  # of those that are left
     tokens = last.new_empty(images, beams, 0)
     size = last.new_zeros(images, beams)  # tokens of each hypothesis
     done = torch.zeros_like(size, dtype=torch.bool)
     total = torch.zeros(images, beams, device=last.device)
     total[:, 1:] = float("-inf")  # all beams start equal: let the first one branch
-    for _ in range(length):
-        growth = step(last, cache).float().log_softmax(-1).unflatten(0, (images, beams))  # [B, K, V]
+    for place in range(length):
+        logits = step(last, cache, memory).float()
+        # No hypothesis has more than K heirs among the best K.
+        likeliest = logits.topk(min(beams, logits.shape[1]))
+        growth = (likeliest.values - logits.logsumexp(-1, keepdim=True)).unflatten(0, (-1, beams))  # [B, K, K]
+        words = likeliest.indices.unflatten(0, (-1, beams))
         stay = torch.full_like(growth[0, 0], float("-inf"))
-        stay[eos_id] = 0.0
-        growth = torch.where(done[..., None], stay, growth)
+        stay[0] = 0.0
+        growth, words = torch.where(done[..., None], stay, growth), words.masked_fill(done[..., None], eos_id)
         size = size + ~done
-        candidates = total[..., None] + growth  # [B, K, V]
+        candidates = total[..., None] + growth
         ranked = candidates / size[..., None] ** penalty
         best = ranked.flatten(1).topk(beams).indices  # [B, K]
         total = candidates.flatten(1).gather(1, best)
-        parent, word = best // growth.shape[-1], best % growth.shape[-1]
+        parent, word = best // growth.shape[-1], words.flatten(1).gather(1, best)
         tokens = torch.cat([tokens.gather(1, parent[..., None].expand_as(tokens)), word[..., None]], 2)
         size, done = size.gather(1, parent), done.gather(1, parent) | (word == eos_id)
-        if done.all():
+        chosen[image, : place + 1] = tokens[:, 0]
+        ended = done.all(1)
+        share = ended.float().mean().item()
+        if share == 1:
             break
-        cache = cache.select((first_row + parent).flatten())
+        first_row = torch.arange(len(image), device=last.device)[:, None] * beams  # [B, 1]
+        rows = first_row + parent
+        if share >= LEAVING:
+            left = (~ended).nonzero()[:, 0]
+            image, tokens, size, done, total = (x[left] for x in (image, tokens, size, done, total))
+            rows, word = rows[left], word[left]
+            memory = memory.select(rows.flatten())
+        cache = cache.select(rows.flatten())
         last = word.reshape(-1, 1)
-    return tokens[:, 0]
+    return chosen
