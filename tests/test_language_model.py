@@ -18,13 +18,13 @@ from tests.blip2 import QUERIES, pictures, save_captioner, save_language_model, 
 from tests.toy import toy_config, toy_model, toy_processor
 from unimodal import cli, stages
 from unimodal.backbones import load_language_model
-from unimodal.config import LanguageModelConfig, ModelConfig
+from unimodal.config import AdapterConfig, LanguageModelConfig, ModelConfig
 from unimodal.data import Scenes
 from unimodal.data.module import PairData
 from unimodal.data.processor import TruncationWarning
 from unimodal.data.published import open_writer
 from unimodal.data.writer import Writer
-from unimodal.hub import CheckpointError, load_checkpoint, verify_checkpoint
+from unimodal.hub import CheckpointError, load_adapter, load_checkpoint, save_adapter, verify_checkpoint
 from unimodal.hub.folder import FILES
 from unimodal.inference import Unimodal
 from unimodal.model import UnimodalModel
@@ -370,6 +370,40 @@ def test_single_layers_of_the_language_model_train(opt: Path) -> None:
     losses["itg"].backward()
     assert all(p.grad is not None and p.grad.abs().max() > 0 for p in task.model.parameters() if p.requires_grad)
     assert stages.probe(task.model, ["captioning"])["captioning"].shape[:2] == (2, 8)
+
+
+def test_adapters_in_the_language_model(opt: Path, tmp_path: Path) -> None:
+    """Two models share one language model, and each writes with its own adapters."""
+    model = Unimodal(UnimodalModel(bridged(opt), pretrained=True), toy_processor())
+    tuned = Unimodal(UnimodalModel(bridged(opt), pretrained=True), toy_processor())
+    tuned.model.load_state_dict(model.model.state_dict())
+    for one in (model, tuned):
+        settings = one.model.config.captioning
+        assert settings is not None
+        one.processor.writer = open_writer(opt, settings, one.model.language_captioner)
+    target = ("heads.captioning.language_model.*.q_proj", "heads.captioning.language_model.*.fc1")
+    tuned.model.add_adapter("vqa", AdapterConfig(target=target, r=2))
+    trained = [name for name, weight in tuned.model.named_parameters() if ".vqa." in name]
+    assert len(trained) == 8
+    with torch.no_grad():
+        for weight in (weight for name, weight in tuned.model.named_parameters() if name in trained):
+            weight.copy_(3 * torch.randn_like(weight))
+    plain, other = (one.caption(pictures(), max_new_tokens=8, num_beams=1) for one in (model, tuned))
+    assert plain != other
+    save_adapter(tuned.model, tuned.processor, tmp_path / "adapter")
+    stored = load_file(tmp_path / "adapter/model.safetensors")
+    assert {name for name in stored if "language_model" in name} == set(trained)
+    again = Unimodal(*load_adapter(model.model, tmp_path / "adapter"))
+    assert again.model.language_captioner.language_model is model.model.language_captioner.language_model
+    states = [one.encoder.images(pictures()) for one in (model, again)]
+    for _ in range(2):
+        written = [one.model.caption(state, max_new_tokens=8) for one, state in zip((model, again), states)]
+        assert [[one.processor.decode(ids) for ids in rows] for one, rows in zip((model, again), written)] == [
+            plain,
+            other,
+        ]
+    tuned.save_pretrained(tmp_path / "whole")
+    assert unimodal.from_pretrained(tmp_path / "whole").caption(pictures(), max_new_tokens=8, num_beams=1) == other
 
 
 def test_a_language_model_from_random_numbers(tmp_path: Path) -> None:

@@ -5,7 +5,7 @@ Legend: B images, M texts, P pairs, T tokens, L text length, N queries, D backbo
 
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -230,6 +230,12 @@ class UnimodalModel(nn.Module):
         return head if isinstance(head, heads.LanguageModelCaptioner) else None
 
     @property
+    def parts(self) -> dict[str, str]:
+        """Name of each part that a source may have given, and the prefix of its weights: the backbone's, and `language_model`."""
+        own = {} if self.language_captioner is None else {"language_model": "heads.captioning.language_model."}
+        return {part: f"backbone.{prefix}" for part, prefix in self.backbone.parts.items()} | own
+
+    @property
     def sources(self) -> dict[str, dict[str, str | None]]:
         """Where published parts came from: those of `backbone.sources`, and `language_model`."""
         captioner = self.language_captioner
@@ -282,20 +288,13 @@ class UnimodalModel(nn.Module):
         """`state_dict` without the adapters of other models that share its towers, and only with these of its own."""
         return tuning.own(self.state_dict(), self.config.adapters if adapters is None else adapters)
 
-    @property
-    def parts(self) -> dict[str, str]:
-        """Name of each part that may come from a source, and the prefix of its weights: `vision` and `text`, or `published`;
-        `language_model`."""
-        writer = {} if self.language_captioner is None else {"language_model": "heads.captioning.language_model."}
-        return {part: f"backbone.{prefix}" for part, prefix in self.backbone.parts.items()} | writer
-
-    def tower_state(self) -> dict[str, Tensor]:
-        """Weights of these parts, without any adapter, by the names they have in this model."""
-        prefixes = tuple(self.parts.values())
+    def tower_state(self, parts: Iterable[str] | None = None) -> dict[str, Tensor]:
+        """Weights of these of its `parts`, or of all, without any adapter, by the names they have in this model."""
+        prefixes = tuple(prefix for part, prefix in self.parts.items() if parts is None or part in parts)
         return {name: tensor for name, tensor in self.own_state(()).items() if name.startswith(prefixes)}
 
     def _towers(self) -> list[Any]:
-        return [self.backbone.get_submodule(prefix.rstrip(".")) for prefix in self.backbone.parts.values()]
+        return [self.get_submodule(prefix.rstrip(".")) for prefix in self.parts.values()]
 
     def _use_own_adapters(self) -> None:
         """Another model may share the towers (`hub.load_adapter`) and have used its own."""
@@ -443,6 +442,7 @@ class UnimodalModel(nn.Module):
 
     def caption_logits(self, image: ImageState, ids: Tensor, mask: Tensor | None = None) -> Tensor:
         """Next-token logits [B, L, V] of captions `ids` [B, L] under teacher forcing; with their mask [B, L], padding may not be read."""
+        self._use_own_adapters()
         head = self.head("captioning")
         if isinstance(head, heads.BridgeCaptioner):
             assert image.cache is not None
@@ -453,6 +453,7 @@ class UnimodalModel(nn.Module):
     @torch.no_grad()
     def caption(self, image: ImageState, **options) -> list[list[int]]:
         """Token ids of a caption per image; options as in `generate` of the head that the model has."""
+        self._use_own_adapters()
         head = self.head("captioning")
         if isinstance(head, heads.BridgeCaptioner):
             return head.generate(self.bridge, cache=image.cache, **options)

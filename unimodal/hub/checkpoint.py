@@ -161,20 +161,15 @@ def load_checkpoint(
     else:
         model = _build(towers.locate(config, sources, backbone_sources or {}, folder), folder, pretrained=True)
         towers.require_same(model, sources, folder)
-        if contents.backbone.fingerprint is not None:
-            towers.require_fingerprint(model, contents.backbone.fingerprint, folder)
+        parts = towers.named_parts(contents.model, model)
+        if contents.backbone.fingerprint is not None and model.parts.keys() >= set(parts):  # it is that of all parts
+            towers.require_fingerprint(model, contents.backbone.fingerprint, folder, parts)
     provided = () if contents.backbone.included else model.tower_state().keys()
     expected = {name: tensor for name, tensor in model.own_state().items() if name not in provided}
     ignored = load_weights(expected, folder, ignored=[f"heads.{name}." for name in dropped])
     if ignored:
         logger.info("%s: left out as asked: %s (%d tensors)", folder, ", ".join(dropped), len(ignored))
-    processor = saved_processor(folder)
-    if config.captioning is not None and model.language_captioner is not None:
-        try:
-            processor.writer = open_writer(folder / WRITER_FOLDER, config.captioning, model.language_captioner)
-        except ValueError as error:
-            raise CheckpointError(f"{folder} is incomplete: {error}; get the checkpoint again") from error
-    return model.to(device=device, dtype=dtype).eval(), processor
+    return model.to(device=device, dtype=dtype).eval(), _processor(folder, model)
 
 
 def load_adapter(
@@ -207,7 +202,8 @@ def load_adapter(
         raise CheckpointError(
             f"{folder} holds a whole model, not adapters beside a backbone; open it with from_pretrained"
         )
-    towers.require_fingerprint(model, contents.backbone.fingerprint or "unknown", folder)
+    parts = towers.named_parts(contents.model, model)
+    towers.require_fingerprint(model, contents.backbone.fingerprint or "unknown", folder, parts)
     given = contents.model.adapters
     names = {old: old if name is None else name if len(given) == 1 else f"{name}_{old}" for old in given}
     other = _build(replace(contents.model, adapters={}), folder, pretrained=False).to(model.log_scale)
@@ -221,7 +217,18 @@ def load_adapter(
     except ValueError:
         remove_adapters(other, tuple(other.config.adapters))  # the towers are the first model's, too
         raise
-    return other.eval(), saved_processor(folder)
+    return other.eval(), _processor(folder, other)
+
+
+def _processor(folder: Path, model: UnimodalModel) -> Processor:
+    """What a folder holds for a model, the tokenizer of its language model included."""
+    processor = saved_processor(folder)
+    if (captioning := model.config.captioning) is not None and model.language_captioner is not None:
+        try:
+            processor.writer = open_writer(folder / WRITER_FOLDER, captioning, model.language_captioner)
+        except ValueError as error:
+            raise CheckpointError(f"{folder} is incomplete: {error}; get the checkpoint again") from error
+    return processor
 
 
 def find_calibration(

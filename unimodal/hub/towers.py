@@ -1,5 +1,6 @@
 """Checkpoints without their towers: these are named by source and hash, and taken from there unchanged."""
 
+from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -78,13 +79,19 @@ def require_same(model: UnimodalModel, sources: dict[str, Source], folder: Path)
             )
 
 
-def require_fingerprint(model: UnimodalModel, expected: str, folder: Path) -> None:
-    """Compare a model's towers, as they are now, with those that a folder without them was saved beside.
+def named_parts(config: ModelConfig, model: UnimodalModel) -> list[str]:
+    """Which parts a configuration on this model's backbone has."""
+    writes = config.captioning is not None and config.captioning.language_model is not None
+    return [*model.backbone.parts, *(["language_model"] if writes else [])]
+
+
+def require_fingerprint(model: UnimodalModel, expected: str, folder: Path, parts: Iterable[str]) -> None:
+    """Compare these parts of a model, as they are now, with those that a folder without them was saved beside.
 
     Raises:
         CheckpointError: they are others.
     """
-    found = fingerprint(model.tower_state())
+    found = fingerprint(model.tower_state(parts))
     if found != expected:
         dtype = next(iter(model.tower_state().values())).dtype
         hint = (
@@ -98,7 +105,7 @@ def require_fingerprint(model: UnimodalModel, expected: str, folder: Path) -> No
 
 def share(model: UnimodalModel, other: UnimodalModel) -> None:
     """Put the towers of `model` in place of those of `other`, one in memory for both."""
-    for prefix in model.backbone.parts.values():
+    for prefix in other.parts.values():
         holder, _, name = prefix.rstrip(".").rpartition(".")
-        setattr(other.backbone.get_submodule(holder), name, model.backbone.get_submodule(prefix.rstrip(".")))
-    other.backbone.sources = model.backbone.sources
+        setattr(other.get_submodule(holder), name, model.get_submodule(prefix.rstrip(".")))
+    other.sources = {part: source for part, source in model.sources.items() if part in other.parts}
