@@ -27,6 +27,7 @@ from unimodal.hub import (
     CheckpointMismatch,
     load_checkpoint,
     push_to_hub,
+    round_weights,
     save_checkpoint,
     verify_checkpoint,
 )
@@ -574,3 +575,45 @@ def test_push_refuses_what_would_not_load(copy: Path, hub: fakehub.FakeHub) -> N
     with pytest.raises(CheckpointError, match="corrupt or cut short"):
         push_to_hub(copy, "tester/toy")
     assert hub.repositories == {}
+
+
+# In fewer bits.
+
+
+@pytest.mark.parametrize(("precision", "size", "step"), [("half", 0.56, 2**-11), ("int8", 0.35, 1 / 254)])
+def test_weights_in_fewer_bits(
+    precision: Any, size: float, step: float, model: UnimodalModel, processor: Any, saved: Path, tmp_path: Path
+) -> None:
+    """Matrices come back to half a step, vectors exactly, and the example is that of the model as it comes back."""
+    folder = save_checkpoint(model, processor, tmp_path / precision, precision=precision)
+    again, _ = load_checkpoint(folder)
+    for name, weight in model.state_dict().items():
+        found = again.state_dict()[name]
+        if weight.ndim < 2:
+            assert torch.equal(found, weight), name
+        else:
+            largest = weight.flatten(1).abs().amax(1).view(-1, *[1] * (weight.ndim - 1))
+            assert bool(((found - weight).abs() <= largest * step * 1.001).all()), name
+            assert not torch.equal(found, weight) or not weight.any(), name
+    assert (folder / "model.safetensors").stat().st_size < size * (saved / "model.safetensors").stat().st_size
+    assert set(verify_checkpoint(folder).values()) == {0.0}
+    torch.testing.assert_close(
+        round_weights(toy_model(), precision).state_dict(), again.state_dict(), rtol=0, atol=0, equal_nan=True
+    )
+    twice = save_checkpoint(again, processor, tmp_path / "again", precision=precision)
+    assert torch.equal(load_checkpoint(twice)[0].log_scale, again.log_scale)
+    name = "bridge.layers.0.attention.query.weight"
+    assert torch.equal(load_checkpoint(twice)[0].state_dict()[name], again.state_dict()[name])
+
+
+def test_int8_without_its_scales_is_refused(model: UnimodalModel, processor: Any, tmp_path: Path) -> None:
+    folder = save_checkpoint(model, processor, tmp_path / "int8", precision="int8")
+    weights = load_file(folder / "model.safetensors")
+    del weights["bridge.query_sets.image.int8_scale"]
+    save_file(weights, folder / "model.safetensors")
+    with pytest.raises(
+        CheckpointMismatch, match=r"bridge.query_sets.image: file \[4, 32\] I8, model \[4, 32\] float32"
+    ):
+        load_checkpoint(folder)
+    with pytest.raises(ValueError, match="expected one of float32, half, int8, got 'int4'"):
+        save_checkpoint(model, processor, tmp_path / "int4", precision="int4")  # type: ignore[arg-type]

@@ -1,6 +1,7 @@
 """Proves that a picture gives the same pixels in whatever form it comes, and that every bad one is refused by name."""
 
 import io
+import random
 import struct
 import threading
 import time
@@ -17,6 +18,7 @@ from PIL import Image
 from unimodal.data import images as images_module
 from unimodal.data import load_image
 from unimodal.data.images import ImageError
+from unimodal.data.module import PairData, cropped
 
 PIXELS = np.random.default_rng(0).integers(0, 256, (6, 8, 3), np.uint8)
 
@@ -267,3 +269,25 @@ def test_bad_urls_are_named(monkeypatch, server: str, page: str, error: type[Exc
 def test_a_silent_network_is_named() -> None:
     with pytest.raises(ImageError, match="cat.png' could not be fetched: .*refused"):
         load_image("http://127.0.0.1:1/cat.png")
+
+
+def test_a_crop_keeps_its_share_of_the_area_and_the_size() -> None:
+    """A picture whose colours are its coordinates shows which part was kept."""
+    side = 64
+    rows, columns = torch.meshgrid(torch.arange(side), torch.arange(side), indexing="ij")
+    picture = torch.stack([rows * 2, columns * 2, rows]).to(torch.uint8)
+    shares = []
+    for seed in range(40):
+        found = cropped(picture, 0.25, random.Random(seed))
+        assert found.shape == picture.shape and found.dtype == torch.uint8
+        high, wide = ((found[i].max().item() - found[i].min().item()) / 2 / side for i in (0, 1))
+        assert 0.6 < high / wide < 1.67
+        shares.append(high * wide)
+    assert 0.15 < min(shares) < 0.4 and 0.85 < max(shares) <= 1.0
+    assert torch.equal(cropped(picture, 0.25, random.Random(1)), cropped(picture, 0.25, random.Random(1)))
+    for data, message in (
+        ({"crop": 0.0}, "above 0 and at most 1, got 0"),
+        ({"crop": 0.5, "feature_cache": "x"}, "which would be shown whole"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            PairData(**data)

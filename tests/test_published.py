@@ -2,6 +2,7 @@
 
 import json
 import string
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,10 +19,11 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 import unimodal
 from tests.toy import toy_config
 from unimodal.backbones import PretrainedPair
-from unimodal.config import BackboneConfig, ModelConfig, PublishedConfig, from_dict
+from unimodal.config import AdapterConfig, BackboneConfig, ModelConfig, PublishedConfig, from_dict
 from unimodal.data import Scenes
 from unimodal.data.processor import TruncationWarning
 from unimodal.hub import CheckpointError, verify_checkpoint
+from unimodal.layers import QuickGELU
 from unimodal.model import UnimodalModel
 
 TINY = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
@@ -306,12 +308,53 @@ def test_bridge_and_heads_train_on_it_and_it_stays(name: str, tmp_path: Path) ->
     assert stages.moved(before, stages.fingerprints(model)) == []
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("kind", ["prompt", "prefix", "lora"])
+def test_an_adapter_in_the_last_layer_counts(kind: str, tmp_path: Path) -> None:
+    saved("clip", tmp_path)
+    model = unimodal.from_pretrained(tmp_path)
+    before = model.encode(TEXTS)
+    place = "backbone.model.text_model.encoder.layers.1" + ("" if kind == "prompt" else ".self_attn")
+    target = (place + ".q_proj",) if kind == "lora" else (place,)
+    model.model.add_adapter("tuned", AdapterConfig(kind=kind, target=target))
+    for name, parameter in model.model.named_parameters():
+        if ".tuned" in name:
+            parameter.data.normal_()
+    expected = model.model.text_embedding(model.encoder.texts(TEXTS))
+    assert abs(before - model.encode(TEXTS)).max() > 1e-3
+    np.testing.assert_allclose(model.encode(TEXTS), expected, atol=1e-6)
+    model.model.set_adapter(None)
+    np.testing.assert_allclose(model.encode(TEXTS), before, atol=1e-6)
+
+
+def test_texts_just_as_long_as_read_are_not_called_cut(tmp_path: Path) -> None:
+    saved("clip", tmp_path)
+    model = unimodal.from_pretrained(tmp_path)
+    fits = "a" * (LENGTH - 2)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", TruncationWarning)
+        assert model.processor.texts([fits, "b"])[1].sum(1).tolist() == [LENGTH, 3]
+    with pytest.warns(TruncationWarning, match=f"1 of 3 texts are longer than {LENGTH} tokens"):
+        model.processor.texts([fits, fits + "a", "b"])
+
+
+@torch.no_grad()
+def test_clips_activation_is_transformers() -> None:
+    x = torch.linspace(-8, 8, 101)
+    kept = x.clone()
+    assert torch.allclose(QuickGELU()(x), T.activations.QuickGELUActivation()(x), atol=1e-6)
+    assert torch.equal(x, kept)
+    with torch.enable_grad():
+        assert torch.autograd.gradcheck(QuickGELU(), x[::10].double().requires_grad_())
+
+
 def test_its_own_embedding_beside_a_trained_matching_head(tmp_path: Path) -> None:
     saved("clip", tmp_path)
     plain = unimodal.from_pretrained(tmp_path)
     config = bridged(tmp_path, "clip", embedding={"kind": "backbone", "dim": 16, "gate": False}, captioning=None)
     model = unimodal.Unimodal(UnimodalModel(config, pretrained=True), plain.processor)
-    np.testing.assert_array_equal(model.encode(pictures()), plain.encode(pictures()))
+    # Alone, the last layer is read for the pooled token only: the same sums in another order.
+    np.testing.assert_allclose(model.encode(pictures()), plain.encode(pictures()), atol=1e-6)
     assert model.heads == ("embedding", "matching")
     assert model.model.scale == plain.model.scale  # CLIP's, not the configuration's
     assert len(model.rank("a dog", pictures())) == 3

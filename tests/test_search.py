@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 from toy import toy_model, toy_processor
 
-from unimodal.data import load_image
+from unimodal.data import Scenes, load_image
 from unimodal.data.items import Item, as_items
 from unimodal.search import Encoder, Index, build_index, dequantise, quantise, similarity, store
 from unimodal.search.quantise import int8_rows
@@ -373,3 +373,17 @@ def test_a_string_is_an_image_by_its_suffix_only(photos: list[str], tmp_path: Pa
 def test_bad_items_are_named(value, error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
         as_items(value)
+
+
+def test_a_search_counts_the_match_score_as_the_model_says() -> None:
+    summing = toy_model(matching={"hidden": 32, "layers": 1, "heads": 2, "combine": "sum", "scale": 0.5})
+    encoder = Encoder(summing, toy_processor())
+    pictures = [Scenes("test", count=4).image(i) for i in range(4)]
+    index = build_index(encoder, pictures)
+    hits = index.search("a red circle", top_k=4)
+    assert hits == index.search("a red circle", top_k=4, combine="sum", match_scale=0.5)
+    for hit in hits:
+        logit = torch.logit(torch.tensor(hit["rerank_score"]).double()).item()
+        assert hit["score"] == pytest.approx(hit["first_score"] + 0.5 * logit, abs=1e-4)
+    replaced = index.search("a red circle", top_k=4, combine="replace")
+    assert [hit["score"] for hit in replaced] == [hit["rerank_score"] for hit in replaced]

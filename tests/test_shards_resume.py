@@ -1,5 +1,5 @@
 """Proves that training over tar shards is shuffled exactly, and that a killed run reads on as if nothing had happened: every batch
-that was not yet trained on comes, in the same order and with the same captions and mirroring, and none comes twice."""
+that was not yet trained on comes, in the same order and with the same captions, mirroring and cropping, and none comes twice."""
 
 import json
 import multiprocessing
@@ -22,7 +22,7 @@ COUNT, BATCH, STEPS = 11, 2, 12  # five batches an epoch, and an image that each
 def loader(folder: Path, workers: int = 0) -> TrainingLoader:
     """As a new process makes it: the shards are indexed again."""
     pairs = WebDatasetTars(folder / "*.tar", split="train")
-    samples = TrainingSamples(pairs, toy_processor(), seed=3, mirror=True, target_size=None, cache=None)
+    samples = TrainingSamples(pairs, toy_processor(), seed=3, mirror=True, crop=0.5, target_size=None, cache=None)
     return TrainingLoader(samples, batch_size=BATCH, workers=workers, neighbours=None, rank=0, world=1)
 
 

@@ -15,12 +15,13 @@ from toy import toy_config, toy_model
 from unimodal import stages
 from unimodal.data.module import PairData
 from unimodal.data.scenes import Scenes
-from unimodal.tasks import ITC, ITG, ITM, Conditioning, EvaluationSettings, Flow, Joint, StageProof, Step, Task
+from unimodal.tasks import ITC, ITG, ITM, LCE, Conditioning, EvaluationSettings, Flow, Joint, StageProof, Step, Task
 
 SMALL = EvaluationSettings(rerank_k=3, captions=4, pictures=2, steps=2)
 OBJECTIVES = {
     "itc": ITC(matryoshka=True),
     "itm": ITM(),
+    "lce": LCE(candidates=2),
     "itg": ITG(),
     "foresee": Conditioning(),
     "flow": Flow(handover=0.5),
@@ -35,6 +36,7 @@ OWN = {
         "bridge.query_sets.text": 1.0,
     },
     "itm": {"heads.matching.*": 1.0, "bridge.query_sets.image": 1.0},
+    "lce": {"heads.matching.*": 1.0, "bridge.query_sets.image": 1.0},
     "itg": {"heads.captioning.*": 1.0, "bridge.query_sets.image": 1.0},
     "foresee": {"bridge.query_sets.generate": 1.0},
     "flow": DRAWING,
@@ -96,7 +98,7 @@ def test_all_objectives_together_reach_every_parameter(names: list[str]) -> None
     losses, report = one.training_forward(batch_of(one))
     torch.stack(list(losses.values())).sum().backward()
     assert set(losses) == set(OBJECTIVES) and all(map(math.isfinite, (loss.item() for loss in losses.values())))
-    assert set(report) == {"itc/scale", "itm/balanced_accuracy", "flow/replaced"}
+    assert set(report) == {"itc/scale", "itm/balanced_accuracy", "lce/first", "flow/replaced"}
     without = {key for key, parameter in one.model.named_parameters() if parameter.grad is None}
     # The toy captions with a decoder of its own and matches on cached tokens, so the bridge's text branch is not asked.
     assert {key for key in without if "text_" not in key and "lm_" not in key and "pooler" not in key} == set()

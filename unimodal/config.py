@@ -95,26 +95,46 @@ class LanguageModelConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class TowerEmbeddingConfig:
+    """An embedding that two towers have by themselves, as a dual encoder: pooled features through a projection each.
+
+    Args:
+        dim: embedding width E.
+        hidden: width inside the projection of images; texts have a linear one.
+        dropout: dropout inside the projection of images.
+    """
+
+    dim: int = 256
+    hidden: int = 1024
+    dropout: float = 0.5
+
+
+@dataclass(frozen=True, kw_only=True)
 class BackboneConfig:
     """What turns items into tokens: two towers projected to one token width, or a published model.
 
     Args:
         width: width D of the tokens that the bridge reads; None leaves a published model's tokens as they are.
         vision: the image tower.
+        beside: a second image tower, which sees the same pixels; its channels stand beside the first's at every place of the grid.
         text: the text tower.
+        embedding: an embedding of the towers' own, for `embedding.kind: backbone`; None has none.
         published: a published model in place of the two towers.
     """
 
     width: int | None = 384
     vision: VisionTowerConfig = field(default_factory=VisionTowerConfig)
+    beside: VisionTowerConfig | None = None
     text: TextTowerConfig = field(default_factory=TextTowerConfig)
+    embedding: TowerEmbeddingConfig | None = None
     published: PublishedConfig | None = None
 
     @property
     def label(self) -> str:
         """What it is, in a few words."""
         if self.published is None:
-            return f"{self.vision.name} and {self.text.name} towers"
+            names = [tower.name for tower in (self.vision, self.beside, self.text) if tower is not None]
+            return f"{', '.join(names[:-1])} and {names[-1]} towers"
         return f"{self.published.name} of {self.published.source}" if self.published.source else self.published.name
 
 
@@ -152,7 +172,7 @@ class EmbeddingConfig:
     """Retrieval embeddings.
 
     Args:
-        kind: `bridge` embeds what the bridge read; `backbone` is a published model's own embedding.
+        kind: `bridge` embeds what the bridge read; `backbone` is the backbone's own embedding, of a published model or of two towers.
         dim: embedding width E.
         pool: how image queries become one vector; `query` keeps one vector per query, scored by the best (BLIP-2).
         text: how a text becomes a vector: `queries` read the backbone's text tokens; `words` takes the first output of the bridge's own
@@ -186,6 +206,9 @@ class MatchingConfig:
         layers: blocks of the cached matcher.
         heads: attention heads of the cached matcher.
         dropout: dropout of the cached matcher.
+        combine: how a search counts the match score unless it is told otherwise: `replace` orders by it alone, `sum` by cosine + scale *
+            logit. Which is better is measured on validation data.
+        scale: weight of the logit under `sum`.
     """
 
     kind: Literal["cached", "bridge", "backbone"] = "cached"
@@ -193,6 +216,8 @@ class MatchingConfig:
     layers: int = 2
     heads: int = 4
     dropout: float = 0.1
+    combine: Literal["replace", "sum"] = "replace"
+    scale: float = 1.0
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -27,7 +27,7 @@ from unimodal.data.items import Item, as_item, as_items, is_single, picture_key
 from unimodal.data.processor import Processor
 from unimodal.explain import Explanation, explain
 from unimodal.model import UnimodalModel
-from unimodal.search import Calibration, Encoder, Index, Precision, build_index, quantise, similarity
+from unimodal.search import Calibration, Encoder, Index, Precision, build_index, index_folder, quantise, similarity
 from unimodal.search.encoder import batches, progress
 from unimodal.search.index import require_same_model
 
@@ -490,6 +490,11 @@ class Unimodal:
     ) -> Index:
         """An index of images or texts; arguments as in `unimodal.search.build_index`."""
         return build_index(self.encoder, documents, ids, precision, **options)
+
+    def index_folder(self, folder: str | Path, kept_in: str | Path | None = None, **options: Any) -> Index:
+        """An index of the pictures in a folder that is kept, and brought up to date when it is asked for again; arguments as in
+        `unimodal.search.index_folder`."""
+        return index_folder(self.encoder, folder, kept_in, **options).index
 
     def load_index(self, folder: str | Path) -> Index:
         """Open an index that this model made; see `Index.load`."""

@@ -207,6 +207,13 @@ class MLP(nn.Module):
         return self.down(F.gelu(x))
 
 
+class QuickGELU(nn.Module):
+    """x sigmoid(1.702 x), as CLIP has GELU (Hendrycks and Gimpel 2016, arXiv 1606.08415); one new tensor where no gradient is wanted."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.silu(1.702 * x, inplace=not torch.is_grad_enabled()).mul_(1 / 1.702)
+
+
 class Block(nn.Module):
     """Pre-norm transformer block: self-attention, cross-attention to a memory, feed-forward."""
 

@@ -59,6 +59,12 @@ class TextState(NamedTuple):
         parts: list[Any] = [None if part is None else part[index] for part in self]
         return TextState(*parts)
 
+    def trim(self) -> "TextState":
+        """Without the padding at the end that no row needs."""
+        length = int(self.mask.any(0).nonzero().max()) + 1
+        tokens = self.tokens[:, :length] if self.tokens.ndim == 3 else self.tokens
+        return self._replace(ids=self.ids[:, :length], mask=self.mask[:, :length], tokens=tokens)
+
     def append(self, other: "TextState") -> "TextState":
         """These texts, then `other`'s; both padded to the same length."""
         return TextState(*(_joined(*parts) for parts in zip(self, other, strict=True)))
@@ -359,6 +365,31 @@ class UnimodalModel(nn.Module):
         )
 
     # Retrieval embedding.
+
+    def embed_images(
+        self, pixels: Pixels | None, *, features: Tensor | None = None, mask: Tensor | None = None
+    ) -> Tensor:
+        """`image_embedding` of images of which nothing else is wanted; arguments as in `encode_image`."""
+        if not self._uses_own_embedding:
+            return self.image_embedding(self.encode_image(pixels, features=features, mask=mask))
+        if features is None:
+            assert pixels is not None
+            self._use_own_adapters()
+            if not (self.active or torch.is_grad_enabled()):
+                return self.backbone.embed_images(pixels)
+            features, mask = self.backbone.image_features(pixels), self.backbone.image_mask(pixels)
+        return self.backbone.image_embedding(features, mask)
+
+    def embed_texts(self, ids: Tensor, mask: Tensor, *, features: Tensor | None = None) -> Tensor:
+        """`text_embedding` of texts of which nothing else is wanted; arguments as in `encode_text`."""
+        if not self._uses_own_embedding:
+            return self.text_embedding(self.encode_text(ids, mask, features=features))
+        if features is None:
+            self._use_own_adapters()
+            if not (self.active or torch.is_grad_enabled()):
+                return self.backbone.embed_texts(ids, mask)
+            features = self.backbone.text_features(ids, mask)
+        return self.backbone.text_embedding(features, ids, mask)
 
     def image_embedding(self, state: ImageState) -> Tensor:
         """Unit vectors [B, E], or [B, N, E] where the head pools per query."""

@@ -33,7 +33,8 @@ def paths(model: UnimodalModel) -> dict[str, tuple[str, ...]]:
     if model.config.embedding is not None and model.config.embedding.text == "words":
         embedding = (*embedding, *words)
     if model.config.embedding is not None and model.config.embedding.kind == "backbone":
-        embedding = (*sees, *reads, *own)
+        towers = (*backbone.tower("image"), *backbone.tower("text"))
+        embedding = (*(f"backbone.{pattern}" for pattern in towers), *own)
     out = {
         "embedding": embedding,
         "matching": (*looks, *(words if judges_in_bridge else reads), "heads.matching.*"),

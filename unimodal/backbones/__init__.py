@@ -35,4 +35,11 @@ def build_backbone(config: BackboneConfig, *, pretrained: bool) -> Backbone:
         raise ValueError(
             "backbone.width: two towers need a common width for their tokens, got None; give one, for example 384"
         )
-    return TwoTowers(width=config.width, vision=config.vision, text=config.text, pretrained=pretrained)
+    return TwoTowers(
+        width=config.width,
+        vision=config.vision,
+        beside=config.beside,
+        text=config.text,
+        embedding=config.embedding,
+        pretrained=pretrained,
+    )

@@ -102,6 +102,14 @@ class Backbone(nn.Module):
         """The backbone's own unit vectors [M, E] of texts, from raw features, token ids and their mask."""
         raise NotImplementedError(f"{type(self).__name__} has no embedding of its own; set embedding.kind to 'bridge'")
 
+    def embed_images(self, pixels: Pixels) -> Tensor:
+        """Its own unit vectors [B, E] of images of which nothing else is wanted, without adapters in use."""
+        return self.image_embedding(self.image_features(pixels), self.image_mask(pixels))
+
+    def embed_texts(self, ids: Tensor, mask: Tensor) -> Tensor:
+        """Its own unit vectors [M, E] of texts of which nothing else is wanted, without adapters in use."""
+        return self.text_embedding(self.text_features(ids, mask), ids, mask)
+
     def encode(self, batch: dict[str, Tensor]) -> dict[str, Tokens]:
         """Tokens per modality present in `batch` (keys as in `unimodal.data.batch`)."""
         out = {}

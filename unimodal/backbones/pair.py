@@ -12,10 +12,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import CLIPModel, Siglip2Model, SiglipModel
+from transformers.activations import QuickGELUActivation
 
 from unimodal.backbones.base import Backbone, Pixels, Tokens
+from unimodal.backbones.last import last_state
 from unimodal.backbones.published import load_published
 from unimodal.config import PublishedConfig
+from unimodal.layers import QuickGELU
 
 CLASSES: dict[str, Any] = {"clip": CLIPModel, "siglip": SiglipModel, "siglip2": Siglip2Model}
 
@@ -50,6 +53,9 @@ class PretrainedPair(Backbone):
         self.name = config.name
         self.model: Any
         self.model, self.sources = load_published(CLASSES[config.name], config, pretrained=pretrained)
+        for layer in self.model.modules():
+            if isinstance(getattr(layer, "activation_fn", None), QuickGELUActivation):
+                layer.activation_fn = QuickGELU()
         settings = self.model.config
         image_width, text_width = settings.vision_config.hidden_size, settings.text_config.hidden_size
         after_tower = ("model.vision_model.post_layernorm.*",)  # SigLIP normalises all tokens, CLIP only what it pools
@@ -123,9 +129,32 @@ class PretrainedPair(Backbone):
 
     def text_embedding(self, features: Tensor, ids: Tensor, mask: Tensor) -> Tensor:
         """CLIP reads the end-of-text token, SigLIP the last position whatever it holds: [M, L, C] -> unit vectors [M, E]."""
+        return self._project_text(features[torch.arange(len(ids)), self._pooled_place(ids)])
+
+    def _pooled_place(self, ids: Tensor) -> Tensor:
+        """Which token of each text its embedding is made of: [M, L] -> [M]."""
         if self.name != "clip":
-            return F.normalize(self.model.text_model.head(features[:, -1]), dim=-1)
+            return torch.full_like(ids[:, 0], ids.shape[1] - 1)
         end = self.model.config.text_config.eos_token_id
         # Early configurations name another id; the end-of-text token then is the largest id of a text.
-        place = ids.argmax(-1) if end == 2 else (ids == end).int().argmax(-1)
-        return F.normalize(self.model.text_projection(features[torch.arange(len(ids)), place]), dim=-1)
+        return ids.argmax(-1) if end == 2 else (ids == end).int().argmax(-1)
+
+    def _project_text(self, pooled: Tensor) -> Tensor:
+        """[M, C] -> unit vectors [M, E]."""
+        project = self.model.text_projection if self.name == "clip" else self.model.text_model.head
+        return F.normalize(project(pooled), dim=-1)
+
+    def embed_images(self, pixels: Pixels) -> Tensor:
+        """As `image_embedding`; what only other patches need in CLIP's last layer is left out. SigLIP pools all of them."""
+        if self.name != "clip":
+            return super().embed_images(pixels)
+        tower = self.model.vision_model
+        hidden = tower.pre_layrnorm(tower.embeddings(pixels))
+        first = torch.zeros(len(hidden), dtype=torch.long, device=hidden.device)
+        return self.image_embedding(last_state(tower, hidden, first, causal=False)[:, None], None)
+
+    def embed_texts(self, ids: Tensor, mask: Tensor) -> Tensor:
+        """As `text_embedding`; what only other tokens need in the last layer is left out. CLIP pads on the right, where no token looks."""
+        tower = self.model.text_model
+        state = last_state(tower, tower.embeddings(ids), self._pooled_place(ids), causal=self.name == "clip")
+        return self._project_text(tower.final_layer_norm(state))

@@ -1,9 +1,12 @@
 """Two towers: any timm image encoder beside any transformers text encoder, each projected to the common token width D.
 
+A second image tower may stand beside the first: it sees the same pixels, and its channels are set beside the first's at every place of the
+same grid. The towers may have an embedding of their own, as a dual encoder has (VSE++, Faghri et al. 2018, arXiv 1707.05612).
+
 Convolutional feature maps carry no position, so a fixed two-dimensional sine-cosine position (as in MAE, arXiv 2111.06377) is
 added to them.
 
-Legend: B batch, C tower width, T tokens, D backbone width.
+Legend: B batch, C tower width, T tokens, D backbone width, E embedding width.
 """
 
 import math
@@ -12,6 +15,7 @@ from typing import Any
 
 import timm
 import torch
+import torch.nn.functional as F
 from huggingface_hub import hf_hub_download
 from safetensors.torch import load_file
 from torch import Tensor, nn
@@ -19,7 +23,8 @@ from transformers import AutoConfig, AutoModel
 
 from unimodal.backbones.base import Backbone, Pixels, Tokens
 from unimodal.backbones.published import sha256
-from unimodal.config import TextTowerConfig, VisionTowerConfig
+from unimodal.config import TextTowerConfig, TowerEmbeddingConfig, VisionTowerConfig
+from unimodal.layers import masked_mean
 
 CLASSIFIER_PREFIXES = ("classifier.", "head.", "head_drop.", "fc.", "fc_norm.")
 
@@ -41,34 +46,58 @@ class TwoTowers(Backbone):
         width: common token width D.
         vision: the image tower's configuration.
         text: the text tower's configuration.
+        beside: a second image tower's.
+        embedding: what the towers' own embedding is; None has none.
         pretrained: load the towers' first weights from their `source`; otherwise they start from random numbers.
 
     Raises:
-        ValueError: for an unknown architecture, or weights that do not fit it (the report lists every name).
+        ValueError: for an unknown architecture, weights that do not fit it (the report lists every name), or image towers that do not
+            see the same pixels or leave the same grid.
     """
 
     modalities = ("image", "text")
-    parts = {"vision": "vision.", "text": "text."}
-    sees, reads = ("vision*", "image*"), ("text*",)
+    sees, reads, own = ("vision*", "beside*", "image*"), ("text*",), ("embed_*",)
     image_positions: Tensor
 
     def __init__(
-        self, *, width: int, vision: VisionTowerConfig, text: TextTowerConfig, pretrained: bool = False
+        self,
+        *,
+        width: int,
+        vision: VisionTowerConfig,
+        text: TextTowerConfig,
+        beside: VisionTowerConfig | None = None,
+        embedding: TowerEmbeddingConfig | None = None,
+        pretrained: bool = False,
     ) -> None:
         super().__init__()
         self.width = width
+        self.parts = {part: f"{part}." for part in ("vision", *(() if beside is None else ("beside",)), "text")}
         self.stage, self.image_size = vision.stage, vision.image_size
         self.max_length = text.max_length
         self.sources = {}
-        self.vision = self._build_vision(vision, pretrained)
+        self.vision = self._build_vision("vision", vision, pretrained)
+        second: Any = None if beside is None else self._build_vision("beside", beside, pretrained)
+        self.beside = second
         self.text = self._build_text(text, pretrained)
         self.vocab_size = self.text.config.vocab_size
         self.prefix_tokens = getattr(self.vision, "num_prefix_tokens", 0)
         with torch.no_grad():
-            self.vision.eval()
-            features, grid = self._vision_map(torch.zeros(1, 3, vision.image_size, vision.image_size))
+            pixels = torch.zeros(1, 3, vision.image_size, vision.image_size)
+            features, grid = _vision_map(self.vision.eval(), self.stage, pixels)
             self.vision.train()
-        self.vision_width = features.shape[-1]
+            self.vision_width = features.shape[-1]
+            if beside is not None:
+                same = [(tower.image_size, tower.mean, tower.std) for tower in (vision, beside)]
+                others, places = _vision_map(second.eval(), beside.stage, pixels)
+                second.train()
+                if same[0] != same[1] or places != grid or others.shape[1] != features.shape[1]:
+                    raise ValueError(
+                        f"backbone.beside: {beside.name} leaves {others.shape[1]} places of pixels {same[1]}, {vision.name} "
+                        f"{features.shape[1]} of {same[0]} (size, mean, std); the two see the same pixels and need the same grid: give "
+                        "both the same image_size, mean and std, and towers, or stages, of the same stride"
+                    )
+                self.beside_stage = beside.stage
+                self.vision_width += others.shape[-1]
         positions = sincos_positions(*grid, width) if grid else torch.zeros(features.shape[1], width)
         self.register_buffer("image_positions", positions, persistent=False)
         self.vision_projection = nn.Sequential(nn.LayerNorm(self.vision_width), nn.Linear(self.vision_width, width))
@@ -76,8 +105,20 @@ class TwoTowers(Backbone):
             nn.LayerNorm(self.text.config.hidden_size), nn.Linear(self.text.config.hidden_size, width)
         )
         self.image_norm, self.text_norm = nn.LayerNorm(width), nn.LayerNorm(width)
+        if embedding is not None:
+            self.embeds = embedding.dim
+            self.embed_image = nn.Sequential(
+                nn.LayerNorm(self.vision_width),
+                nn.Dropout(embedding.dropout / 2),
+                nn.Linear(self.vision_width, embedding.hidden),
+                nn.GELU(),
+                nn.LayerNorm(embedding.hidden),
+                nn.Dropout(embedding.dropout),
+                nn.Linear(embedding.hidden, embedding.dim),
+            )
+            self.embed_text = nn.Linear(self.text.config.hidden_size, embedding.dim)
 
-    def _build_vision(self, config: VisionTowerConfig, pretrained: bool) -> Any:
+    def _build_vision(self, part: str, config: VisionTowerConfig, pretrained: bool) -> Any:
         if not timm.is_model(config.name):
             near = timm.list_models(f"*{config.name.split('_')[0]}*")[:8]
             raise ValueError(
@@ -98,7 +139,7 @@ class TwoTowers(Backbone):
                     f"{config.source} does not hold the weights of timm {config.name!r}: "
                     f"missing {result.missing_keys}, unexpected {unexpected}; give the source of the same architecture"
                 )
-            self.sources["vision"] = {"source": config.source, "revision": config.revision, "sha256": sha256(path)}
+            self.sources[part] = {"source": config.source, "revision": config.revision, "sha256": sha256(path)}
         if config.stage is not None:
             tower.prune_intermediate_layers([config.stage], prune_norm=True, prune_head=True)
         return tower
@@ -120,33 +161,21 @@ class TwoTowers(Backbone):
         tower.pooler = None  # the bridge reads tokens; a pooler would be a parameter without gradient
         return tower
 
-    def _vision_map(self, pixels: Tensor) -> tuple[Tensor, tuple[int, int] | None]:
-        """Raw tokens [B, T, C] of the image tower, and the grid they come from when it is convolutional."""
-        if self.stage is None:
-            features = self.vision.forward_features(pixels)
-        else:
-            (features,) = self.vision.forward_intermediates(pixels, indices=[self.stage], intermediates_only=True)
-        if features.ndim == 3:
-            return features, None
-        if (
-            self.stage is None and features.shape[1] != self.vision.num_features
-        ):  # channels-last architectures such as Swin
-            features = features.permute(0, 3, 1, 2)
-        height, width = features.shape[-2:]
-        return features.flatten(2).transpose(1, 2), (height, width)  # [B, C, h, w] -> [B, T, C]
-
     def tower(self, kind: str) -> tuple[str, ...]:
-        """Images have one tower and texts the other."""
-        return ("vision.*",) if kind == "image" else ("text.*",)
+        """Images have one tower or two, and texts another."""
+        return ("text.*",) if kind == "text" else ("vision.*", "beside.*")
 
     def random_pixels(self, count: int, generator: torch.Generator) -> Pixels:
         """[count, 3, S, S]."""
         return torch.randn(count, 3, self.image_size, self.image_size, generator=generator)
 
     def image_features(self, pixels: Pixels) -> Tensor:
-        """Raw tokens [B, T, C] of the image tower."""
+        """Raw tokens [B, T, C] of the image tower, the second's channels after the first's."""
         assert isinstance(pixels, Tensor)
-        return self._vision_map(pixels)[0]
+        features, _ = _vision_map(self.vision, self.stage, pixels)
+        if self.beside is None:
+            return features
+        return torch.cat([features, _vision_map(self.beside, self.beside_stage, pixels)[0]], dim=-1)
 
     def image_tokens(self, features: Tensor, mask: Tensor | None = None) -> Tokens:
         """Project raw image tokens [B, T, C] to [B, T, D]."""
@@ -166,3 +195,25 @@ class TwoTowers(Backbone):
         """Project raw text tokens [M, L, C] to [M, L, D]."""
         hidden = self.text_norm(self.text_projection(features))
         return Tokens(hidden, mask, {"text": slice(0, hidden.shape[1])})
+
+    def image_embedding(self, features: Tensor, mask: Tensor | None) -> Tensor:
+        """The mean of raw image tokens, projected: [B, T, C] -> unit vectors [B, E]."""
+        return F.normalize(self.embed_image(features.mean(1)), dim=-1)
+
+    def text_embedding(self, features: Tensor, ids: Tensor, mask: Tensor) -> Tensor:
+        """The mean of raw text tokens, of norm 1, projected: [M, L, C] -> unit vectors [M, E]."""
+        return F.normalize(self.embed_text(F.normalize(masked_mean(features, mask), dim=-1)), dim=-1)
+
+
+def _vision_map(tower: Any, stage: int | None, pixels: Tensor) -> tuple[Tensor, tuple[int, int] | None]:
+    """Raw tokens [B, T, C] of an image tower, and the grid they come from when it is convolutional."""
+    if stage is None:
+        features = tower.forward_features(pixels)
+    else:
+        (features,) = tower.forward_intermediates(pixels, indices=[stage], intermediates_only=True)
+    if features.ndim == 3:
+        return features, None
+    if stage is None and features.shape[1] != tower.num_features:  # channels-last architectures such as Swin
+        features = features.permute(0, 3, 1, 2)
+    height, width = features.shape[-2:]
+    return features.flatten(2).transpose(1, 2), (height, width)  # [B, C, h, w] -> [B, T, C]

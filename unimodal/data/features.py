@@ -68,6 +68,7 @@ class _Features:
         precision: see `TokenStore`.
         variant: what else is special about the items, for the folder's name.
         device: where the backbone runs.
+        autocast: the lower precision in which the backbone runs, as it would in the training that reads the cache; None is float32.
     """
 
     def __init__(
@@ -82,6 +83,7 @@ class _Features:
         precision: Precision,
         variant: str = "",
         device: torch.device | None = None,
+        autocast: torch.dtype | None = None,
     ) -> None:
         self.pairs, self.processor = pairs, processor
         self.what = f"{kind} features of {pairs.name} {pairs.split}{variant}"
@@ -91,10 +93,12 @@ class _Features:
             "backbone": tower_fingerprint(backbone, kind),
             "preprocessing": preprocessing_fingerprint(processor, kind),
         }
+        if autocast is not None:
+            about["computed"] = str(autocast)
         name = re.sub(r"\W+", "-", f"{kind} {pairs.name} {pairs.split}{variant} {about['split']} {precision}")
         self.store = TokenStore(folder / name, about, count, precision)
         if self.store.done < count:
-            with self.store.writing(), _reading(backbone, device) as place:
+            with self.store.writing(), _reading(backbone, device, autocast) as place:
                 self._build(backbone, place)
 
     def _build(self, backbone: Backbone, device: torch.device) -> None:
@@ -135,7 +139,7 @@ class ImageFeatures(_Features):
             pixels = move_pixels(pixels, device)
             if isinstance(pixels, Tensor):  # convolutions on a CPU are several times faster so
                 pixels = pixels.contiguous(memory_format=torch.channels_last)
-            features, mask = backbone.image_features(pixels), backbone.image_mask(pixels)
+            features, mask = backbone.image_features(pixels).float(), backbone.image_mask(pixels)
             real = list(features) if mask is None else [row[kept] for row, kept in zip(features, mask)]
             self.store.write(real, [self.pairs.key(i) for i in rows])
 
@@ -157,7 +161,7 @@ class TextFeatures(_Features):
     def _build(self, backbone: Backbone, device: torch.device) -> None:
         for rows in self._batches(TEXTS):
             ids, mask = self.processor.texts(self.captions[rows.start : rows.stop])
-            features = backbone.text_features(ids.to(device), mask.to(device)).cpu()
+            features = backbone.text_features(ids.to(device), mask.to(device)).float().cpu()
             real = list(features) if self.padded else [row[kept] for row, kept in zip(features, mask)]
             self.store.write(real, [f"caption {self.captions[row]!r}" for row in rows])
 
@@ -210,14 +214,14 @@ class SplitFeatures:
 
 
 @contextmanager
-def _reading(backbone: Backbone, device: torch.device | None) -> Iterator[torch.device]:
-    """The backbone as it reads a frozen split: on a device, in evaluation mode, without gradient."""
+def _reading(backbone: Backbone, device: torch.device | None, autocast: torch.dtype | None) -> Iterator[torch.device]:
+    """The backbone as it reads a frozen split: on a device, in evaluation mode, without gradient, in the precision of the training."""
     modes = {module: module.training for module in backbone.modules()}
     home = next(backbone.parameters()).device
     place = home if device is None else device
     try:
         _lay_out(backbone.eval().to(place), torch.channels_last)
-        with torch.no_grad():
+        with torch.no_grad(), torch.autocast(place.type, autocast, enabled=autocast is not None):
             yield place
     finally:
         _lay_out(backbone.to(home), torch.contiguous_format)

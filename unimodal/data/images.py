@@ -157,7 +157,7 @@ def _decode(picture: Image.Image, name: str, max_pixels: int) -> Image.Image:
     if picture.has_transparency_data:
         picture = picture.convert("RGBA")
         picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture)
-    return picture.convert("RGB")
+    return picture if picture.mode == "RGB" else picture.convert("RGB")
 
 
 def _channels_last(tensor: torch.Tensor) -> torch.Tensor:

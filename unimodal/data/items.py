@@ -131,6 +131,21 @@ def _name(value: Any) -> Any:
     return str(value) if isinstance(value, str | Path) else None
 
 
+def pictures_in(folder: Path) -> list[Path]:
+    """The pictures in a folder and the folders in it, by suffix, in order.
+
+    Raises:
+        FileNotFoundError: no such folder.
+        ValueError: there is no picture in it.
+    """
+    if not folder.is_dir():
+        raise FileNotFoundError(f"{folder}: no such folder; give the folder that holds the pictures")
+    found = sorted(path for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES and path.is_file())
+    if not found:
+        raise ValueError(f"{folder} holds no pictures; expected files that end in {', '.join(SUFFIXES)}")
+    return found
+
+
 def is_single(inputs: Any) -> bool:
     """Whether `inputs` is one item rather than several."""
     return isinstance(inputs, str | bytes | dict | Path | Image.Image | np.ndarray | torch.Tensor | Item)

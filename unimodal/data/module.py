@@ -1,7 +1,7 @@
 """The Lightning data module: readers in, batches out, resumable at any step.
 
-Everything random about a training sample (its place in the epoch, its caption, its mirroring) follows from (seed, epoch, index), so a
-resumed run sees exactly the batches that an uninterrupted one would have seen.
+Everything random about a training sample (its place in the epoch, its caption, its mirroring and cropping) follows from (seed, epoch,
+index), so a resumed run sees exactly the batches that an uninterrupted one would have seen.
 """
 
 import math
@@ -14,6 +14,8 @@ import pytorch_lightning as pl
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
+from torchvision.transforms import InterpolationMode
+from torchvision.transforms.v2.functional import resized_crop
 from transformers import AutoTokenizer
 
 from unimodal.backbones import Backbone
@@ -29,6 +31,17 @@ from unimodal.data.sampler import hard_batches, random_batches
 from unimodal.data.store import Precision
 
 SIDED = ("left", "right")  # a caption with one of these words forbids mirroring its picture
+
+
+def cropped(array: Tensor, least: float, draw: random.Random) -> Tensor:
+    """A random part of a picture [3, S, S], of `least` to all of its area and 3:4 to 4:3 (Szegedy et al. 2014, arXiv 1409.4842), at the
+    size of the whole."""
+    height, width = array.shape[1:]
+    area, ratio = draw.uniform(least, 1.0), math.exp(draw.uniform(math.log(3 / 4), math.log(4 / 3)) / 2)
+    rows, columns = (min(1.0, math.sqrt(area) * factor) for factor in (1 / ratio, ratio))
+    high, wide = max(1, round(height * rows)), max(1, round(width * columns))
+    top, left = draw.randint(0, height - high), draw.randint(0, width - wide)
+    return resized_crop(array, top, left, high, wide, [height, width], InterpolationMode.BICUBIC, antialias=True)
 
 
 def as_targets(pixels: Tensor, size: int) -> Tensor:
@@ -51,6 +64,7 @@ class TrainingSamples(Dataset):
         mirror: bool,
         target_size: int | None,
         cache: SplitFeatures | None,
+        crop: float = 1.0,
         false_captions: int = 1,
         mined: Negatives | None = None,
         hard_texts: int = 1,
@@ -58,7 +72,7 @@ class TrainingSamples(Dataset):
     ):
         self.mined, self.hard_texts, self.hard_images = mined, hard_texts, hard_images
         self.pairs, self.processor, self.seed, self.false_captions = pairs, processor, seed, false_captions
-        self.mirror, self.target_size, self.cache = mirror, target_size, cache
+        self.mirror, self.crop, self.target_size, self.cache = mirror, crop, target_size, cache
         self.arrays: dict[int, Tensor] = {}
 
     def array(self, index: int) -> Tensor:
@@ -93,7 +107,8 @@ class TrainingSamples(Dataset):
             sample["match_logit"] = self.mined.own.get((index, chosen), 0.0)  # nobody asks where there is no negative
         if self.cache is None or self.cache.images is None or self.target_size is not None:
             array = self.array(index)
-            sample["array"] = array.flip(-1) if mirrored else array
+            array = array.flip(-1) if mirrored else array
+            sample["array"] = array if self.crop == 1 else cropped(array, self.crop, draw)
         return sample
 
     def __getitems__(self, keys: list[tuple[int, int]]) -> list[dict[str, Any]]:
@@ -251,6 +266,7 @@ class PairData(pl.LightningDataModule):
         batch_size: images per step and rank, one caption each.
         seed: what every random choice of the data follows from.
         mirror: mirror pictures at random, except where the caption says left or right.
+        crop: least share of a picture's area that is shown, a random part of it each time; 1 shows the whole.
         feature_cache: folder of what frozen towers make of the splits; None runs the towers each time.
         cached_features: which towers' features it keeps.
         feature_precision: `half` (float16), or `int8` with a scale for each token, in half the space.
@@ -272,6 +288,7 @@ class PairData(pl.LightningDataModule):
         batch_size: int = 64,
         seed: int = 0,
         mirror: bool = False,
+        crop: float = 1.0,
         feature_cache: str | None = None,
         cached_features: tuple[Literal["image", "text"], ...] = ("image",),
         feature_precision: Precision = "half",
@@ -284,7 +301,14 @@ class PairData(pl.LightningDataModule):
         workers: int = 0,
     ) -> None:
         super().__init__()
-        self.train, self.val, self.test = train, val, test
+        if not 0 < crop <= 1:
+            raise ValueError(f"data.crop: expected a share of the picture's area above 0 and at most 1, got {crop}")
+        if crop < 1 and feature_cache is not None and "image" in cached_features:
+            raise ValueError(
+                f"data.crop is {crop}, but data.feature_cache keeps what the image tower makes of whole pictures, which would be "
+                "shown whole. Set data.crop to 1, or data.feature_cache to null for this stage"
+            )
+        self.train, self.val, self.test, self.crop = train, val, test, crop
         self.tokenizer, self.batch_size, self.seed, self.mirror = tokenizer, batch_size, seed, mirror
         self.feature_cache, self.target_size, self.workers = feature_cache, target_size, workers
         self.cached_features, self.feature_precision = cached_features, feature_precision
@@ -313,18 +337,22 @@ class PairData(pl.LightningDataModule):
         if self.feature_cache is not None:
             for split, pairs in (("train", self.train), ("val", self.val), ("test", self.test)):
                 if pairs is not None and split not in self.caches:
-                    self.caches[split] = self._cached(pairs, backbone, mirror=self.mirror and split == "train")
+                    self.caches[split] = self._cached(pairs, backbone, training=split == "train")
         return self.processor
 
-    def _cached(self, pairs: Pairs, backbone: Backbone, *, mirror: bool) -> SplitFeatures:
+    def _cached(self, pairs: Pairs, backbone: Backbone, *, training: bool) -> SplitFeatures:
         assert self.feature_cache is not None and self.processor is not None
         place = Path(self.feature_cache), pairs, backbone, self.processor
         device = self.trainer.strategy.root_device if self.trainer else None
         settings: dict[str, Any] = {"precision": self.feature_precision, "device": device}
+        if training and self.trainer is not None and self.trainer.precision == "bf16-mixed":
+            settings["autocast"] = (
+                torch.bfloat16
+            )  # as the towers would run without the cache; evaluation runs in float32
         out = SplitFeatures()
         if "image" in self.cached_features:
             out.images = ImageFeatures(*place, **settings)
-            out.mirrored = ImageFeatures(*place, **settings, mirrored=True) if mirror else None
+            out.mirrored = ImageFeatures(*place, **settings, mirrored=True) if self.mirror and training else None
         if "text" in self.cached_features and not is_gallery(pairs):
             out.texts = TextFeatures(*place, **settings)
         return out
@@ -377,6 +405,7 @@ class PairData(pl.LightningDataModule):
             self.processor,
             seed=self.seed,
             mirror=self.mirror,
+            crop=self.crop,
             target_size=self.target_size,
             cache=self.caches.get("train"),
             false_captions=self.false_captions,

@@ -103,14 +103,6 @@ class PublishedProcessor(Processor):
                 f"text {named[0][:60]!r} spells {PLACEHOLDER}, a token that stands for the picture; leave it out"
             )
         given = [text.lower() for text in texts] if self.lower_case else list(texts)
-        longer = [i for i, row in enumerate(self.tokenizer(given)["input_ids"]) if len(row) > self.max_length]
-        if longer:
-            warnings.warn(
-                f"{len(longer)} of {len(given)} texts are longer than {self.max_length} tokens and were cut, "
-                f"first {texts[longer[0]][:60]!r}",
-                TruncationWarning,
-                stacklevel=2,
-            )
         out = self.tokenizer(
             given,
             padding="max_length" if self.pad_to_max else True,
@@ -119,7 +111,19 @@ class PublishedProcessor(Processor):
             return_attention_mask=True,
             return_tensors="pt",
         )
-        return out["input_ids"], out["attention_mask"].bool()
+        mask = out["attention_mask"].bool()
+        full = (
+            mask.all(1).nonzero()[:, 0].tolist() if mask.shape[1] == self.max_length else []
+        )  # among them those that were cut
+        longer = [i for i in full if len(self.tokenizer(given[i])["input_ids"]) > self.max_length]
+        if longer:
+            warnings.warn(
+                f"{len(longer)} of {len(given)} texts are longer than {self.max_length} tokens and were cut, "
+                f"first {texts[longer[0]][:60]!r}",
+                TruncationWarning,
+                stacklevel=2,
+            )
+        return out["input_ids"], mask
 
     # Files.
 

@@ -10,6 +10,7 @@
 A configuration that comes from elsewhere chooses among known parts and can neither name code nor a file to load.
 """
 
+import copy
 import json
 import logging
 from collections.abc import Sequence
@@ -31,6 +32,7 @@ from unimodal.hub.card import Card, Measured, render_card
 from unimodal.hub.contents import choose_heads, describe, is_ours, read_contents
 from unimodal.hub.example import differences, example_inputs, example_outputs
 from unimodal.hub.folder import COMPANIONS, FILES, replacing, restore
+from unimodal.hub.precision import Precision, rounded, shrink
 from unimodal.hub.published import PUBLISHED_FILES, is_published, open_published
 from unimodal.hub.weights import CheckpointError, load_weights, open_weights, weight_files
 from unimodal.model import UnimodalModel
@@ -49,6 +51,7 @@ def save_checkpoint(
     max_shard_size: str = "2GB",
     include_backbone: bool = True,
     example: bool = True,
+    precision: Precision = "float32",
 ) -> Path:
     """Write a checkpoint, whole or not at all.
 
@@ -62,6 +65,8 @@ def save_checkpoint(
         include_backbone: store the towers, and a language model that captions, too; otherwise they are named by source and hash, which
             needs them unchanged.
         example: store an input and its outputs for `verify_checkpoint`.
+        precision: how matrices are kept: `float32`, `half`, or `int8` with a scale for each row, in a quarter of the space. `round_weights`
+            says what the model will be then.
 
     Raises:
         FileExistsError: if `folder` holds something of a checkpoint's file names that is not one of ours.
@@ -70,7 +75,13 @@ def save_checkpoint(
     """
     if not include_backbone:
         towers.require_unchanged(model)
-    return _save(model, processor, folder, metrics, card, max_shard_size, include_backbone, example)
+    return _save(model, processor, folder, metrics, card, max_shard_size, include_backbone, example, precision)
+
+
+def round_weights(model: UnimodalModel, precision: Precision) -> UnimodalModel:
+    """Give a model the weights that it will have once it was saved in this precision, in place; returns it."""
+    model.load_state_dict(rounded(model.state_dict(), precision))
+    return model
 
 
 def save_adapter(
@@ -97,18 +108,21 @@ def _save(
     max_shard_size: str,
     include_backbone: bool,
     example: bool,
+    precision: Precision = "float32",
 ) -> Path:
     apart = () if include_backbone else model.tower_state().keys()
     weights = {name: tensor for name, tensor in model.own_state().items() if name not in apart}
     with replacing(folder, is_ours) as fresh:
         contents = describe(model, include_backbone)
         (fresh / "config.json").write_text(json.dumps(to_dict(contents), indent=2) + "\n", encoding="utf-8")
-        save_torch_state_dict(weights, fresh, max_shard_size=max_shard_size)
+        save_torch_state_dict(shrink(weights, precision), fresh, max_shard_size=max_shard_size)
         processor.save_pretrained(fresh)
         readme = render_card(model, contents.backbone, card or Card(), metrics)
         (fresh / "README.md").write_text(readme, encoding="utf-8")
         if example:
             inputs = example_inputs(model, processor)
+            if precision != "float32":
+                model = round_weights(copy.deepcopy(model), precision)
             stored = {f"input.{name}": tensor for name, tensor in inputs.items()}
             stored |= {f"output.{name}": tensor for name, tensor in example_outputs(model, inputs).items()}
             save_file(stored, fresh / "example.safetensors")

@@ -73,8 +73,10 @@ def describe(model: UnimodalModel, include_backbone: bool) -> Contents:
         if "published" in sources:
             published = replace(published, source=sources["published"].source)
         backbone = replace(backbone, published=published)
-    if "vision" in sources:
-        backbone = replace(backbone, vision=replace(backbone.vision, source=sources["vision"].source))
+    for part in ("vision", "beside"):
+        if part in sources:
+            tower = replace(getattr(backbone, part), source=sources[part].source)
+            backbone = replace(backbone, **{part: tower})
     if "text" in sources:
         settings = model.backbone.text.config.to_diff_dict()
         known = _settings(backbone.text.name) - NO_ARCHITECTURE
@@ -194,6 +196,8 @@ def _orders(name: str, values: dict[str, Any]) -> set[str]:
 def _refuse_orders(config: ModelConfig) -> None:
     vision, text, published = config.backbone.vision, config.backbone.text, config.backbone.published
     found = {"vision": vision.kwargs.keys() & TIMM_LOADING, "text": _orders(text.name, text.kwargs)}
+    if config.backbone.beside is not None:
+        found["beside"] = config.backbone.beside.kwargs.keys() & TIMM_LOADING
     if published is not None:
         found["published"] = _orders(published.name, published.kwargs)
     named = {f"backbone.{part}": orders for part, orders in found.items()}

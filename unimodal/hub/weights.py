@@ -14,6 +14,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from unimodal.hub.precision import SCALE, restore
+
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
 
@@ -127,7 +129,10 @@ def load_weights(
         CheckpointMismatch: unless names and shapes agree on both sides.
     """
     files = [open_weights(path) for path in weight_files(folder)]
-    shapes = {renamed(name): file.get_slice(name) for file in files for name in file.keys()}  # noqa: SIM118
+    holder = {name: file for file in files for name in file.keys()}  # noqa: SIM118
+    scales = {name for name in holder if name.endswith(SCALE) and name.removesuffix(SCALE) in holder}
+    shapes = {renamed(name): file.get_slice(name) for name, file in holder.items() if name not in scales}
+    small = {renamed(name.removesuffix(SCALE)) for name in scales}
     skipped = [name for name in shapes if name.startswith(tuple(ignored))]
     shapes = {name: part for name, part in shapes.items() if name not in skipped}
 
@@ -142,15 +147,16 @@ def load_weights(
     for name, tensor in expected.items():
         if name in shapes:
             shape, dtype = shapes[name].get_shape(), shapes[name].get_dtype()
-            real = dtype.startswith(("F", "BF"))  # any float precision may be stored; integers stay integers
+            # Any float precision may be stored, and int8 with scales; integers stay integers.
+            real = dtype.startswith(("F", "BF")) or (dtype == "I8" and name in small)
             if shape != list(tensor.shape) or real != tensor.is_floating_point():
                 kinds = (dtype, str(tensor.dtype).removeprefix("torch."))
                 mismatched.append(f"{name}: file {shape} {kinds[0]}, model {list(tensor.shape)} {kinds[1]}")
     if missing or unexpected or mismatched:
         raise CheckpointMismatch(folder, sorted(missing), sorted(unexpected), sorted(mismatched))
     with torch.no_grad():
-        for file in files:
-            for name in file.keys():  # noqa: SIM118
-                if renamed(name) in expected:
-                    expected[renamed(name)].copy_(file.get_tensor(name))
+        for name, file in holder.items():
+            if renamed(name) in expected:
+                scale = holder[name + SCALE].get_tensor(name + SCALE) if name + SCALE in scales else None
+                expected[renamed(name)].copy_(restore(file.get_tensor(name), scale))
     return skipped

@@ -22,9 +22,14 @@ from unimodal.losses.numerics import at_least_float32
 
 @torch.no_grad()
 def sample_hard_negatives(
-    similarity: Tensor, image_id: Tensor, text_image_id: Tensor, generator: torch.Generator | None = None
+    similarity: Tensor,
+    image_id: Tensor,
+    text_image_id: Tensor,
+    generator: torch.Generator | None = None,
+    count: int | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """One wrong text per image [I] and one wrong image per text [T], as column and row indices of `similarity`.
+    """One wrong text per image [I] and one wrong image per text [T], as column and row indices of `similarity`; with a `count`, so many
+    different ones, [I, K] and [T, K].
 
     | Inputs        | Shape  | Meaning                                                                              |
     |---------------|--------|--------------------------------------------------------------------------------------|
@@ -32,9 +37,10 @@ def sample_hard_negatives(
     | image_id      | [I]    | which image a row shows                                                               |
     | text_image_id | [T]    | which image a text describes                                                          |
     | generator     | -      | on the device of `similarity`; makes the draw reproducible                            |
+    | count         | -      | K                                                                                    |
 
     A pair with equal ids is never drawn.
-    Raises ValueError on shapes that do not fit, and if an image or a text has no wrong partner in the batch.
+    Raises ValueError on shapes that do not fit, and if an image or a text has too few wrong partners in the batch.
     """
     if similarity.shape != (*image_id.shape, *text_image_id.shape):
         raise ValueError(
@@ -42,12 +48,23 @@ def sample_hard_negatives(
             f"{tuple(text_image_id.shape)}; expected [I, T], [I] and [T]."
         )
     same = image_id[:, None] == text_image_id[None, :]
-    _require_negative(same, image_id, "image", "text")
-    _require_negative(same.T, text_image_id, "text", "image")
+    _require_negatives(same, image_id, "image", "text", count or 1)
+    _require_negatives(same.T, text_image_id, "text", "image", count or 1)
     logits = at_least_float32(similarity).masked_fill(same, float("-inf"))
-    text_index = torch.multinomial(logits.softmax(dim=1), 1, generator=generator).squeeze(1)  # [I]
-    image_index = torch.multinomial(logits.T.softmax(dim=1), 1, generator=generator).squeeze(1)  # [T]
-    return text_index, image_index
+    if count is None:
+        text_index = torch.multinomial(logits.softmax(dim=1), 1, generator=generator).squeeze(1)  # [I]
+        image_index = torch.multinomial(logits.T.softmax(dim=1), 1, generator=generator).squeeze(1)  # [T]
+        return text_index, image_index
+    # The largest of logit plus Gumbel noise are a draw without replacement (Kool et al. 2019, arXiv 1903.06059), whatever underflows.
+    text_index, image_index = (
+        (rows + _gumbel(rows, generator)).topk(count, dim=1).indices for rows in (logits, logits.T)
+    )
+    return text_index, image_index  # [I, K], [T, K]
+
+
+def _gumbel(like: Tensor, generator: torch.Generator | None) -> Tensor:
+    uniform = torch.rand(like.shape, generator=generator, device=like.device, dtype=torch.float64)
+    return -torch.log(-torch.log(uniform.clamp(min=1e-300)))
 
 
 def matching_loss(logits: Tensor, labels: Tensor) -> Tensor:
@@ -67,12 +84,29 @@ def matching_loss(logits: Tensor, labels: Tensor) -> Tensor:
     return F.binary_cross_entropy_with_logits(logits, labels.to(logits.dtype))
 
 
-def _require_negative(same: Tensor, ids: Tensor, row: str, column: str) -> None:
-    without = same.all(dim=1).nonzero()
-    if len(without):
+def _require_negatives(same: Tensor, ids: Tensor, row: str, column: str, count: int) -> None:
+    wrong = (~same).sum(dim=1)
+    if len(without := (wrong < count).nonzero()):
         first = int(without[0])
+        has = f"only {wrong[first]} of {count} negatives" if wrong[first] else "no negative"
         raise ValueError(
-            f"The {row} at row {first} (image id {ids[first].item()}) has no negative: all {same.shape[1]} {column}s "
-            "of the batch belong to the same image. Matching needs at least two different images per batch: raise the "
-            "batch size, or draw captions of different images."
+            f"The {row} at row {first} (image id {ids[first].item()}) has {has}: "
+            f"{same[first].sum()} of the {same.shape[1]} {column}s of the batch belong to the same image. "
+            f"Matching needs at least {count + 1} different images per batch: raise the batch size, or draw captions of different images."
         )
+
+
+def listwise_loss(logits: Tensor) -> Tensor:
+    """Cross-entropy of the true candidate among all, localized contrastive estimation (Gao et al. 2021, arXiv 2101.08751); a scalar.
+
+    | Inputs | Shape     | Meaning                                                                 |
+    |--------|-----------|-------------------------------------------------------------------------|
+    | logits | [Q, 1 + K] | of each query with its candidates, the true one first                  |
+
+    Raises ValueError if there is no second candidate.
+    """
+    if logits.dim() != 2 or logits.shape[1] < 2:
+        raise ValueError(
+            f"Got logits {tuple(logits.shape)}; expected [Q, 1 + K], the true candidate first, K at least 1."
+        )
+    return F.cross_entropy(at_least_float32(logits), logits.new_zeros(len(logits), dtype=torch.long))

@@ -3,6 +3,7 @@
 from unimodal.search.build import build_index
 from unimodal.search.calibrate import Calibration, calibrate
 from unimodal.search.encoder import Encoded, Encoder
+from unimodal.search.folder import FolderIndex, cache_folder, index_folder
 from unimodal.search.index import Hit, Index
 from unimodal.search.negatives import mine_negatives
 from unimodal.search.quantise import Precision, dequantise, quantise
@@ -12,12 +13,15 @@ __all__ = [
     "Calibration",
     "Encoded",
     "Encoder",
+    "FolderIndex",
     "Hit",
     "Index",
     "Precision",
     "build_index",
+    "cache_folder",
     "calibrate",
     "dequantise",
+    "index_folder",
     "mine_negatives",
     "quantise",
     "similarity",

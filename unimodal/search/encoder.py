@@ -71,13 +71,19 @@ class Encoder:
 
     def images(self, sources: Sequence[Any]) -> ImageState:
         """Read images in any form that `load_image` takes, as one batch."""
-        pixels = self.processor.images([load_image(source) for source in sources])
-        return self.model.encode_image(move_pixels(pixels, self.device, self.model.log_scale.dtype))
+        return self.model.encode_image(self._pixels(sources))
 
     def texts(self, texts: Sequence[str]) -> TextState:
         """Read texts as one batch."""
+        return self.model.encode_text(*self._ids(texts))
+
+    def _pixels(self, sources: Sequence[Any]) -> Any:
+        pixels = self.processor.images([load_image(source) for source in sources])
+        return move_pixels(pixels, self.device, self.model.log_scale.dtype)
+
+    def _ids(self, texts: Sequence[str]) -> tuple[Tensor, Tensor]:
         ids, mask = self.processor.texts(list(texts))
-        return self.model.encode_text(ids.to(self.device), mask.to(self.device))
+        return ids.to(self.device), mask.to(self.device)
 
     def check_one_shape(self, items: Sequence[Item]) -> None:
         """Refuse items whose embeddings do not fit one array."""
@@ -117,17 +123,23 @@ class Encoder:
             if not rows:
                 continue
             values = [getattr(items[row], kind) for row in rows]
-            if kind == "image":
+            read: Sequence[Tensor] = ()
+            if kind == "image" and not self.matches:
+                embedding = self.model.embed_images(self._pixels(values))
+            elif not self.matches:
+                embedding = self.model.embed_texts(*self._ids(values))
+            elif kind == "image":
                 image = self.images(values)
                 embedding, read = self.model.image_embedding(image), self._image_tokens(image)
             else:
                 text = self.texts(values)
                 embedding, read = self.model.text_embedding(text), self._text_tokens(text)
-            for i, row in enumerate(rows):
-                vectors[row].append(embedding[i].float())
-                tokens[row].append(read[i])
+            for row, vector in zip(rows, embedding.float()):
+                vectors[row].append(vector)
+            for row, kept in zip(rows, read):
+                tokens[row].append(kept)
         joined = [v[0] if len(v) == 1 else F.normalize(v[0] + v[1], dim=-1) for v in vectors.values()]
-        single = [t[0] if self.matches and len(t) == 1 else torch.empty(0) for t in tokens.values()]
+        single = [t[0] if len(t) == 1 else torch.empty(0) for t in tokens.values()]
         return Encoded(torch.stack(joined), single)
 
     def _read_whole(self, items: Sequence[Item], instruction: str | None, where: Sequence[str]) -> Encoded:

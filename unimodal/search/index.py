@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from unimodal.config import MatchingConfig
 from unimodal.data.items import Item, as_items, is_single
 from unimodal.search.backends import VectorIndex, open_backend
 from unimodal.search.catalogue import Catalogue, Document, Id, Metadata, kinds_of
@@ -327,8 +328,8 @@ class Index:
         rerank_top_k: int = 100,
         *,
         filter: str | None = None,
-        combine: Combine = "replace",
-        match_scale: float = 1.0,
+        combine: Combine | None = None,
+        match_scale: float | None = None,
         batch_size: int = 32,
         show_progress_bar: bool | None = None,
         prompt: str | None = None,
@@ -343,8 +344,9 @@ class Index:
             top_k: hits per query; all documents where there are fewer.
             rerank_top_k: depth of reranking; 0 leaves it out. Hits beyond it follow in their first order.
             filter: only documents whose metadata pass, for example "year >= 2020"; see `unimodal.search.filters`.
-            combine: `replace` orders by the match score alone, `sum` by cosine + match_scale * logit.
-            match_scale: weight of the logit under `sum`.
+            combine: `replace` orders by the match score alone, `sum` by cosine + match_scale * logit; None is as the model's configuration
+                says (`matching.combine`).
+            match_scale: weight of the logit under `sum`; None is the model's (`matching.scale`).
             batch_size: queries at a time, and pairs at a time.
             show_progress_bar: None shows one for several batches on a terminal.
             prompt: put before the text of every query; to a vision-language model the instruction by which queries are read, which need
@@ -359,6 +361,9 @@ class Index:
             ValueError: top_k below 1, a negative depth, an unknown `combine`, a filter that cannot be read; also what
                 `as_items` raises.
         """
+        matching = self.encoder.model.config.matching or MatchingConfig()
+        combine = matching.combine if combine is None else combine
+        match_scale = matching.scale if match_scale is None else match_scale
         check_depths(top_k, rerank_top_k, combine)
         items = as_items(queries)
         selection = None if filter is None else Selection(parse(filter, self.catalogue.fields), self._keys)

@@ -6,7 +6,7 @@ from unimodal.tasks.captioning import ITG, Captioning
 from unimodal.tasks.evaluation import Evaluation, EvaluationSettings
 from unimodal.tasks.generation import Conditioning, Flow, Generation
 from unimodal.tasks.joint import Joint
-from unimodal.tasks.matching import ITM, Matching
+from unimodal.tasks.matching import ITM, LCE, Matching
 from unimodal.tasks.optimizer import OptimizerSettings
 from unimodal.tasks.retrieval import ITC, Distillation, EmbeddingObjective, MaskedITC, Retrieval, SigmoidITC
 from unimodal.tasks.strategy import FSDP2
@@ -17,6 +17,7 @@ __all__ = [
     "ITC",
     "ITG",
     "ITM",
+    "LCE",
     "Captioning",
     "Conditioning",
     "Distillation",

@@ -150,17 +150,21 @@ class Step:
         return [at(self.batch.get(key), self.negative_image_given) for key in keys]
 
     def _embed_images(self, inputs: list[Any], state: str) -> Tensor:
-        if self.states or self.mini_batch_size is None:
+        if self.states:
             return self.model.image_embedding(getattr(self, state))
         return by_chunks(
-            lambda *chunk: self.model.image_embedding(self._read_image(*chunk)), *inputs, size=self.mini_batch_size
+            lambda pixels, features, mask: self.model.embed_images(pixels, features=features, mask=mask),
+            *inputs,
+            size=self.mini_batch_size,
         )
 
     def _embed_texts(self, inputs: list[Any], state: str) -> Tensor:
-        if self.states or self.mini_batch_size is None:
+        if self.states:
             return self.model.text_embedding(getattr(self, state))
         return by_chunks(
-            lambda *chunk: self.model.text_embedding(self._read_text(*chunk)), *inputs, size=self.mini_batch_size
+            lambda ids, mask, features: self.model.embed_texts(ids, mask, features=features),
+            *inputs,
+            size=self.mini_batch_size,
         )
 
     def _nothing_wrong(self, given: Tensor, like: Tensor) -> Wrong:

@@ -167,15 +167,14 @@ class Evaluation:
 
     def match_pairs(self, image_rows: Tensor, text_rows: Tensor) -> Tensor:
         """Match logits [P] of rows of this split."""
-        size = self.settings.pairs_per_batch
-        parts = []
-        for start in range(0, len(image_rows), size):
-            images, image_index = image_rows[start : start + size].unique(return_inverse=True)
-            texts, text_index = text_rows[start : start + size].unique(return_inverse=True)
-            parts.append(
-                self.model.match(self.image.select(images), self.text.select(texts), image_index, text_index).float()
-            )
-        return torch.cat(parts)
+        order = self.text.mask.sum(1)[text_rows].argsort(stable=True)  # by length, so that few read another's padding
+        out = torch.empty(len(text_rows), device=text_rows.device)
+        for rows in order.split(self.settings.pairs_per_batch):
+            images, image_index = image_rows[rows].unique(return_inverse=True)
+            texts, text_index = text_rows[rows].unique(return_inverse=True)
+            text = self.text.select(texts).trim()
+            out[rows] = self.model.match(self.image.select(images), text, image_index, text_index).float()
+        return out
 
     @torch.no_grad()
     def retrieval(self) -> dict[str, Any]:

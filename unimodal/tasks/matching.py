@@ -1,4 +1,4 @@
-"""Matching: the image-text match objective (ITM) and the task that trains it alone."""
+"""Matching: the objectives of the matching head, pair by pair (ITM) or by lists (LCE), and the task that trains it alone."""
 
 from typing import Any
 
@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from unimodal.config import ModelConfig
-from unimodal.losses import matching_loss, sample_hard_negatives, similarity
+from unimodal.losses import listwise_loss, matching_loss, sample_hard_negatives, similarity
 from unimodal.tasks.base import Objective, Report, Step, Task
 
 
@@ -62,8 +62,52 @@ class ITM(Objective):
         return matching_loss(logits, labels), {"balanced_accuracy": balanced}
 
 
+class LCE(Objective):
+    """The true item must score highest among hard negatives, as in the search whose results are reranked (localized contrastive
+    estimation, Gao et al. 2021, arXiv 2101.08751).
+
+    Every image is a query for its text and every text one for its image. Negatives are drawn from the rank's own batch, as `ITM` draws
+    them.
+
+    Args:
+        weight: weight in the sum of losses.
+        candidates: negatives of each query.
+        hardness: exponent of the draw at the end of the ramp; 0 draws uniformly.
+        ramp: share of the stage over which the hardness rises from 0.
+    """
+
+    keys = ("image", "text", "text_mask", "image_id")
+
+    def __init__(self, weight: float = 1.0, candidates: int = 3, hardness: float = 1.0, ramp: float = 0.3) -> None:
+        super().__init__(weight)
+        if candidates < 1:
+            raise ValueError(f"LCE: candidates must be at least 1, got {candidates}")
+        self.candidates, self.hardness, self.ramp = candidates, hardness, ramp
+
+    def __call__(self, step: Step) -> tuple[Tensor, Report]:
+        model, ids = step.model, step.batch["image_id"]
+        hardness = self.hardness * (min(1.0, step.progress / self.ramp) if self.ramp else 1.0)
+        image_embedding, text_embedding = step.image_embedding, step.text_embedding  # with gradient, as in ITM
+        with torch.no_grad():
+            scores = hardness * model.scale * similarity(image_embedding, text_embedding)
+            wrong_text, wrong_image = sample_hard_negatives(scores, ids, ids, count=self.candidates)  # [B, K]
+        rows = torch.arange(len(ids), device=ids.device)
+        each = rows.repeat_interleave(self.candidates)
+        logits = model.match(
+            step.image,
+            step.text,
+            torch.cat([rows, each, wrong_image.flatten()]),
+            torch.cat([rows, wrong_text.flatten(), each]),
+        )
+        own, of_images, of_texts = logits.split([len(rows), len(each), len(each)])
+        queries = [torch.cat([own[:, None], wrong.view(len(rows), -1)], 1) for wrong in (of_images, of_texts)]
+        lists = torch.cat(queries)  # [2B, 1 + K]
+        first = (lists.detach()[:, 1:] < lists.detach()[:, :1]).all(1).float().mean()
+        return listwise_loss(lists), {"first": first}
+
+
 class Matching(Task):
     """Trains the match score alone."""
 
-    def __init__(self, config: ModelConfig, itm: ITM | None = None, **settings: Any) -> None:
+    def __init__(self, config: ModelConfig, itm: ITM | LCE | None = None, **settings: Any) -> None:
         super().__init__(config, {"itm": itm or ITM()}, **settings)

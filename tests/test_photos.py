@@ -1,0 +1,210 @@
+"""One's own pictures: a folder is read once, what changed is read again, what cannot be read is named, what was found is shown."""
+
+import csv
+import json
+import os
+from pathlib import Path
+
+import pytest
+from test_cli import model, photos, run, wide  # noqa: F401
+from test_report import Balanced
+from toy import toy_model, toy_processor
+
+from unimodal import recipes
+from unimodal.data import CsvTable, JsonLines
+from unimodal.data.scenes import Scenes
+from unimodal.inference import Unimodal
+from unimodal.search import Encoder, cache_folder, index_folder
+
+
+@pytest.fixture
+def encoder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Encoder:
+    """The toy model's, with the pictures that it was given to read in `read`."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    encoder = Encoder(toy_model(), toy_processor())
+    encoder.read_images = []  # type: ignore[attr-defined]
+    images = encoder.images
+
+    def counted(sources):
+        encoder.read_images += sources  # type: ignore[attr-defined]
+        return images(sources)
+
+    encoder.images = counted  # type: ignore[method-assign]
+    return encoder
+
+
+def times(encoder: Encoder) -> int:
+    """How many pictures were read since the last time that this was asked."""
+    count = len(encoder.read_images)  # type: ignore[attr-defined]
+    encoder.read_images.clear()  # type: ignore[attr-defined]
+    return count
+
+
+@pytest.mark.filterwarnings("ignore:.*could not be read and are not in the index")
+def test_what_has_not_changed_is_not_read_again(encoder: Encoder, photos: Path) -> None:  # noqa: F811
+    first = index_folder(encoder, photos)
+    assert (times(encoder), first.fresh, first.stale) == (3, 4, 0)
+    assert first.index.ids == ["a.png", "b.png", "more/c.png"]
+    assert list(first.skipped) == ["bad.jpg"] and "is no image" in first.skipped["bad.jpg"]
+
+    again = index_folder(encoder, photos)
+    assert (times(encoder), again.fresh, again.stale, again.skipped) == (0, 0, 0, first.skipped)
+
+    Scenes("val", count=4).image(3).save(photos / "b.png")
+    os.utime(photos / "b.png", ns=(1, 1))
+    (photos / "a.png").unlink()
+    Scenes("val", count=5).image(4).save(photos / "d.png")
+    Scenes("val", count=5).image(4).save(photos / "bad.jpg")
+    third = index_folder(encoder, photos)
+    assert (times(encoder), third.fresh, third.stale, third.skipped) == (
+        3,
+        3,
+        3,
+        {},
+    )  # b changed, bad mended, d new; a is gone
+    assert sorted(map(str, third.index.ids)) == ["b.png", "bad.jpg", "d.png", "more/c.png"]
+    (hit,) = third.index.search(photos / "b.png", top_k=1)
+    assert hit["id"] == "b.png" and hit["first_score"] == pytest.approx(1, abs=1e-5)
+
+
+@pytest.mark.filterwarnings("ignore:.*could not be read and are not in the index")
+def test_an_interrupted_folder_is_gone_on_with(encoder: Encoder, photos: Path, monkeypatch) -> None:  # noqa: F811
+    monkeypatch.setattr("unimodal.search.store.PART", 2)
+    read = encoder.images
+
+    def interrupted(sources):
+        if len(encoder.read_images) == 2:  # type: ignore[attr-defined]
+            raise KeyboardInterrupt
+        return read(sources)
+
+    encoder.images = interrupted  # type: ignore[method-assign]
+    with pytest.raises(KeyboardInterrupt):
+        index_folder(encoder, photos, batch_size=1)
+    assert times(encoder) == 2
+    encoder.images = read  # type: ignore[method-assign]
+    assert len(index_folder(encoder, photos, batch_size=1).index) == 3
+    assert times(encoder) == 1  # the first part was kept
+
+
+@pytest.mark.filterwarnings("ignore:.*could not be read and are not in the index")
+def test_another_model_has_an_index_of_its_own(encoder: Encoder, photos: Path) -> None:  # noqa: F811
+    other = Encoder(toy_model(seed=1), toy_processor())
+    mine, theirs = index_folder(encoder, photos).index, index_folder(other, photos).index
+    assert mine.folder != theirs.folder and mine.folder.parent == theirs.folder.parent == cache_folder(photos)
+    assert not any(path.is_relative_to(photos) for path in (mine.folder, theirs.folder))
+    kept = photos.parent / "kept"
+    assert index_folder(encoder, photos, kept).note is None
+    taken = index_folder(other, photos, kept)
+    assert "was made by model" in str(taken.note) and taken.fresh == 4 and len(taken.index) == 3
+
+
+def test_folders_of_one_name_are_told_apart_and_one_folder_by_two_names_is_not(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "x/photos").mkdir(parents=True)
+    assert cache_folder("x/photos") == cache_folder(tmp_path / "x/photos") != cache_folder("photos")
+    assert cache_folder("photos").name.startswith("photos-")
+
+
+def test_an_index_that_cannot_be_kept_says_what_to_do(encoder: Encoder, photos: Path, monkeypatch) -> None:  # noqa: F811
+    advice = "the index cannot be kept there .*; give another folder for the index, or set XDG_CACHE_HOME"
+    with pytest.raises(PermissionError, match=f"a.png/x: {advice}"):
+        index_folder(encoder, photos, photos / "a.png/x")
+    with pytest.raises(ValueError, match="is not empty and holds no index; choose another folder"):
+        index_folder(encoder, photos, photos)
+    monkeypatch.setattr(os, "access", lambda path, mode: False)
+    with pytest.raises(PermissionError, match=f"kept: {advice}"):
+        index_folder(encoder, photos, photos.parent / "kept")
+
+
+@pytest.mark.filterwarnings("ignore:.*could not be read and are not in the index")
+def test_an_index_that_is_broken_says_what_to_do(encoder: Encoder, photos: Path) -> None:  # noqa: F811
+    folder = index_folder(encoder, photos).index.folder
+    (folder / "documents.sqlite").write_bytes(b"no database" * 1000)
+    with pytest.raises(OSError, match="the index cannot be used .*; if no other search is at it, delete it"):
+        index_folder(encoder, photos)
+
+
+def test_from_python(photos: Path) -> None:  # noqa: F811
+    ours = Unimodal(toy_model(), toy_processor())
+    with pytest.warns(UserWarning, match="1 of 4 documents could not be read"):
+        index = ours.index_folder(photos)
+    assert [hit["rank"] for hit in index.search("a red circle", top_k=2)] == [1, 2]
+
+
+def test_none_can_be_read(encoder: Encoder, tmp_path: Path) -> None:
+    (tmp_path / "x.jpg").write_text("no picture")
+    with (
+        pytest.warns(UserWarning, match="1 of 1 documents"),
+        pytest.raises(ValueError, match="none of the 1 pictures in .* can be read: .*x.jpg' is no image"),
+    ):
+        index_folder(encoder, tmp_path)
+
+
+# The page of a search.
+
+
+def test_search_writes_its_page(model: Path, photos: Path, capsys: pytest.CaptureFixture[str]) -> None:  # noqa: F811
+    out = photos.parent / "pages/found.html"
+    ask = ("search", photos, "a <red> circle", "--model", model, "--top_k", 2, "--rerank_top_k", 1, "--out", out)
+    status, output, error = run(capsys, *ask)
+    assert status == 0 and output.splitlines()[-1] == str(out), error
+    text = out.read_text()
+    tags = [tag for tag, _ in Balanced(text).seen]
+    assert "http:" not in text and "https:" not in text and not {"script", "link", "iframe"} & set(tags)
+    assert tags.count("img") == 4  # two results, each with its heat-map
+    for shown in ("a &lt;red&gt; circle", "&lt;red&gt;</span>", "The best 2 of 3 pictures", "1 of 3", "bad.jpg"):
+        assert shown in text, shown
+    assert text.count("<span>match <b>") == 1  # the second was not judged
+
+
+def test_a_picture_is_asked(model: Path, photos: Path, capsys, monkeypatch) -> None:  # noqa: F811
+    opened: list[str] = []
+    monkeypatch.setattr("webbrowser.open", opened.append)
+    status, output, _ = run(capsys, "search", photos, photos / "a.png", "--model", model, "--top_k", 1, "--open")
+    page = Path(output.splitlines()[-1])
+    assert status == 0 and page == cache_folder(photos) / "search.html" and opened == [page.as_uri()]
+    text = page.read_text()
+    tags = [tag for tag, _ in Balanced(text).seen]
+    assert tags.count("img") == 2 and "red speaks" not in text and "Pictures like this one" in text
+
+
+# Captions.
+
+
+@pytest.mark.parametrize(("suffix", "reader"), [(".jsonl", JsonLines), (".csv", CsvTable)])
+def test_captions_are_written_as_our_readers_read_them(suffix: str, reader, model, photos: Path, capsys) -> None:  # noqa: F811
+    out = photos.parent / f"captions{suffix}"
+    status, output, error = run(capsys, "caption", photos, "--model", model, "--num_beams", 1, "--out", out)
+    assert status == 0 and "1 of 4 pictures skipped" in error
+    if suffix == ".jsonl":
+        rows = [json.loads(line) for line in out.read_text().splitlines()]
+    else:
+        rows = list(csv.DictReader(out.open(newline="")))
+    assert [f"{row['image']}: {row['caption']}" for row in rows] == output.splitlines() and len(rows) == 3
+    assert [Path(row["image"]).relative_to(photos).as_posix() for row in rows] == ["a.png", "b.png", "more/c.png"]
+
+
+def test_captions_on_a_terminal_are_a_table(model, photos: Path, capsys, monkeypatch) -> None:  # noqa: F811
+    monkeypatch.setattr("sys.stdout.isatty", lambda: True)
+    status, output, _ = run(capsys, "caption", photos / "a.png", "--model", model, "--num_beams", 1)
+    assert status == 0 and all(shown in output for shown in ("┃", "caption", "a.png"))
+
+
+def test_captions_go_to_no_other_file(model, photos: Path, capsys) -> None:  # noqa: F811
+    status, _, error = run(capsys, "caption", photos, "--model", model, "--out", photos.parent / "captions.txt")
+    assert status == 1 and "captions are written to a file that ends in .jsonl or .csv" in error
+
+
+# The shipped checkpoint.
+
+
+def test_the_shipped_checkpoint_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    monkeypatch.setattr(recipes, "PACKAGE", tmp_path / "clone/unimodal")
+    with pytest.raises(FileNotFoundError, match="no model in checkpoints/unimodal-small.*give --model"):
+        recipes.shipped_checkpoint()
+    for root in (tmp_path / "here", tmp_path / "clone"):  # the clone's goes before
+        (root / recipes.CHECKPOINT).mkdir(parents=True)
+        (root / recipes.CHECKPOINT / "config.json").write_text("{}")
+        assert recipes.shipped_checkpoint().resolve() == root / recipes.CHECKPOINT

@@ -1,0 +1,280 @@
+"""A page of one's own in the browser: search a folder by words or by a picture, see why something matched, caption, draw.
+
+`unimodal app FOLDER` in the shell, or from Python `serve(model, model.index_folder(FOLDER))`. It needs gradio
+(`pip install 'unimodal[demo]'`), listens on 127.0.0.1 alone, and is never shared. Whatever the page shows comes from this machine, and a
+content security policy has the browser refuse anything else.
+"""
+
+import time
+import webbrowser
+from html import escape
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+
+from unimodal.data.images import load_image
+from unimodal.inference import Unimodal
+from unimodal.search import Index
+
+HOST = "127.0.0.1"
+POLICY = "default-src 'self' data: blob: 'unsafe-inline' 'unsafe-eval'"  # gradio's page runs scripts of its own
+THUMBNAIL = 384  # pixels
+STEPS = 16  # of a heat-map
+LACKS = {
+    "matching": "no matching head: results keep the order of their embeddings, and nothing says why",
+    "captioning": "no captioning head: it writes no captions",
+    "generation": "no generation head: it draws no pictures",
+}
+STYLE = """
+.gradio-container, .gradio-container > main { width: 100% !important; max-width: 68rem !important; margin-inline: auto !important; }
+:focus-visible { outline: 3px solid var(--primary-500) !important; outline-offset: 2px !important; }
+#results .grid-wrap { max-height: none !important; }
+#results .grid-container { grid-template-columns: repeat(auto-fill, minmax(min(44%, 11rem), 1fr)) !important; }
+#results .caption-label { max-width: 100%; white-space: normal; }
+#reason p { overflow-wrap: anywhere; margin-bottom: 0.8rem; }
+#drawn img { width: 100%; object-fit: contain; image-rendering: pixelated; }
+.word { border-radius: 3px; padding: 0 0.25em; }
+"""
+SHOW = "() => document.querySelector('#why').scrollIntoView({block: 'nearest'})"  # the answer may lie below the window
+
+
+def serve(
+    model: Unimodal,
+    index: Index | None = None,
+    *,
+    port: int | None = None,
+    open_browser: bool = False,
+    wait: bool = True,
+) -> Any:
+    """Serve the page on 127.0.0.1.
+
+    Args:
+        model: what to use; the page offers what its heads can do, and says what they cannot.
+        index: of pictures on this machine; None leaves out the search.
+        port: where to listen; None takes the first free one from 7860.
+        open_browser: show the page.
+        wait: until it is interrupted; otherwise the page is served as long as this process runs, or until its `close()`.
+
+    Returns:
+        gradio's `Blocks`, with the address in `local_url`.
+
+    Raises:
+        ImportError: gradio is not installed.
+        OSError: the port is taken.
+    """
+    gradio = require_gradio()
+    page = build(gradio, model, index)
+    try:
+        page.launch(
+            server_name=HOST,
+            server_port=port,
+            share=False,
+            ssr_mode=False,
+            quiet=True,
+            show_error=True,
+            prevent_thread_lock=True,
+            footer_links=[],
+            app_kwargs={"middleware": [(Policy, (), {})]},
+            theme=gradio.themes.Default(
+                primary_hue="blue", font=["system-ui", "sans-serif"], font_mono=["monospace"]
+            ).set(button_primary_background_fill="*primary_700", button_primary_background_fill_hover="*primary_800"),
+            css=STYLE,
+        )
+    except OSError as error:
+        raise OSError(f"port {port or '7860 to 7959'} of {HOST} is taken; give another one") from error
+    print(f"{page.local_url} (Ctrl+C ends it)")
+    if open_browser:
+        webbrowser.open(page.local_url)
+    if wait:
+        page.block_thread()
+    return page
+
+
+def require_gradio() -> Any:
+    """Raises:
+    ImportError: gradio is not installed.
+    """
+    try:
+        import gradio
+    except ImportError as error:
+        raise ImportError("the page needs gradio: pip install 'unimodal[demo]'") from error
+    return gradio
+
+
+class Policy:
+    """ASGI middleware that sends the content security policy with every answer."""
+
+    def __init__(self, app: Any) -> None:
+        self.app = app
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        async def with_policy(message: Any) -> None:
+            if message["type"] == "http.response.start":
+                message["headers"] = [*message["headers"], (b"content-security-policy", POLICY.encode())]
+            await send(message)
+
+        await self.app(scope, receive, with_policy)
+
+
+def build(gradio: Any, model: Unimodal, index: Index | None) -> Any:
+    """The page: a tab for each thing that can be done."""
+    one_at_a_time = {"concurrency_id": "model", "concurrency_limit": 1}
+    lacking = [LACKS[head] for head in model.missing_heads if head in LACKS]
+    with gradio.Blocks(title="unimodal", analytics_enabled=False, delete_cache=(86400, 86400)) as page:
+        about = (
+            f"{len(index)} pictures to search"
+            if index is not None
+            else "No folder to search: start it as `unimodal app FOLDER`"
+        )
+        gradio.Markdown(f"# unimodal\n{about}." + "".join(f" This model has {what}." for what in lacking))
+        with gradio.Tabs():
+            if index is not None:
+                with gradio.Tab("Search"):
+                    search_tab(gradio, model, index, one_at_a_time)
+            if "captioning" in model.heads:
+                with gradio.Tab("Caption"):
+                    caption_tab(gradio, model, one_at_a_time)
+            if "generation" in model.heads:
+                with gradio.Tab("Draw"):
+                    draw_tab(gradio, model, one_at_a_time)
+    return page
+
+
+def search_tab(gradio: Any, model: Unimodal, index: Index, options: dict[str, Any]) -> None:
+    """Words or a picture in, pictures out; one that is chosen is captioned and explained."""
+    judges = model.encoder.matches
+    with gradio.Row():
+        words = gradio.Textbox(
+            label="Search for",
+            placeholder="a dog running on grass",
+            autofocus=True,
+            max_lines=1,
+            scale=4,
+            min_width=240,
+        )
+        button = gradio.Button("Search", variant="primary", scale=1, min_width=120)
+    with gradio.Accordion("Search by a picture", open=False):
+        example = gradio.Image(
+            type="filepath", sources=["upload", "clipboard"], label="Pictures like this one", height=240
+        )
+    with gradio.Row():
+        count = gradio.Slider(1, min(60, len(index)), min(12, len(index)), step=1, label="Results")
+        depth = gradio.Slider(
+            0,
+            min(500, len(index)),
+            min(50, len(index)),
+            step=1,
+            label="Rerank depth: how many the matching head judges",
+            visible=judges,
+        )
+    status = gradio.Markdown("", elem_id="status")
+    results = gradio.Gallery(
+        label="Results",
+        elem_id="results",
+        allow_preview=False,
+        object_fit="contain",
+        buttons=[],
+        format="jpeg",
+        height="auto",
+    )
+    with gradio.Row(visible=False, elem_id="why") as details:
+        with gradio.Column(min_width=280):
+            heat = gradio.Image(buttons=[], interactive=False, elem_id="heat", format="png")
+        with gradio.Column(min_width=280):
+            reason = gradio.HTML(elem_id="reason")
+    found = gradio.State([])
+
+    def search(query: dict[str, Any], count: int, depth: int) -> tuple[Any, ...]:
+        started = time.perf_counter()
+        best = index.search(query, top_k=int(count), rerank_top_k=int(depth))
+        hits = [hit for hit in best if Path(hit["document"]).is_file()]
+        said = f"{len(hits)} of {len(index)} pictures in {time.perf_counter() - started:.1f} s. Choose one to see more."
+        if gone := len(best) - len(hits):
+            said += f" {gone} more are gone since the folder was read."
+        if judges and "image" in query:
+            said += " The matching head judges words, so these are in the order of their embeddings."
+        shown = [(thumbnail(hit["document"]), label(hit)) for hit in hits]
+        known = [(hit["document"], query.get("text"), label(hit, hit["id"])) for hit in hits]
+        return gradio.Gallery(shown, selected_index=None), said, known, gradio.Row(visible=False)
+
+    def by_words(text: str, count: int, depth: int) -> tuple[Any, ...]:
+        if not text.strip():
+            return [], "Write what the picture should show, then press Enter.", [], gradio.Row(visible=False)
+        return search({"text": text}, count, depth)
+
+    def by_picture(path: str | None, count: int, depth: int) -> tuple[Any, ...]:
+        return search({"image": load_image(Path(path))}, count, depth) if path else by_words("", count, depth)
+
+    def why(hits: list[tuple[str, str | None, str]], chosen: gradio.SelectData) -> tuple[Any, ...]:
+        path, asked, title = hits[chosen.index]
+        picture = load_image(Path(path))
+        lines = [f"<b>{escape(title)}</b>"]
+        if "captioning" in model.heads:
+            lines.append(f"Caption: {escape(model.caption(picture))}")
+        shown = gradio.Image(picture, label="Picture")
+        if asked is not None and judges:
+            explanation = model.explain(picture, asked, steps=STEPS)
+            shown = gradio.Image(explanation.overlay(), label="Why it matched")
+            lines += ["Red speaks for the match, blue against it; so do the words:", coloured(explanation.words)]
+        return gradio.Row(visible=True), shown, "".join(f"<p>{line}</p>" for line in lines)
+
+    outputs = [results, status, found, details]
+    gradio.on([words.submit, button.click], by_words, [words, count, depth], outputs, **options)
+    example.input(by_picture, [example, count, depth], outputs, **options)
+    results.select(why, [found], [details, heat, reason], **options).then(None, js=SHOW)
+
+
+def caption_tab(gradio: Any, model: Unimodal, options: dict[str, Any]) -> None:
+    """A picture in, a sentence out."""
+    picture = gradio.Image(type="filepath", sources=["upload", "clipboard"], label="Picture", height=320)
+    text = gradio.Textbox(label="Caption", interactive=False)
+    picture.input(lambda path: model.caption(load_image(Path(path))) if path else "", [picture], [text], **options)
+
+
+def draw_tab(gradio: Any, model: Unimodal, options: dict[str, Any]) -> None:
+    """Words in, a picture out; the same seed draws the same one again."""
+    with gradio.Row():
+        words = gradio.Textbox(
+            label="Draw", placeholder="a red circle above a blue square", max_lines=1, scale=4, min_width=240
+        )
+        button = gradio.Button("Draw", variant="primary", scale=1, min_width=120)
+    with gradio.Row():
+        steps = gradio.Slider(1, 50, 20, step=1, label="Steps from noise to picture")
+        seed = gradio.Slider(0, 100, 0, step=1, label="Seed")
+    drawn = gradio.Image(
+        label="Drawn", interactive=False, format="png", height=320, buttons=["download"], elem_id="drawn"
+    )
+
+    def draw(text: str, steps: int, seed: int) -> Image.Image:
+        if not text.strip():
+            raise gradio.Error("Write what to draw, then press Enter.", print_exception=False)
+        generator = torch.Generator(model.device).manual_seed(int(seed))
+        return model.generate_image(text, num_inference_steps=int(steps), generator=generator).images[0]
+
+    gradio.on([words.submit, button.click], draw, [words, steps, seed], [drawn], **options)
+
+
+def label(hit: Any, name: str = "") -> str:
+    """A result in a line: its place, what it is called where there is room for it, and its scores."""
+    scores = [f"cosine {hit['first_score']:.2f}"]
+    if hit["rerank_score"] is not None:
+        scores.insert(0, f"match {hit['rerank_score']:.0%}")
+    return f"{hit['rank']}. {name} {', '.join(scores)}"
+
+
+def thumbnail(path: str) -> Image.Image:
+    picture = load_image(Path(path))
+    picture.thumbnail((THUMBNAIL, THUMBNAIL))
+    return picture
+
+
+def coloured(words: list[tuple[str, float]]) -> str:
+    """Words on a ground that says how much each speaks for the match or against it."""
+    most = max(abs(weight) for _, weight in words) or 1
+    shades = [("209, 36, 47" if weight > 0 else "31, 111, 235", abs(weight) / most) for _, weight in words]
+    return " ".join(
+        f'<span class="word" style="background: rgba({colour}, {0.5 * share:.2f})">{escape(word)}</span>'
+        for (word, _), (colour, share) in zip(words, shades)
+    )

@@ -1,0 +1,179 @@
+"""`unimodal search FOLDER QUERY`, `unimodal caption PATH ...` and `unimodal app FOLDER`: what a model makes of one's own pictures."""
+
+import argparse
+import csv
+import json
+import sys
+import warnings
+import webbrowser
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from unimodal.app import require_gradio, serve
+from unimodal.data.images import load_image
+from unimodal.data.items import as_item
+from unimodal.inference import Unimodal
+from unimodal.report import Found, write_search
+from unimodal.search import FolderIndex, Hit, cache_folder, index_folder
+from unimodal.search.encoder import batches, progress
+
+STEPS = 16  # of a heat-map, on the path from a blank picture
+CAPTIONS = 8  # pictures at a time
+
+
+def add_parsers(verbs: Any, model: argparse.ArgumentParser, prompt: argparse.ArgumentParser) -> None:
+    """The three verbs."""
+    kept = argparse.ArgumentParser(add_help=False)
+    kept.add_argument("--index", type=Path, help="a folder for what was read; by default one in ~/.cache/unimodal")
+
+    verb = verbs.add_parser(
+        "search", parents=[model, prompt, kept], help="search a folder of images by text, or by an image"
+    )
+    verb.add_argument("folder", type=Path, help="where the pictures are; folders in it are searched too")
+    verb.add_argument("query", help="a text, or the path of a picture")
+    verb.add_argument("--top_k", type=int, default=5, help="how many to show")
+    verb.add_argument("--rerank_top_k", type=int, default=50, help="how many the matching head judges; 0 for none")
+    verb.add_argument("--out", type=Path, help="the page of results, .html; by default beside the index in ~/.cache")
+    verb.add_argument("--open", action="store_true", help="open the page in the browser")
+
+    verb = verbs.add_parser("caption", parents=[model, prompt], help="caption images")
+    verb.add_argument("paths", nargs="+", metavar="PATH", help="pictures, or folders of pictures")
+    verb.add_argument("--num_beams", type=int, help="hypotheses kept; 1 is greedy, by default 3")
+    verb.add_argument(
+        "--candidates", type=int, default=1, help="captions written, of which the model's own match score chooses one"
+    )
+    verb.add_argument("--max_new_tokens", type=int, help="longest caption, by default 30")
+    verb.add_argument("--out", type=Path, help="also write them to this file, .jsonl or .csv")
+
+    verb = verbs.add_parser("app", parents=[model, kept], help="search, captions and drawings on a page of your own")
+    verb.add_argument("folder", type=Path, nargs="?", help="where the pictures are; without it nothing is searched")
+    verb.add_argument("--port", type=int, help="of 127.0.0.1; by default the first free one from 7860")
+    verb.add_argument("--open", action="store_true", help="open the page in the browser")
+
+
+def search(model: Unimodal, options: argparse.Namespace) -> tuple[list[Hit], Path]:
+    """The hits, and the page that shows them and says why."""
+    folder = open_folder(model, options.folder, options.index)
+    depths = {"top_k": options.top_k, "rerank_top_k": options.rerank_top_k}
+    hits: list[Hit] = folder.index.search(options.query, **depths, prompt=options.prompt)
+    judged = 0 if hits[0]["rerank_score"] is None else min(options.rerank_top_k, len(folder.index))
+    item = as_item(options.query)
+    text = None if item.text is None else (options.prompt or "") + item.text
+    page = write_search(
+        options.out or cache_folder(options.folder) / "search.html",
+        load_image(item.image) if item.text is None else item.text,
+        summary=f"The best {len(hits)} of {len(folder.index)} pictures in {options.folder}.",
+        facts={
+            "Model": str(options.model),
+            "Judged by the matching head": f"{judged} of {len(folder.index)}",
+            "Could not be read": str(len(folder.skipped)),
+        },
+        found=[_found(model, hit, text) for hit in progress(hits, "Explaining", None)],
+        skipped=list(folder.skipped.values()),
+    )
+    if options.open:
+        webbrowser.open(page.resolve().as_uri())
+    return hits, page
+
+
+def _found(model: Unimodal, hit: Hit, text: str | None) -> Found:
+    picture = load_image(Path(hit["document"]))
+    found: Found = {"name": str(hit["id"]), "picture": picture, "first": hit["first_score"]}
+    if hit["rerank_score"] is not None:
+        found["match"] = hit["rerank_score"]
+    if text is not None and model.encoder.matches:
+        why = model.explain(picture, text, steps=STEPS)
+        found["heatmap"], found["words"] = why.overlay(), why.words
+    return found
+
+
+def open_folder(model: Unimodal, folder: Path, kept_in: Path | None) -> FolderIndex:
+    """The index of a folder; what has changed since the last time, and what is left out, is said on standard error."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*could not be read and are not in the index.*")
+        found = index_folder(model.encoder, folder, kept_in)
+    if found.note:
+        say(f"{found.note}; all pictures were read again")
+    elif found.stale or 0 < found.fresh < len(found.index):
+        say(f"{found.index.folder}: {found.fresh} pictures are new or changed, {found.stale} are gone or changed")
+    say_skipped(found.skipped, len(found.index) + len(found.skipped))
+    return found
+
+
+def caption(model: Unimodal, options: argparse.Namespace, paths: Sequence[Path]) -> dict[str, str]:
+    """The captions of pictures by name, written to `--out` as they come; those that cannot be read are named and left out.
+
+    Raises:
+        ValueError: none can be read, or `--out` is neither .jsonl nor .csv.
+    """
+    # Candidates are drawn, always the same ones; a vision-language model draws nothing here.
+    drawn: dict[str, Any] = {} if model.encoder.writes else {"generator": torch.Generator(model.device).manual_seed(0)}
+    captions: dict[str, str] = {}
+    skipped: dict[str, str] = {}
+    with writing(options.out) as write:
+        for rows in progress(batches(len(paths), CAPTIONS), "Captioning", None):
+            opened = {}
+            for path in paths[rows]:
+                try:
+                    opened[str(path)] = load_image(path)
+                except (OSError, ValueError) as error:
+                    skipped[str(path)] = str(error)
+            texts = model.caption(
+                list(opened.values()),
+                prompt=options.prompt,
+                num_beams=options.num_beams,
+                candidates=options.candidates,
+                max_new_tokens=options.max_new_tokens,
+                show_progress_bar=False,
+                **drawn,
+            )
+            for name, text in zip(opened, texts):
+                captions[name] = text
+                write(name, text)
+    say_skipped(skipped, len(paths))
+    if not captions:
+        raise ValueError(f"none of the {len(paths)} inputs can be read")
+    return captions
+
+
+@contextmanager
+def writing(path: Path | None) -> Iterator[Callable[[str, str], None]]:
+    """What writes a caption to the file, as the readers `JsonLines` and `CsvTable` read it; nothing without a file.
+
+    Raises:
+        ValueError: another suffix than .jsonl or .csv.
+    """
+    if path is None:
+        yield lambda name, text: None
+        return
+    if path.suffix not in (".jsonl", ".csv"):
+        raise ValueError(f"--out {path}: captions are written to a file that ends in .jsonl or .csv")
+    with open(path, "w", encoding="utf-8", newline="") as file:
+        if path.suffix == ".csv":
+            table = csv.writer(file)
+            table.writerow(("image", "caption"))
+            yield lambda name, text: table.writerow((name, text))
+        else:
+            yield lambda name, text: print(json.dumps({"image": name, "caption": text}, ensure_ascii=False), file=file)
+
+
+def app(model: Unimodal, options: argparse.Namespace) -> None:
+    """Serve the page until it is interrupted."""
+    require_gradio()  # rather now than after a folder was read
+    index = None if options.folder is None else open_folder(model, options.folder, options.index).index
+    serve(model, index, port=options.port, open_browser=options.open)
+
+
+def say_skipped(reasons: dict[str, str], total: int) -> None:
+    for why in reasons.values():
+        say(f"skipped: {why}")
+    if reasons:
+        say(f"{len(reasons)} of {total} pictures skipped")
+
+
+def say(message: str) -> None:
+    print(message, file=sys.stderr)

@@ -1,0 +1,131 @@
+"""The pictures of a folder in an index that is kept: what has not changed is not read again.
+
+The index lies outside the folder, which may be read-only or synchronised with other machines, in the user's cache:
+`$XDG_CACHE_HOME/unimodal/NAME-HASH/FINGERPRINT`, or under `~/.cache` where the variable is not set. NAME-HASH tells folders apart by
+their full path, FINGERPRINT models by their weights. All of it may be deleted at any time, and is made again.
+"""
+
+import hashlib
+import os
+import sqlite3
+from dataclasses import dataclass
+from pathlib import Path
+
+from unimodal.data.items import pictures_in
+from unimodal.search.build import build_index
+from unimodal.search.catalogue import Document
+from unimodal.search.encoder import Encoder
+from unimodal.search.index import Index
+
+
+@dataclass(frozen=True)
+class FolderIndex:
+    """The index of a folder, and what was done to it.
+
+    Attributes:
+        index: hits have the path within the folder as `id`, the full path as `document`.
+        fresh: how many pictures are new or have changed.
+        stale: how many that it held are gone or have changed.
+        skipped: path within the folder -> why the picture cannot be read.
+        note: why an index that was there had to be made again.
+    """
+
+    index: Index
+    fresh: int
+    stale: int
+    skipped: dict[str, str]
+    note: str | None
+
+
+def cache_folder(folder: str | Path) -> Path:
+    """Where the user's cache keeps what belongs to a folder of pictures."""
+    place = Path(folder).resolve()
+    cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(cache, "unimodal", f"{place.name}-{hashlib.sha256(os.fsencode(place)).hexdigest()[:12]}")
+
+
+def index_folder(
+    encoder: Encoder,
+    folder: str | Path,
+    kept_in: str | Path | None = None,
+    *,
+    batch_size: int = 8,
+    show_progress_bar: bool | None = None,
+) -> FolderIndex:
+    """The index of the pictures in a folder and the folders in it, brought up to date: new and changed pictures are read, those that
+    are gone are dropped, those that cannot be read are left out and named. A picture has changed when its size or its time of change has.
+
+    Args:
+        encoder: the model and its processor.
+        folder: where the pictures are.
+        kept_in: a folder for the index; by default one in the user's cache, for this folder and this model.
+        batch_size: pictures at a time.
+        show_progress_bar: None shows one for several batches on a terminal.
+
+    Raises:
+        FileNotFoundError: no such folder of pictures.
+        PermissionError: the index cannot be written.
+        OSError: the index cannot be used.
+        ValueError: no picture is there, none can be read, or `kept_in` holds something else.
+    """
+    root = Path(folder).resolve()
+    pictures = pictures_in(Path(folder))
+    place = cache_folder(root) / encoder.fingerprint() if kept_in is None else Path(kept_in)
+    _require_writable(place)
+    try:
+        index, note = _open(encoder, place)
+        files = {path.relative_to(folder).as_posix(): path.stat() for path in pictures}
+        wanted = {
+            name: Document(name, str(root / name), {"version": f"{stat.st_size} {stat.st_mtime_ns}"})
+            for name, stat in files.items()
+        }
+        held = {document.id: document for document in index.catalogue.listed()}
+        fresh = [document for name, document in wanted.items() if held.get(name) != document]
+        gone = [name for name in held if name not in wanted]
+        if gone:
+            index.delete(gone)
+        if fresh:
+            index.add(
+                [Path(one.document) for one in fresh],
+                [one.id for one in fresh],
+                [one.metadata for one in fresh],
+                replace=True,
+                batch_size=batch_size,
+                on_error="skip",
+                show_progress_bar=show_progress_bar,
+            )
+        skipped = {str(name): why for name, why in index.catalogue.skipped().items()}
+    except sqlite3.Error as error:
+        raise OSError(f"{place}: the index cannot be used ({error}); if no other search is at it, delete it") from error
+    if not len(index):
+        raise ValueError(
+            f"none of the {len(pictures)} pictures in {folder} can be read: {next(iter(skipped.values()))}"
+        )
+    changed = sum(one.id in held for one in fresh)
+    return FolderIndex(index, len(fresh), len(gone) + changed, skipped, note)
+
+
+def _open(encoder: Encoder, place: Path) -> tuple[Index, str | None]:
+    """The index at a place, begun where there is none, begun anew where it is of no use; and why it is not."""
+    if not (place / "index.json").exists():
+        return build_index(encoder, [], folder=place), None
+    try:
+        return Index.load(place, encoder), None
+    except ValueError as error:  # another model's, another format's, or its beginning was interrupted
+        build_index(encoder, []).save(place)
+        return Index.load(place, encoder), str(error)
+
+
+def _require_writable(place: Path) -> None:
+    """Make the folder of an index.
+
+    Raises:
+        PermissionError: it cannot be made, or not be written.
+    """
+    advice = "give another folder for the index, or set XDG_CACHE_HOME to one that you may write"
+    try:
+        place.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise PermissionError(f"{place}: the index cannot be kept there ({error.strerror}); {advice}") from error
+    if not os.access(place, os.W_OK):
+        raise PermissionError(f"{place}: the index cannot be kept there (it is read-only); {advice}")
