@@ -17,6 +17,7 @@ from unimodal.losses import (
     distillation_loss,
     flow_matching_loss,
     info_nce,
+    listwise_loss,
     lsq,
     masked_info_nce,
     matching_loss,
@@ -27,6 +28,7 @@ from unimodal.losses import (
     sample_hard_negatives,
     sigmoid_loss,
     similarity,
+    triplet_loss,
 )
 
 IDS = torch.tensor([7, 3, 7, 5])  # rows 0 and 2 show the same image
@@ -429,15 +431,45 @@ def test_hard_negatives_carry_no_gradient_and_take_bfloat16():
 
 def test_hard_negatives_need_two_images():
     with pytest.raises(
-        ValueError, match=r"image at row 0 \(image id 5\) has no negative: all 1 texts.*at least two different"
+        ValueError, match=r"image at row 0 \(image id 5\) has no negative: 1 of the 1 texts.*at least 2 different"
     ):
         sample_hard_negatives(torch.zeros(1, 1), torch.tensor([5]), torch.tensor([5]))
-    with pytest.raises(ValueError, match=r"image at row 0 \(image id 5\) has no negative: all 3 texts"):
+    with pytest.raises(ValueError, match=r"image at row 0 \(image id 5\) has no negative: 3 of the 3 texts"):
         sample_hard_negatives(torch.zeros(3, 3), torch.full((3,), 5), torch.full((3,), 5))
-    with pytest.raises(ValueError, match=r"text at row 1 \(image id 2\) has no negative: all 1 images"):
+    with pytest.raises(ValueError, match=r"text at row 1 \(image id 2\) has no negative: 1 of the 1 images"):
         sample_hard_negatives(torch.zeros(1, 2), torch.tensor([2]), torch.tensor([1, 2]))
     with pytest.raises(ValueError, match=r"similarity \(3, 2\) with image_id \(3,\) and text_image_id \(3,\)"):
         sample_hard_negatives(torch.zeros(3, 2), torch.arange(3), torch.arange(3))
+
+
+def test_several_hard_negatives_are_different_ones_and_follow_the_softmax():
+    """Of two drawn without replacement, {a, b} has the probability p_a p_b / (1 - p_a) + p_b p_a / (1 - p_b)."""
+    draws, generator = 20_000, torch.Generator().manual_seed(0)
+    row = torch.tensor([9.0, 0.0, 1.0, -1.0])
+    many, few = torch.zeros(draws, dtype=torch.long), torch.arange(4)
+    scores = torch.cat([row.expand(draws, 4), torch.zeros(2, 4)])
+    ids = torch.cat([many, torch.tensor([98, 99])])  # two more images, of which text 0 may take its negatives
+    drawn, _ = sample_hard_negatives(scores, ids, few, generator, count=2)
+    drawn = drawn[:draws]
+    assert (drawn[:, 0] != drawn[:, 1]).all() and (drawn != 0).all()
+    p = row[1:].softmax(0)
+    pairs = [(1, 2), (1, 3), (2, 3)]
+    expected = torch.tensor([p[a - 1] * p[b - 1] * (1 / (1 - p[a - 1]) + 1 / (1 - p[b - 1])) for a, b in pairs])
+    number = {pair: i for i, pair in enumerate(pairs)}
+    found = torch.tensor([number[(a, b)] for a, b in drawn.sort(dim=1).values.tolist()])
+    assert chi_square(found, expected) < 13.82  # 2 degrees of freedom, one in a thousand
+    with pytest.raises(ValueError, match=r"image at row 0 .* has only 1 of 2 negatives.*at least 3 different images"):
+        sample_hard_negatives(torch.zeros(2, 2), torch.arange(2), torch.arange(2), count=2)
+
+
+def test_listwise_loss_equals_a_loop_and_needs_a_second_candidate():
+    lists = torch.randn(3, 4, dtype=torch.float64, requires_grad=True)
+    loop = sum(math.log(sum(math.exp(float(x - row[0])) for x in row)) for row in lists) / 3
+    assert close(listwise_loss(lists), loop)
+    assert gradcheck(listwise_loss, [lists])
+    assert listwise_loss(torch.zeros(2, 3, dtype=torch.bfloat16)).dtype == torch.float32
+    with pytest.raises(ValueError, match=r"logits \(5, 1\); expected \[Q, 1 \+ K\], the true candidate first"):
+        listwise_loss(torch.zeros(5, 1))
 
 
 def test_matching_loss_equals_two_way_cross_entropy():
@@ -636,3 +668,28 @@ def test_regressions_refuse_what_would_broadcast():
         conditioning_loss(torch.zeros(3, 4, 5), torch.zeros(3, 4, 5), torch.ones(3, 5).bool())
     with pytest.raises(ValueError, match=r"mask of shape \(3, 4\) has no real entry"):
         conditioning_loss(torch.zeros(3, 4, 5), torch.zeros(3, 4, 5), torch.zeros(3, 4).bool())
+
+
+def slow_triplet(scores: torch.Tensor, ids: torch.Tensor, margin: float, hardest: bool) -> float:
+    total = 0.0
+    for i in range(len(scores)):
+        for line, own in ((scores[i], scores[i, i]), (scores[:, i], scores[i, i])):
+            hinges = [max(0.0, margin + float(line[j] - own)) for j in range(len(scores)) if ids[j] != ids[i]]
+            total += max(hinges, default=0.0) if hardest else sum(hinges)
+    return total
+
+
+@pytest.mark.parametrize("hardest", [True, False])
+def test_triplets_are_those_of_a_plain_loop(hardest: bool) -> None:
+    scores = torch.randn(6, 6, dtype=torch.float64)
+    ids = torch.tensor([0, 1, 2, 1, 4, 5])
+    assert float(triplet_loss(scores, ids, hardest=hardest)) == pytest.approx(slow_triplet(scores, ids, 0.2, hardest))
+    alone = torch.arange(6)  # without ids another caption of the image counts as wrong, as in SCAN
+    assert float(triplet_loss(scores, hardest=hardest)) == pytest.approx(slow_triplet(scores, alone, 0.2, hardest))
+
+
+def test_triplets_that_do_not_fit_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"scores \(3, 4\); expected \[B, B\]"):
+        triplet_loss(torch.zeros(3, 4))
+    with pytest.raises(ValueError, match=r"image_id \(2,\) for scores \(3, 3\)"):
+        triplet_loss(torch.zeros(3, 3), torch.zeros(2))
