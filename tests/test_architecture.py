@@ -29,7 +29,14 @@ ROOMS: dict[str, tuple[set[str], str]] = {
     "bridge": ({"layers", "config"}, "the bridge is built from layers"),
     "backbones": ({"layers", "config"}, "a backbone knows no bridge and no head"),
     "heads": ({"layers", "config", "bridge", "diffusion"}, "a head takes tensors"),
-    "systems": ({"layers", "config"}, "a system is built from layers"),
+    "systems": (
+        {"layers", "config", "losses", "bridge", "tuning", "merge"},
+        "a system is built from layers and losses, on tokens that others read",
+    ),
+    "survey": (
+        {"systems", "metrics", "stages", "hub", "data", "model", "backbones", "config", "report", "layers", "explain"},
+        "the survey trains and scores systems, it knows no command line",
+    ),
     "model": (
         {"backbones", "bridge", "heads", "layers", "config", "tuning"},
         "the model only composes: no losses, no tokenizer, no files",
@@ -76,6 +83,7 @@ ROOMS: dict[str, tuple[set[str], str]] = {
         {"inference", "model", "hub", "data", "backbones", "config"},
         "another program's view of a finished model",
     ),
+    "app": ({"inference", "search", "data"}, "a page around a finished model"),
     "lavis": ({"inference", "model", "candidates", "search", "data"}, "another program's view of a finished model"),
     "export": ({"inference", "model", "hub"}, "a finished model for machines without torch"),
     "__main__": ({"cli"}, "it starts the command line"),
@@ -96,6 +104,8 @@ ROOMS: dict[str, tuple[set[str], str]] = {
             "model",
             "adapters",
             "export",
+            "app",
+            "survey",
         },
         "the command line is the only entry point",
     ),
@@ -103,7 +113,7 @@ ROOMS: dict[str, tuple[set[str], str]] = {
 
 # library: the only places of ours that may import it
 LIBRARIES: dict[str, tuple[str, ...]] = {
-    "pytorch_lightning": ("tasks/", "data/module.py", "cli/"),
+    "pytorch_lightning": ("tasks/", "data/module.py", "cli/", "survey/train.py"),
     "diffusers": ("diffusion.py", "heads/generation.py"),
     "timm": ("backbones/",),
     "peft": ("tuning/",),

@@ -7,11 +7,17 @@ retrieval follow Gong et al. 2014 (arXiv 1212.4522). Any fixed features will do,
 Shapes: n pairs, p width of image features, q width of text features, d canonical directions kept.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from unimodal.layers import masked_mean
+from unimodal.systems.base import Batch, Encoders, Images, System, Texts
+
+FITTED = ("image_mean", "text_mean", "image_map", "text_map", "correlations")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -103,3 +109,40 @@ def _whitener(covariance: Tensor, regularisation: float, side: str) -> Tensor:
             f"{regularisation}), or give more pairs"
         )
     return vectors @ (values.rsqrt()[:, None] * vectors.T)
+
+
+class CanonicalCorrelation(System):
+    """CCA between the mean tokens of both encoders, fitted on the training split.
+
+    Args:
+        encoders: the shared ones.
+        dim: d; fewer where an encoder is narrower.
+        regularisation, power: see `CCA`.
+    """
+
+    def __init__(self, encoders: Encoders, dim: int = 256, regularisation: float = 1e-2, power: float = 2.0) -> None:
+        super().__init__(encoders)
+        self.regularisation, self.power = regularisation, power
+        self.dim = min(dim, encoders.image_width, encoders.text_width)
+        for side, width in (("image", encoders.image_width), ("text", encoders.text_width)):
+            self.register_buffer(f"{side}_mean", torch.zeros(width, dtype=torch.float64))
+            self.register_buffer(f"{side}_map", torch.zeros(width, self.dim, dtype=torch.float64))
+        self.register_buffer("correlations", torch.zeros(self.dim, dtype=torch.float64))
+
+    def prepare(self, batches: Iterator[Batch]) -> None:
+        rows = [(masked_mean(*b.images[:2]), masked_mean(b.texts.tokens, b.texts.mask)) for b in batches]
+        images, texts = map(torch.cat, zip(*rows))
+        fitted = CCA.fit(images, texts, dim=self.dim, regularisation=self.regularisation, power=self.power)
+        for name in FITTED:
+            getattr(self, name).copy_(getattr(fitted, name))
+
+    @property
+    def fitted(self) -> CCA:
+        """The maps, as they were fitted or loaded."""
+        return CCA(**{name: self.get_buffer(name) for name in FITTED}, power=self.power)
+
+    def embed_images(self, images: Images) -> Tensor:
+        return self.fitted.embed_image(masked_mean(images.tokens, images.mask))
+
+    def embed_texts(self, texts: Texts) -> Tensor:
+        return self.fitted.embed_text(masked_mean(texts.tokens, texts.mask))

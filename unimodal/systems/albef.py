@@ -1,0 +1,158 @@
+"""ALBEF: align before fuse (Li et al. 2021, arXiv 2107.07651): two towers, a fusion on top, a momentum teacher, queues and soft targets.
+
+Legend: B pairs, M texts, P pairs, L text length, T image tokens, W width, E embedding width, V vocabulary.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from unimodal.losses import matching_loss, momentum_contrast, sample_hard_negatives
+from unimodal.systems.base import Batch, Encoders, Images, State, System, Texts
+from unimodal.systems.momentum import Queue, Teacher
+from unimodal.systems.towers import Fusion, Tower
+from unimodal.systems.words import NOT_ASKED, WordHead, hide_words
+
+TEMPERATURES = (0.001, 0.5)  # between which the learned one is held
+
+
+class FusionEncoder(System):
+    """Image tower, text tower and a fusion in which texts look at images: embeddings from the towers, a match logit from the fusion.
+
+    Args:
+        encoders: the shared ones.
+        width, heads, dropout: of all parts.
+        layers: of each tower.
+        fusion_layers: of the fusion.
+        dim: E.
+    """
+
+    looks = ("fusion.layers.*.cross_attention",)
+
+    def __init__(
+        self,
+        encoders: Encoders,
+        width: int = 256,
+        layers: int = 1,
+        heads: int = 8,
+        dropout: float = 0.1,
+        fusion_layers: int = 1,
+        dim: int = 256,
+    ) -> None:
+        super().__init__(encoders)
+        self.image_tower = Tower(encoders.image_width, width, layers, heads, dropout)
+        self.text_tower = Tower(encoders.text_width, width, layers, heads, dropout)
+        self.image_projection, self.text_projection = (nn.Linear(width, dim) for _ in range(2))
+        self.fusion = Fusion(width, fusion_layers, heads, dropout)
+        self.itm_head = nn.Linear(width, 1)
+
+    def image_state(self, images: Images) -> State:
+        """Hidden states [B, 1 + T, W] and their mask."""
+        return self.image_tower(images.tokens, images.mask)
+
+    def text_state(self, texts: Texts) -> State:
+        """Hidden states [M, 1 + L, W] and their mask."""
+        return self.text_tower(texts.tokens, texts.mask)
+
+    def image_embedding(self, state: State) -> Tensor:
+        """Unit vectors [B, E] of a state."""
+        return F.normalize(self.image_projection(state[0][:, 0]), dim=-1)
+
+    def text_embedding(self, state: State) -> Tensor:
+        """Unit vectors [M, E] of a state."""
+        return F.normalize(self.text_projection(state[0][:, 0]), dim=-1)
+
+    def embed_images(self, images: Images) -> Tensor:
+        return self.image_embedding(self.image_state(images))
+
+    def embed_texts(self, texts: Texts) -> Tensor:
+        return self.text_embedding(self.text_state(texts))
+
+    def score_pairs(self, images: State, texts: State) -> Tensor:
+        """Logits [P] of a match."""
+        return self.itm_head(self.fusion(*texts, *images)[:, 0])[:, 0]
+
+    def matching(self, image: State, text: State, similarity: Tensor, image_id: Tensor) -> Tensor:
+        """The matching loss of the true pairs, a hard wrong text for each image and a hard wrong image for each text."""
+        wrong_text, wrong_image = sample_hard_negatives(similarity, image_id, image_id)
+        true = torch.arange(len(image_id))
+        rows, columns = torch.cat([true, true, wrong_image]), torch.cat([true, wrong_text, true])
+        logits = self.score_pairs(tuple(x[rows] for x in image), tuple(x[columns] for x in text))
+        return matching_loss(logits, torch.arange(len(logits)) < len(true))
+
+
+class ALBEF(FusionEncoder):
+    """Contrast with a momentum teacher and queues, matching with hard negatives, masked words with the image at hand.
+
+    Args:
+        encoders: the shared ones.
+        width, layers, heads, dropout, fusion_layers, dim: as `FusionEncoder`.
+        queue: places of the queue.
+        momentum: what remains of the teacher in one step.
+        alpha: the teacher's share in all targets, reached over the first `ramp` of the stage.
+        ramp: see there.
+    """
+
+    def __init__(
+        self,
+        encoders: Encoders,
+        width: int = 256,
+        layers: int = 1,
+        heads: int = 8,
+        dropout: float = 0.1,
+        fusion_layers: int = 1,
+        dim: int = 256,
+        queue: int = 1024,
+        momentum: float = 0.995,
+        alpha: float = 0.4,
+        ramp: float = 0.2,
+    ) -> None:
+        super().__init__(encoders, width, layers, heads, dropout, fusion_layers, dim)
+        self.alpha, self.ramp = alpha, ramp
+        self.words = WordHead(width, encoders.vocab_size)
+        self.temperature = nn.Parameter(torch.tensor(0.07))  # it divides, where CLIP's scale multiplies
+        self.queue = Queue(queue, dim)
+        self.teacher = Teacher(self, momentum)
+
+    def start_stage(self, stage: str) -> None:
+        self.teacher.start(self)
+
+    def after_step(self, stage: str) -> None:
+        self.teacher.follow(self)
+        with torch.no_grad():
+            self.temperature.clamp_(*TEMPERATURES)
+
+    def losses(self, batch: Batch, stage: str, progress: float) -> dict[str, Tensor]:
+        alpha = self.alpha * min(1.0, progress / self.ramp)
+        holes, asked = hide_words(batch.texts.ids, batch.texts.mask, self.encoders)
+        hidden = self.encoders.read_texts(holes, batch.texts.mask)
+        with self.teacher.acting(self):
+            slow = self.image_state(batch.images)
+            slow_image, slow_text = self.image_embedding(slow), self.embed_texts(batch.texts)
+            soft_words = self._word_logits(slow, hidden, asked).softmax(-1)
+        image, text = self.image_state(batch.images), self.text_state(batch.texts)
+        image_embedding, text_embedding = self.image_embedding(image), self.text_embedding(text)
+        ita = momentum_contrast(
+            image_embedding,
+            text_embedding,
+            slow_image,
+            slow_text,
+            self.queue.image,
+            self.queue.text,
+            batch.image_id,
+            self.queue.ids,
+            temperature=self.temperature,
+            alpha=alpha,
+        )
+        similarity = (image_embedding @ text_embedding.T).detach() / self.temperature.detach()
+        itm = self.matching(image, text, similarity, batch.image_id)
+        logits = self._word_logits(image, hidden, asked)
+        mlm = (1 - alpha) * F.cross_entropy(logits, asked[asked != NOT_ASKED])
+        mlm = mlm - alpha * (soft_words * logits.log_softmax(-1)).sum(-1).mean()
+        self.queue.push(slow_image, slow_text, batch.image_id)
+        return {"ita": ita, "itm": itm, "mlm": mlm}
+
+    def _word_logits(self, image: State, holes: Texts, asked: Tensor) -> Tensor:
+        """Logits [words asked for, V] of hidden words, of the image at hand."""
+        fused = self.fusion(*self.text_state(holes), *image)[:, 1:]  # without the class token
+        return self.words.logits(fused[asked != NOT_ASKED]).float()

@@ -1,0 +1,247 @@
+"""What every system of the survey is: something that reads what frozen encoders made of images and texts, has losses, and scores pairs.
+
+All systems read the same encoders, so that a difference between two of them is one of the systems. A system's file holds what only it has;
+losses, layers, towers, momentum and scoring rules are shared.
+
+Legend: B images, M texts, P pairs, T image tokens, L text length, C width of an encoder's tokens, E embedding width, K categories.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal, NamedTuple, Protocol
+
+import torch
+from torch import Tensor, nn
+
+
+class Images(NamedTuple):
+    """What the image encoder made of B images: raw tokens [B, T, C], their mask [B, T], and the pixels where a system asks for them."""
+
+    tokens: Tensor
+    mask: Tensor
+    pixels: Tensor | None = None
+
+    def select(self, index: Tensor) -> "Images":
+        """Rows `index` [P]."""
+        return Images(self.tokens[index], self.mask[index], None if self.pixels is None else self.pixels[index])
+
+
+class Texts(NamedTuple):
+    """What the text encoder made of M texts: token ids [M, L], their mask [M, L] and raw tokens [M, L, C]."""
+
+    ids: Tensor
+    mask: Tensor
+    tokens: Tensor
+
+    def select(self, index: Tensor) -> "Texts":
+        """Rows `index` [P]."""
+        return Texts(self.ids[index], self.mask[index], self.tokens[index])
+
+
+class Batch(NamedTuple):
+    """B pairs: image b and one of its captions, the image's id [B] (equal for rows that show the same image) and its categories [B, K]
+    where the data has any."""
+
+    images: Images
+    texts: Texts
+    image_id: Tensor
+    labels: Tensor | None = None
+
+
+class Encoders(Protocol):
+    """The frozen encoders that all systems share.
+
+    Attributes:
+        image_width, text_width: C of each.
+        image_tokens: T; the most where pictures differ.
+        vocab_size: of the text encoder's ids; `pad_id`, `start_id`, `end_id` and `mask_id` are among them.
+        max_length: longest text in tokens.
+        backbone: the encoders themselves, for a system that trains them: `unimodal.backbones.Backbone`.
+    """
+
+    image_width: int
+    text_width: int
+    image_tokens: int
+    vocab_size: int
+    pad_id: int
+    start_id: int
+    end_id: int
+    mask_id: int
+    max_length: int
+    backbone: Any
+
+    def tokenise(self, texts: Sequence[str]) -> tuple[Tensor, Tensor]:
+        """Texts -> ids [M, L] and mask [M, L]."""
+
+    def read_texts(self, ids: Tensor, mask: Tensor) -> Texts:
+        """What the frozen text encoder makes of these ids, without gradient."""
+
+
+State = tuple[Tensor, ...]
+
+
+class System(nn.Module):
+    """One published way to match images and texts, on shared frozen encoders.
+
+    A subclass has embeddings (`embed_images` and `embed_texts`), pair scores (`image_state`, `text_state` and `score_pairs`), or both; its
+    configuration says which of them ranks first and which reranks (`Scoring`).
+
+    Args:
+        encoders: what it reads by. They are not part of it: neither trained nor saved with it.
+
+    Attributes:
+        needs_pixels: whether it reads pixels beside the encoder's tokens.
+        looks: patterns over the names of its `Attention` layers by which texts look at image tokens, a key for each token after those
+            of class tokens.
+    """
+
+    needs_pixels = False
+    looks: tuple[str, ...] = ()
+
+    def __init__(self, encoders: Encoders) -> None:
+        super().__init__()
+        self._encoders = (encoders,)  # in a tuple, or the backbone's weights would count as the system's
+
+    @property
+    def encoders(self) -> Encoders:
+        return self._encoders[0]
+
+    def prepare(self, batches: Iterator[Batch]) -> None:
+        """What is fitted once, in closed form, before any stage: reads the training split in order, every caption once."""
+
+    def losses(self, batch: Batch, stage: str, progress: float) -> dict[str, Tensor]:
+        """The losses of a training step by name; they are summed.
+
+        Args:
+            batch: what to learn from.
+            stage: name of the stage of the system's configuration.
+            progress: how far the stage is, from 0 to 1.
+        """
+        raise NotImplementedError(f"{type(self).__name__} does not train; give it no stages, or implement losses")
+
+    def start_stage(self, stage: str) -> None:
+        """Called before the first step of each stage: to start a teacher from the student, for example."""
+
+    def end_stage(self, stage: str) -> None:
+        """Called after the last step of each stage: to merge weights, for example."""
+
+    def after_step(self, stage: str) -> None:
+        """Called after every optimizer step: averages, queues, clamps."""
+
+    def embed_images(self, images: Images) -> Tensor:
+        """Unit vectors [B, E], or [B, N, E] of which the best counts."""
+        raise NotImplementedError(f"{type(self).__name__} has no embedding: it scores pairs")
+
+    def embed_texts(self, texts: Texts) -> Tensor:
+        """Unit vectors [M, E]."""
+        raise NotImplementedError(f"{type(self).__name__} has no embedding: it scores pairs")
+
+    def image_state(self, images: Images) -> State:
+        """What a pair score needs of images, computed once for each: tensors with B rows."""
+        return images.tokens, images.mask
+
+    def text_state(self, texts: Texts) -> State:
+        """What a pair score needs of texts, computed once for each: tensors with M rows."""
+        return texts.ids, texts.mask, texts.tokens
+
+    def score_pairs(self, images: State, texts: State) -> Tensor:
+        """Scores [P] of P images with P texts, row by row."""
+        raise NotImplementedError(f"{type(self).__name__} has no pair score: it compares embeddings")
+
+    def score_matrix(self, images: State, texts: State) -> Tensor:
+        """Scores [B, M] of every image with every text."""
+        count, others = len(images[0]), len(texts[0])
+        index = torch.arange(count * others, device=images[0].device)
+        pairs = self.score_pairs(tuple(x[index // others] for x in images), tuple(x[index % others] for x in texts))
+        return pairs.view(count, others)
+
+    def write(self, images: Images) -> list[list[int]]:
+        """A caption of each image, the likeliest word at a time: ids without start and end."""
+        raise NotImplementedError(f"{type(self).__name__} writes no captions")
+
+    def score(self, images: Images, texts: Texts) -> Tensor:
+        """What the system says of P images with P texts, row by row, differentiable in their tokens: [P]. By pair score where it has
+        one, else by cosine."""
+        if type(self).score_pairs is not System.score_pairs:
+            return self.score_pairs(self.image_state(images), self.text_state(texts))
+        image, text = self.embed_images(images), self.embed_texts(texts)
+        return (
+            torch.einsum("p...e,pe->p...", image, text).flatten(1).amax(1)
+            if image.ndim == 3
+            else (image * text).sum(-1)
+        )
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One stage of a system's training.
+
+    Args:
+        trainable: learning-rate factor by name pattern; the last that matches decides, what none matches is frozen.
+        share: of the system's budget.
+        lr: learning rate, after a warm-up over the first tenth and before a cosine to zero.
+        weight_decay: of matrices.
+        batch_size: pairs in a step.
+        captions_per_image: rows of a batch that show the same image, each with another caption.
+        noise: share of this stage's captions that are corrupted on purpose: the noisy data that it learns to live with.
+        order: `random`, or `hard`: each batch is a group of images that the system's own embedding finds alike, written to a file
+            before the stage and read from there in its order.
+        clip: longest gradient.
+    """
+
+    trainable: dict[str, float] = field(default_factory=lambda: {"*": 1.0})
+    share: float = 1.0
+    lr: float = 1e-3
+    weight_decay: float = 0.05
+    batch_size: int = 64
+    captions_per_image: int = 1
+    noise: float = 0.0
+    order: Literal["random", "hard"] = "random"
+    clip: float = 1.0
+
+
+@dataclass(frozen=True)
+class Scoring:
+    """How a system ranks.
+
+    Args:
+        first: what ranks the whole gallery: `embed` (embeddings), `pairs` (every pair is scored), or the name of another system of the
+            survey, whose embedding gives a shortlist to a system that can only afford to score pairs of it.
+        k: how many of the first are scored again by `score_pairs`; 0 scores none again.
+        combine: whether that score replaces the first (ALBEF) or is added to it (BLIP-2).
+        scale: what it is multiplied by before it is added.
+        directions: `both`, or `text_to_image` alone (ELIP, whose images are read anew for each text).
+        metric: `recall` of the true item, or `category`: mean average precision of items of the same category (CDISA).
+    """
+
+    first: str = "embed"
+    k: int = 0
+    combine: Literal["replace", "sum"] = "replace"
+    scale: float = 1.0
+    directions: Literal["both", "text_to_image"] = "both"
+    metric: Literal["recall", "category"] = "recall"
+
+    def __post_init__(self) -> None:
+        if self.k < 0:
+            raise ValueError(f"scoring.k: expected 0 or more candidates to score again, got {self.k}")
+        if self.first not in ("embed", "pairs") and not self.k:
+            raise ValueError(
+                f"scoring.first is {self.first!r}, another system, whose first candidates this one scores again: set scoring.k above 0"
+            )
+
+
+@dataclass(frozen=True)
+class Published:
+    """A result that was published for the system; never compared with ours, which stand on another data set, budget and encoder.
+
+    Args:
+        setting: data set, gallery and how the model was made.
+        source: where the numbers stand.
+        i2t: R@1, R@5 and R@10 of image to text, in percent; None where one is not given.
+        t2i: the same of text to image.
+    """
+
+    setting: str
+    source: str
+    i2t: list[float | None] | None = None
+    t2i: list[float | None] | None = None

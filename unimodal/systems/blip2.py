@@ -1,0 +1,112 @@
+"""BLIP-2: queries that read the image, in three tasks (Li et al. 2023, arXiv 2301.12597). Contrast takes the best query, matching the mean
+over queries; captions look back at what the queries read.
+
+Legend: B pairs, M texts, P pairs, N queries, L text length, D width of the projected tokens, W width of the bridge, E embedding width.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from unimodal.bridge import QFormer
+from unimodal.layers import KeyValues
+from unimodal.losses import caption_loss, info_nce, matching_loss, sample_hard_negatives, similarity
+from unimodal.systems.base import Batch, Encoders, Images, State, System, Texts
+from unimodal.systems.towers import Scale
+from unimodal.systems.words import write_words
+
+QUERIES = "image"
+SMOOTHING = 0.1
+
+
+class BLIP2(System):
+    """The bridge of `unimodal.bridge` on the shared encoder's image tokens; texts are read by the bridge itself, from their ids.
+
+    Args:
+        encoders: the shared ones.
+        width, layers, heads, dropout: of the bridge; queries look at the image in every second layer.
+        queries: N.
+        dim: E.
+    """
+
+    looks = ("bridge.layers.*.cross_attention",)
+
+    def __init__(
+        self,
+        encoders: Encoders,
+        width: int = 256,
+        layers: int = 2,
+        heads: int = 8,
+        dropout: float = 0.1,
+        queries: int = 16,
+        dim: int = 256,
+    ) -> None:
+        super().__init__(encoders)
+        self.image_project = nn.Sequential(nn.LayerNorm(encoders.image_width), nn.Linear(encoders.image_width, width))
+        self.image_norm = nn.LayerNorm(width)
+        self.bridge = QFormer(
+            width=width,
+            layers=layers,
+            heads=heads,
+            intermediate=4 * width,
+            memory_width=width,
+            queries={QUERIES: queries},
+            vocab_size=encoders.vocab_size,
+            max_positions=encoders.max_length,
+            dropout=dropout,
+        )
+        self.image_projection, self.text_projection = (nn.Linear(width, dim) for _ in range(2))
+        self.itm_head = nn.Linear(width, 1)
+        self.scale = Scale()
+
+    def _memory(self, images: Images) -> Tensor:
+        """The tokens that queries look at: [B, T, D]."""
+        return self.image_norm(self.image_project(images.tokens))
+
+    def embed_images(self, images: Images) -> Tensor:
+        """One vector for each query, [B, N, E]."""
+        return self._embed_queries(self.bridge.read(QUERIES, self._memory(images), images.mask))
+
+    def _embed_queries(self, read: Tensor) -> Tensor:
+        return F.normalize(self.image_projection(read), dim=-1)
+
+    def embed_texts(self, texts: Texts) -> Tensor:
+        return F.normalize(self.text_projection(self.bridge.text(texts.ids, texts.mask)[:, 0]), dim=-1)
+
+    def image_state(self, images: Images) -> State:
+        """Tokens [B, T, D] and their mask."""
+        return self._memory(images), images.mask
+
+    def text_state(self, texts: Texts) -> State:
+        """Ids [M, L] and their mask."""
+        return texts.ids, texts.mask
+
+    def score_pairs(self, images: State, texts: State) -> Tensor:
+        """Logits [P] of a match, the mean over queries."""
+        return self.itm_head(self.bridge.match(QUERIES, *texts, *images)).mean((1, 2))
+
+    def losses(self, batch: Batch, stage: str, progress: float) -> dict[str, Tensor]:
+        ids, mask = batch.texts.ids, batch.texts.mask
+        memory = self.bridge.project_memory(self._memory(batch.images), batch.images.mask)
+        cache = KeyValues()  # what the queries read, for the captions
+        image = self._embed_queries(self.bridge.read(QUERIES, memory, cache=cache))
+        text = self.embed_texts(batch.texts)
+        itc = info_nce(image, text, batch.image_id, scale=self.scale(), label_smoothing=SMOOTHING)
+        scores = self.scale().detach() * similarity(image.detach(), text.detach())
+        wrong_text, wrong_image = sample_hard_negatives(scores, batch.image_id, batch.image_id)
+        true = torch.arange(len(ids))
+        rows, columns = torch.cat([true, true, wrong_image]), torch.cat([true, wrong_text, true])
+        found = self.bridge.match(QUERIES, ids[columns], mask[columns], memory.shared(rows))
+        itm = matching_loss(self.itm_head(found).mean((1, 2)), torch.arange(len(rows)) < len(true))
+        hidden = self.bridge.caption(QUERIES, ids, cache=cache, text_mask=mask)
+        itg = caption_loss(self.bridge.lm_logits(hidden), ids, mask, label_smoothing=SMOOTHING)
+        return {"itc": itc, "itm": itm, "itg": itg}
+
+    @torch.no_grad()
+    def write(self, images: Images) -> list[list[int]]:
+        memory = self.bridge.project_memory(self._memory(images), images.mask)
+
+        def next_word(ids: Tensor) -> Tensor:
+            return self.bridge.lm_logits(self.bridge.caption(QUERIES, ids, memory)[:, -1])
+
+        return write_words(next_word, len(images.tokens), self.encoders)

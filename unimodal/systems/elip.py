@@ -1,0 +1,255 @@
+"""ELIP: a text leads the image encoder's eye, by prompts that are made of it (arXiv 2502.15682).
+
+A small network maps a text's embedding to a few tokens, which stand between class token and tokens of the frozen image tower; the first
+candidates of a text are read again with its prompts. On a dual encoder (ELIP-C on CLIP, ELIP-S on SigLIP) the score is the cosine with the
+prompted image; on a matching model (ELIP-B on BLIP-2) it is the logit of a match.
+
+Ours differ from the paper in three things. The mapper has the cheaper form of the authors' code, one hidden width for all prompts. The
+bias of ELIP-S is the base's, frozen, where the paper has -10. The base of ELIP-B is two towers and a fusion, not a Q-Former, and its
+prompts are made of the text's embedding, not of a query's output.
+
+Legend: B pairs, I images, M texts, P pairs, m prompts, T image tokens, L text length, E embedding width, W width.
+"""
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from unimodal.losses import info_nce, matching_loss, sample_hard_negatives
+from unimodal.losses.numerics import at_least_float32
+from unimodal.systems.base import Batch, Encoders, Images, State, Texts
+from unimodal.systems.clip import CLIP, DualEncoder, SigLIP
+from unimodal.systems.towers import Fusion
+
+AT_ONCE = 1024  # prompted images read at a time in training
+SPARED = 3  # most similar images of a text that are likely to fit it, too
+
+
+class Mapper(nn.Module):
+    """A text's embedding -> its prompts: three linear layers, GELU between.
+
+    Args:
+        dim: E, of the unit vectors it reads.
+        width: W, of the image tower.
+        prompts: m.
+        hidden: width of the hidden layers; the paper has 1024 for each prompt.
+        dropout: of prompts' entries.
+    """
+
+    def __init__(self, dim: int, width: int, prompts: int, hidden: int, dropout: float = 0.1) -> None:
+        super().__init__()
+        self.prompts, self.width = prompts, width
+        self.layers = nn.Sequential(
+            nn.Linear(dim, hidden), nn.GELU(), nn.Linear(hidden, hidden), nn.GELU(), nn.Linear(hidden, prompts * width)
+        )
+        self.dropout = nn.Dropout(dropout)
+        for layer in self.layers:
+            if isinstance(layer, nn.Linear):
+                nn.init.trunc_normal_(layer.weight, std=0.02)
+                nn.init.zeros_(layer.bias)
+
+    def forward(self, text: Tensor) -> Tensor:
+        """Unit vectors [M, E] -> [M, m, W]."""
+        return self.dropout(self.layers(text).view(len(text), self.prompts, self.width))
+
+
+def every_pair(score: Callable[[Tensor, Tensor], Tensor], count: int, *, at_once: int = AT_ONCE) -> Tensor:
+    """Scores [B, B] of all images with all texts of a batch of `count`, by a function of image rows [P] and text rows [P], `at_once` pairs
+    at a time; what a part needs for its gradient is computed again, not kept."""
+    parts = torch.arange(count * count).split(at_once)  # row-major: images, then texts
+    if len(parts) == 1:
+        return score(parts[0] // count, parts[0] % count).view(count, count)
+    scores = [checkpoint(score, part // count, part % count, use_reentrant=False) for part in parts]
+    return torch.cat(scores).view(count, count)
+
+
+def text_to_image_loss(scores: Tensor, image_id: Tensor, *, scale: Tensor | float) -> Tensor:
+    """Cross-entropy of each text's own image among all images of the batch, prompted by the text; a scalar.
+
+    | Inputs   | Shape  | Meaning                                                                       |
+    |----------|--------|-------------------------------------------------------------------------------|
+    | scores   | [B, B] | cosines of image i, prompted by text j, with text j                           |
+    | image_id | [B]    | other rows of the same image are no negatives                                 |
+    | scale    | scalar | inverse temperature                                                           |
+    """
+    own = torch.arange(len(scores), device=scores.device)
+    same = (image_id[:, None] == image_id[None]) & (own[:, None] != own[None])
+    return F.cross_entropy((scale * at_least_float32(scores)).masked_fill(same, float("-inf")).T, own)
+
+
+def pairwise_sigmoid_loss(scores: Tensor, image_id: Tensor, *, scale: Tensor | float, bias: Tensor | float) -> Tensor:
+    """A yes or no for each prompted image and its text, summed over pairs, divided by B; inputs as in `text_to_image_loss`."""
+    sign = torch.where(image_id[:, None] == image_id[None], 1.0, -1.0)
+    return -F.logsigmoid(sign * (scale * at_least_float32(scores) + bias)).sum() / len(scores)
+
+
+class PromptedDualEncoder(DualEncoder):
+    """A dual encoder that reads images again with a text's prompts; what its stages train is the configuration's.
+
+    Args:
+        encoders: the shared ones.
+        width, layers, heads, dropout, dim: of the dual encoder.
+        prompts: m.
+        hidden: of the mapper.
+    """
+
+    def __init__(
+        self,
+        encoders: Encoders,
+        width: int = 256,
+        layers: int = 1,
+        heads: int = 8,
+        dropout: float = 0.1,
+        dim: int = 256,
+        prompts: int = 10,
+        hidden: int = 512,
+    ) -> None:
+        super().__init__(encoders, width=width, layers=layers, heads=heads, dropout=dropout, dim=dim)
+        self.mapper = Mapper(dim, width, prompts, hidden)
+
+    def losses(self, batch: Batch, stage: str, progress: float) -> dict[str, Tensor]:
+        if stage == "base":
+            return super().losses(batch, stage, progress)
+        image, (text,) = self.image_state(batch.images), self.text_state(batch.texts)
+        prompts = self.mapper(text)  # once for each text: all its images are read with the same
+
+        def score(i: Tensor, j: Tensor) -> Tensor:
+            return self._cosine(tuple(x[i] for x in image), text[j], prompts[j])
+
+        return {"elip": self.prompted_loss(every_pair(score, len(text)), batch.image_id)}
+
+    def prompted_loss(self, scores: Tensor, image_id: Tensor) -> Tensor:
+        """What the cosines [B, B] of prompted images with texts cost."""
+        raise NotImplementedError(f"{type(self).__name__} has no loss of prompted images; implement prompted_loss")
+
+    def image_state(self, images: Images) -> State:
+        """Projected tokens [B, T, W], before any prompt, and their mask."""
+        return self.image_tower.project(images.tokens), images.mask
+
+    def text_state(self, texts: Texts) -> State:
+        """Embeddings [M, E]: what is mapped, and what is compared."""
+        return (self.embed_texts(texts),)
+
+    def score_pairs(self, images: State, texts: State) -> Tensor:
+        """Cosines [P] of each text with its image, read again with the text's prompts."""
+        return self._cosine(images, texts[0], self.mapper(texts[0]))
+
+    def _cosine(self, images: State, text: Tensor, prompts: Tensor) -> Tensor:
+        image = self.image_projection(self.image_tower.read(images[0], images[1], prompts)[0][:, 0])
+        return (F.normalize(image, dim=-1) * text).sum(-1)
+
+
+class ELIPC(PromptedDualEncoder, CLIP):
+    """ELIP on CLIP: softmax over the images of a text, in this direction alone."""
+
+    def prompted_loss(self, scores: Tensor, image_id: Tensor) -> Tensor:
+        return text_to_image_loss(scores, image_id, scale=self.scale())
+
+
+class ELIPS(PromptedDualEncoder, SigLIP):
+    """ELIP on SigLIP: pairwise sigmoid, by the base's frozen scale and bias."""
+
+    def prompted_loss(self, scores: Tensor, image_id: Tensor) -> Tensor:
+        return pairwise_sigmoid_loss(scores, image_id, scale=self.scale(), bias=self.bias)
+
+
+@torch.no_grad()
+def sample_spared_negatives(similarity: Tensor, image_id: Tensor, *, spared: int = SPARED) -> Tensor:
+    """A wrong image for each text [B], drawn by softmax over what is left after the text's own image and its most similar others, which
+    are likely false negatives.
+
+    | Inputs     | Shape  | Meaning                                                 |
+    |------------|--------|---------------------------------------------------------|
+    | similarity | [B, B] | logits of image i and text j, without prompts           |
+    | image_id   | [B]    | rows of equal ids are never drawn                       |
+    | spared     | number | how many of the most similar are left out               |
+
+    Raises ValueError where nothing is left of a text's batch.
+    """
+    same = image_id[:, None] == image_id[None]
+    if (left := int((~same).sum(0).min()) - spared) < 1:
+        raise ValueError(
+            f"a text has {left + spared} wrong images in its batch, and the {spared} most similar are left out; expected more than "
+            f"{spared}: raise the batch size, or draw captions of different images"
+        )
+    logits = at_least_float32(similarity).masked_fill(same, float("-inf")).T  # [text, image]
+    logits = logits.scatter(1, logits.topk(spared, 1).indices, float("-inf"))
+    return torch.multinomial(logits.softmax(1), 1)[:, 0]
+
+
+class ELIPB(DualEncoder):
+    """ELIP on a matching model: prompts lead the image tower, are taken out of what it hands on, and a fusion judges the pair.
+
+    Args:
+        encoders: the shared ones.
+        width, layers, heads, dropout, dim: of the dual encoder that ranks first.
+        prompts: m.
+        hidden: of the mapper.
+        fusion_layers: of the fusion.
+    """
+
+    looks = ("fusion.layers.*.cross_attention",)
+
+    def __init__(
+        self,
+        encoders: Encoders,
+        width: int = 256,
+        layers: int = 1,
+        heads: int = 8,
+        dropout: float = 0.1,
+        dim: int = 256,
+        prompts: int = 10,
+        hidden: int = 512,
+        fusion_layers: int = 1,
+    ) -> None:
+        super().__init__(encoders, width=width, layers=layers, heads=heads, dropout=dropout, dim=dim)
+        self.fusion = Fusion(width, fusion_layers, heads, dropout)
+        self.itm_head = nn.Linear(width, 1)
+        self.mapper = Mapper(dim, width, prompts, hidden)
+
+    def losses(self, batch: Batch, stage: str, progress: float) -> dict[str, Tensor]:
+        images, texts = self.image_state(batch.images), self.text_state(batch.texts)
+        text = texts[0]
+        image_hidden, _ = self.image_tower.read(images[0], images[1])
+        image = F.normalize(self.image_projection(image_hidden[:, 0]), dim=-1)
+        similarity = self.scale() * image.detach() @ text.detach().T
+        true = torch.arange(len(text), device=text.device)
+        if stage == "base":
+            wrong_text, wrong_image = sample_hard_negatives(similarity, batch.image_id, batch.image_id)
+            rows, columns = torch.cat([true, true, wrong_image]), torch.cat([true, wrong_text, true])
+            mask = F.pad(images[1], (1, 0), value=True)
+            logits = self._judge(image_hidden[rows], mask[rows], tuple(x[columns] for x in texts))
+            itc = info_nce(image, text, batch.image_id, scale=self.scale())
+            return {"itc": itc, "itm": matching_loss(logits, _first(len(true), logits))}
+        rows, columns = torch.cat([true, sample_spared_negatives(similarity, batch.image_id)]), true.repeat(2)
+        logits = self.score_pairs(tuple(x[rows] for x in images), tuple(x[columns] for x in texts))
+        return {"itm": matching_loss(logits, _first(len(true), logits))}
+
+    def image_state(self, images: Images) -> State:
+        """Projected tokens [B, T, W], before any prompt, and their mask."""
+        return self.image_tower.project(images.tokens), images.mask
+
+    def text_state(self, texts: Texts) -> State:
+        """Embeddings [M, E], of which prompts are made, hidden states [M, 1 + L, W] and their mask."""
+        hidden, mask = self.text_tower(texts.tokens, texts.mask)
+        return F.normalize(self.text_projection(hidden[:, 0]), dim=-1), hidden, mask
+
+    def score_pairs(self, images: State, texts: State) -> Tensor:
+        """Logits [P] of a match, each image read again with its text's prompts."""
+        hidden, mask = self.image_tower.read(images[0], images[1], self.mapper(texts[0]))
+        kept = torch.ones(hidden.shape[1], dtype=torch.bool)
+        kept[1 : 1 + self.mapper.prompts] = False
+        return self._judge(hidden[:, kept], mask[:, kept], texts)
+
+    def _judge(self, image: Tensor, image_mask: Tensor, texts: State) -> Tensor:
+        """Hidden states of images [P, 1 + T, W] with texts -> logits [P]."""
+        _, text, mask = texts
+        return self.itm_head(self.fusion(text, mask, image, image_mask)[:, 0])[:, 0]
+
+
+def _first(count: int, logits: Tensor) -> Tensor:
+    """Labels [P] of pairs of which so many, at the front, are true."""
+    return torch.arange(len(logits), device=logits.device) < count

@@ -1,0 +1,63 @@
+"""Masked image modelling beside contrast: predict hidden image tokens from the others (BEiT, Bao et al. 2021, arXiv 2106.08254; the target
+is the encoder's own token, normalised, as MAE does with pixels, He et al. 2021, arXiv 2111.06377).
+
+Legend: B images, T tokens, C width of the encoder's tokens.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from unimodal.systems.base import Batch, Encoders, Images
+from unimodal.systems.clip import CLIP
+
+
+def hide_tokens(mask: Tensor, share: float) -> Tensor:
+    """Which of the real tokens are hidden, bool [B, T]: the same share of each row, at least one."""
+    count = (mask.sum(1, keepdim=True) * share).floor().clamp(min=1)
+    draw = torch.rand(mask.shape, device=mask.device).masked_fill(~mask, 2.0)
+    return (draw.argsort(1).argsort(1) < count) & mask
+
+
+def masked_image_loss(predicted: Tensor, tokens: Tensor, hidden: Tensor) -> Tensor:
+    """Mean squared error of hidden tokens, each normalised to mean 0 and variance 1: predicted and tokens [B, T, C], hidden [B, T]."""
+    target = F.layer_norm(tokens, tokens.shape[-1:])
+    return F.mse_loss(predicted[hidden].float(), target[hidden].float())
+
+
+class MaskedImages(CLIP):
+    """CLIP whose image tower also restores hidden tokens.
+
+    Args:
+        encoders: the shared ones.
+        share: of the tokens that are hidden.
+        weight: of the loss, beside contrast.
+        width, layers, heads, dropout, dim: as `DualEncoder`.
+    """
+
+    def __init__(
+        self,
+        encoders: Encoders,
+        width: int = 256,
+        layers: int = 1,
+        heads: int = 8,
+        dropout: float = 0.1,
+        dim: int = 256,
+        share: float = 0.4,
+        weight: float = 0.5,
+    ) -> None:
+        super().__init__(encoders, width, layers, heads, dropout, dim)
+        self.share, self.weight = share, weight
+        # A hidden token says where it stands, or all of them would be predicted alike.
+        self.hole = nn.Parameter(0.02 * torch.randn(encoders.image_tokens, encoders.image_width))
+        self.restore = nn.Linear(width, encoders.image_width)
+
+    def losses(self, batch: Batch, stage: str, progress: float) -> dict[str, Tensor]:
+        return {**super().losses(batch, stage, progress), "mim": self.weight * self.restored(batch.images)}
+
+    def restored(self, images: Images) -> Tensor:
+        """The loss of one draw of hidden tokens."""
+        hidden = hide_tokens(images.mask, self.share)
+        holes = self.hole[: images.tokens.shape[1]].to(images.tokens.dtype)
+        states, _ = self.image_tower(torch.where(hidden[..., None], holes, images.tokens), images.mask)
+        return masked_image_loss(self.restore(states[:, 1:]), images.tokens, hidden)

@@ -1,0 +1,86 @@
+"""A teacher that is a slow average of its student, and a queue of its earlier features (MoCo, He et al. 2019, arXiv 1911.05722).
+
+Legend: B pairs of a batch, Q places of the queue, E embedding width.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+class Teacher(nn.Module):
+    """The exponential average of a module's parameters, kept as buffers: no optimizer sees them and no gradient reaches them.
+
+    Args:
+        student: whose parameters are averaged, as they are when it is made or started anew.
+        rate: what remains of the average in one step.
+    """
+
+    def __init__(self, student: nn.Module, rate: float = 0.995) -> None:
+        super().__init__()
+        self.rate = rate
+        for name, parameter in student.named_parameters():
+            self.register_buffer(_flat(name), parameter.detach().clone())
+
+    @torch.no_grad()
+    def start(self, student: nn.Module) -> None:
+        """Become the student as it is now."""
+        for name, parameter in student.named_parameters():
+            self.get_buffer(_flat(name)).copy_(parameter)
+
+    @torch.no_grad()
+    def follow(self, student: nn.Module) -> None:
+        """Move by 1 - rate towards the student."""
+        for name, parameter in student.named_parameters():
+            self.get_buffer(_flat(name)).lerp_(parameter, 1 - self.rate)
+
+    @contextmanager
+    def acting(self, student: nn.Module) -> Iterator[None]:
+        """Within, the student computes with the teacher's parameters, without gradient."""
+        own = {name: parameter.data for name, parameter in student.named_parameters()}
+        try:
+            for name, parameter in student.named_parameters():
+                parameter.data = self.get_buffer(_flat(name))
+            with torch.no_grad():
+                yield
+        finally:
+            for name, parameter in student.named_parameters():
+                parameter.data = own[name]
+
+
+def _flat(name: str) -> str:
+    return name.replace(".", "/")  # a buffer's name holds no dot
+
+
+class Queue(nn.Module):
+    """The last Q features of both sides with the ids of their images; random unit vectors at first, of no image.
+
+    Args:
+        places: Q.
+        dim: E.
+    """
+
+    image: Tensor
+    text: Tensor
+    ids: Tensor
+    place: Tensor
+
+    def __init__(self, places: int, dim: int) -> None:
+        super().__init__()
+        for side in ("image", "text"):
+            self.register_buffer(side, F.normalize(torch.randn(places, dim), dim=-1))
+        self.register_buffer("ids", torch.full((places,), -1))
+        self.register_buffer("place", torch.zeros((), dtype=torch.long))
+
+    @torch.no_grad()
+    def push(self, image: Tensor, text: Tensor, ids: Tensor) -> None:
+        """Take in features [B, E] and their ids in place of the oldest; beyond the end it goes on at the start."""
+        if not len(self.ids):
+            return
+        count = min(len(ids), len(self.ids))
+        rows = (self.place + torch.arange(count)) % len(self.ids)
+        self.image[rows], self.text[rows], self.ids[rows] = image[-count:].float(), text[-count:].float(), ids[-count:]
+        self.place.copy_((self.place + count) % len(self.ids))

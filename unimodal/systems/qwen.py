@@ -1,0 +1,260 @@
+"""Qwen3-VL-Embedding and Qwen3-VL-Reranker: one causal reader for images and texts, led by an instruction (arXiv 2601.04720).
+
+The embedder reads an instruction and one item, and is read at the last position. The reranker reads an instruction, a query and a
+document, and answers yes or no there. Where the report trains a language model by LoRA, ours trains a small reader over the tokens of the
+shared encoders.
+
+Legend: B pairs, M texts, P pairs, T item tokens, G instruction tokens, S positions of a sequence, W width, E embedding width, K candidates.
+"""
+
+from collections.abc import Callable, Sequence
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from unimodal.layers import HIDDEN, init_weights, key_mask_to_bias
+from unimodal.losses import (
+    cosent_loss,
+    distillation_loss,
+    listwise_loss,
+    masked_info_nce,
+    matching_loss,
+    matryoshka,
+    quantised,
+    sample_hard_negatives,
+    similarity,
+)
+from unimodal.merge import merge_weights
+from unimodal.systems.base import Batch, Encoders, Images, State, System, Texts
+from unimodal.systems.momentum import Teacher
+from unimodal.systems.towers import Layer, Scale
+
+DEFAULT = "represent the user's input."
+RERANK = "given a search query, retrieve relevant candidates that answer the query."
+FIRST_STEP = 0.1  # of int8, in units of the root mean square coordinate
+NEGATIVES = 7  # candidates beside the right one
+Part = tuple[Tensor, Tensor]  # states [B, S, W] and their mask [B, S]
+
+
+class Reader(nn.Module):
+    """A causal transformer over parts of a sequence, read at its last position, which is an end token.
+
+    Positions count real tokens only, so that padding, left, right or between, changes nothing.
+
+    Args:
+        encoders: the shared ones.
+        width, layers, heads, dropout: of the transformer.
+        instruction: what stands before every item.
+        parts: how many items a sequence may hold.
+    """
+
+    def __init__(
+        self, encoders: Encoders, width: int, layers: int, heads: int, dropout: float, instruction: str, parts: int = 1
+    ) -> None:
+        super().__init__()
+        self.project = nn.ModuleDict(
+            {
+                side: nn.Sequential(nn.LayerNorm(c), nn.Linear(c, width))
+                for side, c in (("image", encoders.image_width), ("text", encoders.text_width))
+            }
+        )
+        told = encoders.read_texts(*encoders.tokenise([instruction]))
+        self.register_buffer("instruction", told.tokens.detach().clone())  # [1, G, C]
+        self.end = nn.Parameter(torch.zeros(width))
+        places = told.ids.shape[1] + parts * max(encoders.image_tokens, encoders.max_length) + 1
+        self.places = nn.Embedding(places, width)
+        self.layers = nn.ModuleList(Layer(width, heads, dropout=dropout) for _ in range(layers))
+        self.norm = nn.LayerNorm(width)
+        self.apply(init_weights)
+
+    def item(self, side: str, tokens: Tensor, mask: Tensor) -> Part:
+        """The encoder's tokens of one side as a part."""
+        return self.project[side](tokens), mask
+
+    def forward(self, *items: Part) -> Tensor:
+        """Instruction, items, end token -> the state there, [B, W]."""
+        rows = len(items[0][0])
+        led = self.project["text"](self.get_buffer("instruction")).expand(rows, -1, -1)
+        x = torch.cat([led, *(states for states, _ in items), self.end.expand(rows, 1, -1)], 1)  # [B, S, W]
+        mask = torch.cat([mask.new_ones(rows, led.shape[1]) for mask in (items[0][1],)] + [m for _, m in items], 1)
+        mask = F.pad(mask, (0, 1), value=True)
+        x = x + self.places((mask.cumsum(1) - 1).clamp(min=0))
+        length = x.shape[1]
+        causal = torch.full((length, length), HIDDEN, device=x.device).triu_(1)
+        padding = key_mask_to_bias(mask)
+        assert padding is not None
+        for layer in self.layers:
+            x = layer(x, padding + causal)
+        return self.norm(x[:, -1])
+
+
+class QwenReranker(System):
+    """Yes or no, of a query and a document read together: the logit of "yes" less that of "no", by one row w_yes - w_no without a bias.
+
+    Args:
+        encoders: the shared ones.
+        width, layers, heads, dropout: of the reader.
+        instruction: what the reader is told.
+    """
+
+    def __init__(
+        self,
+        encoders: Encoders,
+        width: int = 256,
+        layers: int = 2,
+        heads: int = 8,
+        dropout: float = 0.1,
+        instruction: str = RERANK,
+    ) -> None:
+        super().__init__(encoders)
+        self.reader = Reader(encoders, width, layers, heads, dropout, instruction, parts=2)
+        self.answer = nn.Linear(width, 1, bias=False)
+
+    def image_state(self, images: Images) -> State:
+        """The document: projected tokens [B, T, W] and their mask."""
+        return self.reader.item("image", images.tokens, images.mask)
+
+    def text_state(self, texts: Texts) -> State:
+        """The query: projected tokens [M, L, W] and their mask."""
+        return self.reader.item("text", texts.tokens, texts.mask)
+
+    def score_pairs(self, images: State, texts: State) -> Tensor:
+        return self.answer(self.reader((texts[0], texts[1]), (images[0], images[1])))[:, 0]
+
+    def losses(self, batch: Batch, stage: str, progress: float) -> dict[str, Tensor]:
+        count = len(batch.image_id)
+        wrong_text, wrong_image = sample_hard_negatives(torch.zeros(count, count), batch.image_id, batch.image_id)
+        true = torch.arange(count)
+        rows, columns = torch.cat([true, true, wrong_image]), torch.cat([true, wrong_text, true])
+        images, texts = self.image_state(batch.images), self.text_state(batch.texts)
+        logits = self.score_pairs(tuple(x[rows] for x in images), tuple(x[columns] for x in texts))
+        return {"answer": matching_loss(logits, torch.arange(len(rows)) < count)}
+
+
+class QwenEmbedding(System):
+    """The embedder, with the reranker that teaches it in its last stage.
+
+    Stages: `pretrain`, contrast that also pushes queries from queries and documents from documents; `finetune`, contrast without that,
+    labels as documents, graded likeness of captions by shared categories, and the reranker beside; `distil`, the order that the reranker
+    gives; when it is over, the weights before and after it are averaged.
+
+    Args:
+        encoders: the shared ones.
+        width, layers, heads, dropout: of both readers.
+        dim: E.
+        instruction: what the embedder is told.
+        dims: widths that are trained besides E; those below it count.
+        category_names: documents of the labels, where the data has any.
+    """
+
+    def __init__(
+        self,
+        encoders: Encoders,
+        width: int = 256,
+        layers: int = 2,
+        heads: int = 8,
+        dropout: float = 0.1,
+        dim: int = 256,
+        instruction: str = DEFAULT,
+        dims: Sequence[int] = (64, 128),
+        category_names: Sequence[str] = (),
+    ) -> None:
+        super().__init__(encoders)
+        self.dims = [*(d for d in dims if d < dim), dim]
+        self.reader = Reader(encoders, width, layers, heads, dropout, instruction)
+        self.projection = nn.Linear(width, dim)
+        self.scale = Scale(20.0)
+        self.step = nn.Parameter(torch.tensor(FIRST_STEP))
+        self.labels = None
+        if category_names:
+            self.labels = encoders.read_texts(*encoders.tokenise(list(category_names)))
+        self.reranker = QwenReranker(encoders, width, layers, heads, dropout)
+        self.before = Teacher(self._embedder())
+
+    def _embedder(self) -> nn.ModuleList:
+        return nn.ModuleList([self.reader, self.projection])
+
+    def embed_images(self, images: Images) -> Tensor:
+        return self._embed(self.reader.item("image", images.tokens, images.mask))
+
+    def embed_texts(self, texts: Texts) -> Tensor:
+        return self._embed(self.reader.item("text", texts.tokens, texts.mask))
+
+    def _embed(self, item: Part) -> Tensor:
+        return F.normalize(self.projection(self.reader(item)), dim=-1)
+
+    def start_stage(self, stage: str) -> None:
+        if stage == "distil":
+            self.before.start(self._embedder())
+
+    def end_stage(self, stage: str) -> None:
+        if stage == "distil":
+            now = self._embedder()
+            after = {name: p.detach().clone() for name, p in now.named_parameters()}
+            with self.before.acting(now):
+                earlier = {name: p.detach().clone() for name, p in now.named_parameters()}
+            merged = merge_weights([earlier, after], [0.5, 0.5])
+            now.load_state_dict(merged, strict=False)
+
+    def after_step(self, stage: str) -> None:
+        self.scale.clamp()
+
+    def losses(self, batch: Batch, stage: str, progress: float) -> dict[str, Tensor]:
+        image, text = self.embed_images(batch.images), self.embed_texts(batch.texts)
+        if stage == "distil":
+            return {"distil": self._every_form(partial(self._distilled, batch=batch), text, image)}
+        contrast = partial(masked_info_nce, ids=batch.image_id, scale=self.scale(), within=stage == "pretrain")
+        out = {
+            "t2i": self._every_form(contrast, text, image),
+            "i2t": self._every_form(contrast, image, text),
+        }
+        if stage == "finetune":
+            out["answer"] = self.reranker.losses(batch, stage, progress)["answer"]
+            if batch.labels is not None:
+                out["sts"] = self._graded(text, batch.labels)
+                if self.labels is not None:
+                    out["classification"] = self._classified(image, batch.labels)
+        return out
+
+    def _every_form(self, loss: Callable[..., Tensor], *embeddings: Tensor) -> Tensor:
+        """A loss on every width and in every precision."""
+        return matryoshka(partial(quantised, loss, step=self.step), *embeddings, dims=self.dims)
+
+    def _graded(self, text: Tensor, labels: Tensor) -> Tensor:
+        """Captions are the more alike the more categories their images share: CoSENT over neighbours in the batch."""
+        other = torch.arange(len(text)).roll(1)
+        shared = (labels * labels[other]).sum(1) / (labels + labels[other]).clamp(max=1).sum(1).clamp(min=1)
+        return cosent_loss((text * text[other]).sum(1), shared, scale=self.scale())
+
+    def _classified(self, image: Tensor, labels: Tensor) -> Tensor:
+        """Each picture finds one of its own labels among labels that are wrong for it, and no other item of the batch."""
+        assert self.labels is not None
+        documents = self.embed_texts(self.labels)  # [categories, E]
+        wrong = (1 - labels).sum(1)
+        known = (labels.sum(1) > 0) & (wrong >= 1)
+        count = int(wrong[known].min().clamp(max=NEGATIVES)) if known.any() else 0
+        if not count:
+            return image.sum() * 0.0
+        right = torch.multinomial(labels[known], 1)
+        others = torch.multinomial(1 - labels[known], count)
+        chosen = documents[torch.cat([right, others], 1)]  # [B, 1 + K, E]
+        return listwise_loss(self.scale() * torch.einsum("be,bke->bk", image[known], chosen))
+
+    def _distilled(self, text: Tensor, image: Tensor, *, batch: Batch) -> Tensor:
+        """The reranker's order of each text's image and its hardest others."""
+        with torch.no_grad():
+            scores = similarity(image, text).T  # [text, image]
+            same = batch.image_id[:, None] == batch.image_id[None]
+            wrong = scores.masked_fill(same, -2.0).topk(min(NEGATIVES, len(text) - 1), 1).indices
+            own = torch.arange(len(text))
+            candidates = torch.cat([own[:, None], wrong], 1)  # [B, 1 + K]
+            given = torch.cat([torch.ones_like(own[:, None], dtype=torch.bool), ~same.gather(1, wrong)], 1)
+            rows = own[:, None].expand_as(candidates).flatten()
+            images, texts = self.reranker.image_state(batch.images), self.reranker.text_state(batch.texts)
+            teacher = self.reranker.score_pairs(
+                tuple(x[candidates.flatten()] for x in images), tuple(x[rows] for x in texts)
+            ).view_as(candidates)
+        student = self.scale() * torch.einsum("be,bke->bk", text, image[candidates])
+        return distillation_loss(student, teacher, given)

@@ -1,0 +1,222 @@
+"""VL-GAP: two-stage generative alignment, an inferred design. No public text of the system was found: this is our reading of what a survey
+says of it, in the lineage of ALBEF (arXiv 2107.07651) and BLIP (arXiv 2201.12086).
+
+Stage `clean` learns contrast, matching and captions together. Stage `noisy` learns the same from captions that may be wrong: a slow teacher
+says how much it trusts each pair, writes a caption of its own where it does not, and what neither convinces is left out.
+
+Legend: B pairs, L text length, W width, V vocabulary, K places of the buffer.
+"""
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from unimodal.losses import caption_loss, distillation_loss, info_nce, similarity
+from unimodal.systems.albef import FusionEncoder
+from unimodal.systems.base import Batch, Encoders, Images, State, Texts
+from unimodal.systems.momentum import Teacher
+from unimodal.systems.towers import Scale
+from unimodal.systems.words import write_words
+
+SMOOTHING = 0.1
+NUCLEUS = 0.9
+ENOUGH = 64  # pairs in the buffer before anything is judged by it
+
+
+class Trust(NamedTuple):
+    """How much the teacher trusts B pairs: probability of a match [B], and of the words, their geometric mean [B]."""
+
+    match: Tensor
+    words: Tensor
+
+
+class VLGAP(FusionEncoder):
+    """Towers, and a fusion in two roles: it judges pairs looking both ways, and writes looking back.
+
+    Args:
+        encoders: the shared ones.
+        width, layers, heads, dropout, fusion_layers, dim: as `FusionEncoder`.
+        momentum: what remains of the teacher in one step.
+        keep: share of the pairs that are trusted, by a running threshold; 1 trusts all.
+        beta: weight of the match against the words in a pair's trust.
+        alpha: the teacher's share in the targets of contrast and words, reached over the first fifth of the stage.
+        buffer: K, pairs over which trust is ranked.
+    """
+
+    seen: Tensor
+    kept: Tensor
+    rewritten: Tensor
+    buffer: Tensor
+
+    def __init__(
+        self,
+        encoders: Encoders,
+        width: int = 256,
+        layers: int = 1,
+        heads: int = 8,
+        dropout: float = 0.1,
+        fusion_layers: int = 1,
+        dim: int = 256,
+        momentum: float = 0.995,
+        keep: float = 0.7,
+        beta: float = 0.5,
+        alpha: float = 0.4,
+        buffer: int = 1024,
+    ) -> None:
+        super().__init__(encoders, width, layers, heads, dropout, fusion_layers, dim)
+        if not 0 < keep <= 1:
+            raise ValueError(f"keep: expected a share of the pairs above 0 and at most 1, got {keep}")
+        self.keep, self.beta, self.alpha = keep, beta, alpha
+        self.words = nn.Embedding(encoders.vocab_size, width)
+        self.places = nn.Embedding(encoders.max_length, width)
+        nn.init.normal_(self.words.weight, std=width**-0.5)
+        nn.init.normal_(self.places.weight, std=width**-0.5)
+        self.word_bias = nn.Parameter(torch.zeros(encoders.vocab_size))
+        self.scale = Scale()
+        for name in ("seen", "kept", "rewritten"):
+            self.register_buffer(name, torch.zeros((), dtype=torch.long))
+        self.register_buffer("buffer", torch.zeros(2, buffer))
+        self.register_buffer("filled", torch.zeros((), dtype=torch.long))
+        self.teacher = Teacher(self, momentum)
+
+    @property
+    def acceptance(self) -> float:
+        """The share of the pairs of stage `noisy` that were learned from, with their own caption or the teacher's."""
+        return float(self.kept) / max(1, int(self.seen))
+
+    def start_stage(self, stage: str) -> None:
+        self.teacher.start(self)
+
+    def after_step(self, stage: str) -> None:
+        self.scale.clamp()
+        if stage == "noisy":
+            self.teacher.follow(self)
+
+    def losses(self, batch: Batch, stage: str, progress: float) -> dict[str, Tensor]:
+        if stage == "clean":
+            return self._learn(batch, 0.0)
+        batch = self._trusted(batch)
+        if len(batch.image_id.unique()) < 2:  # nothing to tell apart
+            return {"itc": sum(p.sum() for p in self.parameters()) * 0.0}  # type: ignore[dict-item]
+        return self._learn(batch, self.alpha * min(1.0, progress / 0.2))
+
+    def _learn(self, batch: Batch, alpha: float) -> dict[str, Tensor]:
+        """Contrast, matching and captions; `alpha` is the teacher's share in the targets."""
+        image, text = self.image_state(batch.images), self.text_state(batch.texts)
+        image_embedding, text_embedding = self.image_embedding(image), self.text_embedding(text)
+        itc = info_nce(image_embedding, text_embedding, batch.image_id, scale=self.scale())
+        logits = self._word_logits(image, batch.texts.ids, batch.texts.mask)
+        lm = caption_loss(logits, batch.texts.ids, batch.texts.mask, label_smoothing=SMOOTHING)
+        if alpha:
+            ours = self.scale() * similarity(image_embedding, text_embedding)
+            with self.teacher.acting(self):
+                slow = self.image_state(batch.images)
+                theirs = self.scale() * similarity(self.image_embedding(slow), self.embed_texts(batch.texts))
+                soft = self._word_logits(slow, batch.texts.ids, batch.texts.mask).softmax(-1)
+            apart = (distillation_loss(ours, theirs) + distillation_loss(ours.T, theirs.T)) / 2
+            real = batch.texts.mask[:, 1:]
+            soft_lm = -(soft * logits.log_softmax(-1)).sum(-1)[:, :-1][real].mean()
+            itc, lm = (1 - alpha) * itc + alpha * apart, (1 - alpha) * lm + alpha * soft_lm
+        scores = self.scale().detach() * similarity(image_embedding, text_embedding).detach()
+        return {"itc": itc, "itm": self.matching(image, text, scores, batch.image_id), "lm": lm}
+
+    # Trust.
+
+    def trust(self, images: Images, texts: Texts) -> Trust:
+        """What the weights at work say of pairs, row by row."""
+        image = self.image_state(images)
+        match = self.score_pairs(image, self.text_state(texts)).sigmoid()
+        told = self._word_logits(image, texts.ids, texts.mask).log_softmax(-1)[:, :-1]
+        words = told.gather(2, texts.ids[:, 1:, None])[..., 0].masked_fill(~texts.mask[:, 1:], 0)
+        return Trust(match, (words.sum(1) / texts.mask[:, 1:].sum(1)).exp())
+
+    @torch.no_grad()
+    def _trusted(self, batch: Batch) -> Batch:
+        """The pairs that the teacher trusts; in place of a caption that it does not trust its own, if it trusts that one."""
+        with self.teacher.acting(self):
+            found = self.trust(batch.images, batch.texts)
+            self.seen += len(found.match)
+            self._remember(found)
+            accepted = self._accepts(found)
+            texts = batch.texts
+            doubtful = (~accepted).nonzero()[:, 0]
+            if len(doubtful):
+                ids = self._write(batch.images.select(doubtful), top_p=NUCLEUS)
+                own = self._as_texts(ids)
+                better = self._accepts(self.trust(batch.images.select(doubtful), own))
+                texts = _replaced(texts, own, doubtful[better], better.nonzero()[:, 0], self.encoders.pad_id)
+                accepted[doubtful[better]] = True
+                self.rewritten += int(better.sum())
+        self.kept += int(accepted.sum())
+        rows = accepted.nonzero()[:, 0]
+        labels = None if batch.labels is None else batch.labels[rows]
+        return Batch(batch.images.select(rows), texts.select(rows), batch.image_id[rows], labels)
+
+    def _remember(self, found: Trust) -> None:
+        count = self.buffer.shape[1]
+        rows = (self.get_buffer("filled") + torch.arange(len(found.match))) % count
+        self.buffer[0, rows], self.buffer[1, rows] = found.match.float(), found.words.float()
+        self.get_buffer("filled").add_(len(found.match))
+
+    def _accepts(self, found: Trust) -> Tensor:
+        """Which pairs [B] are among the trusted share, by the ranks of both values in the buffer."""
+        known = self.buffer[:, : int(self.get_buffer("filled").clamp(max=self.buffer.shape[1]))]  # [2, K]
+        if known.shape[1] < ENOUGH or self.keep == 1:
+            return torch.ones(len(found.match), dtype=torch.bool)
+
+        def confidence(match: Tensor, words: Tensor) -> Tensor:
+            ranks = [
+                torch.searchsorted(row.sort().values, x.float().contiguous(), right=True) / len(row)
+                for row, x in zip(known, (match, words))
+            ]
+            return ranks[0] ** self.beta * ranks[1] ** (1 - self.beta)
+
+        return confidence(*found) >= confidence(*known).quantile(1 - self.keep)
+
+    # Words.
+
+    def _word_logits(self, image: State, ids: Tensor, mask: Tensor) -> Tensor:
+        """Logits [B, L, V] of the word after each, ids [B, L]."""
+        x = self.words(ids) * self.words.embedding_dim**0.5 + self.places.weight[: ids.shape[1]]
+        hidden = self.fusion(x, mask, *image, causal=True)
+        return F.linear(hidden, self.words.weight, self.word_bias).float()
+
+    def _write(self, images: Images, top_p: float | None = None) -> list[list[int]]:
+        image = self.image_state(images)
+
+        def next_word(ids: Tensor) -> Tensor:
+            return self._word_logits(image, ids, torch.ones_like(ids, dtype=torch.bool))[:, -1]
+
+        return write_words(next_word, len(images.tokens), self.encoders, top_p=top_p)
+
+    @torch.no_grad()
+    def write(self, images: Images) -> list[list[int]]:
+        return self._write(images)
+
+    def _as_texts(self, rows: list[list[int]]) -> Texts:
+        """What was written, with start and end, read by the encoders."""
+        encoders = self.encoders
+        whole = [[encoders.start_id, *row, encoders.end_id][: encoders.max_length] for row in rows]
+        ids = torch.full((len(whole), max(map(len, whole))), encoders.pad_id)
+        mask = torch.zeros(ids.shape, dtype=torch.bool)
+        for i, row in enumerate(whole):
+            ids[i, : len(row)], mask[i, : len(row)] = torch.tensor(row), True
+        return encoders.read_texts(ids, mask)
+
+
+def _replaced(texts: Texts, other: Texts, rows: Tensor, by: Tensor, pad_id: int) -> Texts:
+    """The texts with `rows` replaced by the rows `by` of others; both padded to the longer length."""
+    length = max(texts.ids.shape[1], other.ids.shape[1])
+
+    def padded(x: Tensor, value: float) -> Tensor:
+        missing = length - x.shape[1]
+        return F.pad(x, (0, 0) * (x.ndim - 2) + (0, missing), value=value)
+
+    parts = []
+    for a, b, value in zip(texts, other, (pad_id, 0, 0)):
+        a = padded(a, value).clone()
+        a[rows] = padded(b, value)[by].to(a.dtype)
+        parts.append(a)
+    return Texts(*parts)

@@ -1,0 +1,153 @@
+"""VLMo: self-attention for all, feed-forward experts for each modality (Bao et al. 2022, arXiv 2111.02358).
+
+One stack of layers reads images, texts, or both at once. Attention is shared; norm and feed-forward network behind it are the expert of a
+token's modality, and in the top layers of a joint sequence one expert of vision and language serves all tokens.
+
+Legend: B pairs, L text length, T image tokens, W width, E embedding width.
+"""
+
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from unimodal.layers import MLP, Attention, init_weights, key_mask_to_bias
+from unimodal.losses import info_nce, matching_loss, sample_hard_negatives
+from unimodal.systems.base import Batch, Encoders, Images, System, Texts
+from unimodal.systems.towers import Scale
+from unimodal.systems.words import WordHead, hide_words
+
+Mode = Literal["image", "text", "both"]
+LAYER_SCALE = 0.1
+MLM_WEIGHT = 0.25
+
+
+class Expert(nn.Module):
+    """Norm, feed-forward network and the scale of what they add."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(width)
+        self.mlp = MLP(width, 4 * width)
+        self.scale = nn.Parameter(torch.full((width,), LAYER_SCALE))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.scale * self.mlp(self.norm(x))
+
+
+class MultiwayLayer(nn.Module):
+    """Shared attention, then each token's expert.
+
+    Args:
+        width: W.
+        heads: attention heads.
+        top: whether a joint sequence is served by one expert of both modalities.
+        dropout: of attention weights and of what attention adds.
+    """
+
+    def __init__(self, width: int, heads: int, *, top: bool, dropout: float) -> None:
+        super().__init__()
+        self.attention_norm = nn.LayerNorm(width)
+        self.attention = Attention(width, heads, dropout=dropout)
+        self.attention_scale = nn.Parameter(torch.full((width,), LAYER_SCALE))
+        self.dropout = nn.Dropout(dropout)
+        self.image, self.text = Expert(width), Expert(width)
+        self.both = Expert(width) if top else None
+
+    def forward(self, x: Tensor, bias: Tensor | None, mode: Mode, words: int) -> Tensor:
+        """x [B, words + T, W], of which the first are text in a joint sequence."""
+        y = self.attention_norm(x)
+        x = x + self.attention_scale * self.dropout(self.attention(y, *self.attention.project(y), bias))
+        if mode == "both":
+            if self.both is not None:
+                return self.both(x)
+            return torch.cat([self.text(x[:, :words]), self.image(x[:, words:])], 1)
+        return self.image(x) if mode == "image" else self.text(x)
+
+
+class VLMo(System):
+    """A stack of `MultiwayLayer`. Stages of the names `text`, `joint` and `retrieval`; it ranks as a dual encoder.
+
+    Args:
+        encoders: the shared ones.
+        width, heads, dropout: of all layers.
+        layers: of which the last has an expert of both modalities.
+        dim: E.
+    """
+
+    def __init__(
+        self,
+        encoders: Encoders,
+        width: int = 256,
+        layers: int = 2,
+        heads: int = 8,
+        dropout: float = 0.1,
+        dim: int = 256,
+    ) -> None:
+        super().__init__(encoders)
+        self.project = nn.ModuleDict(
+            {
+                side: nn.Sequential(nn.LayerNorm(c), nn.Linear(c, width))
+                for side, c in (("image", encoders.image_width), ("text", encoders.text_width))
+            }
+        )
+        self.first = nn.ParameterDict({side: nn.Parameter(torch.zeros(width)) for side in ("image", "text")})
+        self.layers = nn.ModuleList(
+            MultiwayLayer(width, heads, top=i == layers - 1, dropout=dropout) for i in range(layers)
+        )
+        self.norm = nn.LayerNorm(width)
+        self.image_projection, self.text_projection = (nn.Linear(width, dim, bias=False) for _ in range(2))
+        self.words = WordHead(width, encoders.vocab_size)
+        self.itm_head = nn.Linear(width, 1)
+        self.apply(init_weights)
+        self.scale = Scale()
+
+    def _tokens(self, side: str, tokens: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+        """A class token and projected tokens [B, 1 + T, W], and their mask."""
+        x = self.project[side](tokens)
+        x = torch.cat([self.first[side].expand(len(x), 1, -1), x], 1)
+        return x, F.pad(mask, (1, 0), value=True)
+
+    def read(self, images: Images | None, texts: Texts | None) -> Tensor:
+        """Images, texts, or both row by row -> hidden states [B, 1 + L + 1 + T, W] of what there is, texts first."""
+        parts = []
+        if texts is not None:
+            parts.append(self._tokens("text", texts.tokens, texts.mask))
+        if images is not None:
+            parts.append(self._tokens("image", images.tokens, images.mask))
+        mode: Mode = "both" if len(parts) == 2 else "text" if texts is not None else "image"
+        x, mask = torch.cat([x for x, _ in parts], 1), torch.cat([m for _, m in parts], 1)
+        bias, words = key_mask_to_bias(mask), parts[0][0].shape[1]
+        for layer in self.layers:
+            x = layer(x, bias, mode, words)
+        return self.norm(x)
+
+    def embed_images(self, images: Images) -> Tensor:
+        return F.normalize(self.image_projection(self.read(images, None)[:, 0]), dim=-1)
+
+    def embed_texts(self, texts: Texts) -> Tensor:
+        return F.normalize(self.text_projection(self.read(None, texts)[:, 0]), dim=-1)
+
+    def after_step(self, stage: str) -> None:
+        self.scale.clamp()
+
+    def losses(self, batch: Batch, stage: str, progress: float) -> dict[str, Tensor]:
+        if stage == "text":
+            return {"mlm": self._masked_words(None, batch.texts)}
+        image, text = self.embed_images(batch.images), self.embed_texts(batch.texts)
+        itc = info_nce(image, text, batch.image_id, scale=self.scale())
+        if stage == "retrieval":
+            return {"itc": itc}
+        scores = self.scale().detach() * image.detach() @ text.detach().T
+        wrong_text, wrong_image = sample_hard_negatives(scores, batch.image_id, batch.image_id)
+        true = torch.arange(len(image))
+        rows, columns = torch.cat([true, true, wrong_image]), torch.cat([true, wrong_text, true])
+        logits = self.itm_head(self.read(batch.images.select(rows), batch.texts.select(columns))[:, 0])[:, 0]
+        itm = matching_loss(logits, torch.arange(len(rows)) < len(true))
+        return {"itc": itc, "itm": itm, "mlm": MLM_WEIGHT * self._masked_words(batch.images, batch.texts)}
+
+    def _masked_words(self, images: Images | None, texts: Texts) -> Tensor:
+        holes, asked = hide_words(texts.ids, texts.mask, self.encoders)
+        hidden = self.read(images, self.encoders.read_texts(holes, texts.mask))
+        return self.words.loss(hidden[:, 1 : 1 + asked.shape[1]], asked)
