@@ -1,4 +1,4 @@
-"""What every test may rely on: no network, one thread, a fixed seed, an empty Hugging Face cache."""
+"""What every test may rely on: no network, one thread, a fixed seed, empty caches."""
 
 import os
 import socket
@@ -11,6 +11,7 @@ import torch
 # huggingface_hub reads these once, at its own import, which comes later.
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["HF_HOME"] = tempfile.mkdtemp(prefix="unimodal-test-hf-")
+os.environ["XDG_CACHE_HOME"] = tempfile.mkdtemp(prefix="unimodal-test-cache-")
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
 torch.set_num_threads(1)

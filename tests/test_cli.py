@@ -92,6 +92,10 @@ def test_wrong_settings(place, value, messages, tmp_path: Path, capsys: pytest.C
         ),
         ("--stagess.second=3", "schedule: unknown key 'stagess'; did you mean 'stages'?"),
         (
+            "--card.limit=none",
+            "schedule: card: unknown key 'limit'; did you mean 'limits'?",
+        ),
+        (
             "--aims.t2i_r1_frist=0.9",
             "schedule: aims at an unknown measure 't2i_r1_frist'; did you mean 't2i_r1_first'?",
         ),
@@ -231,7 +235,7 @@ def test_doctor_replays(model: Path, capsys: pytest.CaptureFixture[str]) -> None
         (("rank", "x", "y", "--model", "M"), "the matching head judges one image and one text"),
         (
             ("embed", "x", "--out", "x.npy"),
-            "no model in checkpoints/demo/model; run `make demo` first, or give --model",
+            "no model in checkpoints/unimodal-small, which ships with the repository; start in a clone of it, or give --model",
         ),
         (("generate", "x", "--model", "no/where"), "no/where: no such folder here"),
         (("generate", " ", "--model", "M"), "empty"),
@@ -243,6 +247,7 @@ def test_bad_input_is_one_line(
     arguments, message: str, model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("unimodal.recipes.PACKAGE", tmp_path / "unimodal")
     status, output, error = run(capsys, *(model if word == "M" else word for word in arguments))
     last = error.splitlines()[-1]
     assert (status, output) == (1, "") and last.startswith(f"unimodal {arguments[0]}: ") and message in last, error

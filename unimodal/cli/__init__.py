@@ -23,9 +23,20 @@ VERBS = {
     ),
     "rank": ("verbs", "rank", "rank images against a text, or texts against an image"),
     "caption": ("verbs", "caption", "caption images"),
+    "app": ("verbs", "app", "a local page that searches a folder, captions and draws: unimodal app [FOLDER]"),
+    "explain": (
+        "explaining",
+        "run",
+        "why a text matches a picture, by a model or a system of the survey: PICTURE TEXT",
+    ),
     "generate": ("verbs", "generate", "draw a picture from a text"),
     "mine": ("verbs", "mine", "mine hard negatives of a split into a .jsonl file"),
     "export": ("verbs", "export", "export onnx|sentence-transformers|cross-encoder: a checkpoint for other programs"),
+    "survey": (
+        "survey",
+        "run",
+        "every system of the survey on one data set, budget and protocol: --data PATH --budget '200 steps'",
+    ),
     "push": ("verbs", "push", "push a checkpoint folder to the Hub"),
     "data": ("verbs", "data", "check a data set before training: unimodal data check PATH"),
     "gather": (

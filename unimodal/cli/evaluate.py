@@ -17,13 +17,13 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
-from unimodal.cli.verbs import DEFAULT_MODEL
 from unimodal.data.guess import open_split
 from unimodal.data.labelled import label_matrix
 from unimodal.data.module import EvaluationBatches
 from unimodal.data.pairs import Pairs
 from unimodal.hub import load_checkpoint
 from unimodal.metrics import compare, load_ranks, relevance_metrics, require_alike, save_ranks
+from unimodal.recipes import CHECKPOINT, shipped_checkpoint
 from unimodal.report import Hit, Search, write_misses
 from unimodal.tasks import Evaluation, EvaluationSettings
 from unimodal.tasks.errors import Row, retrieval_errors
@@ -40,9 +40,7 @@ def parser() -> argparse.ArgumentParser:
 
     verb = verbs.add_parser("evaluate", help="score a checkpoint's retrieval on a split")
     verb.set_defaults(work=evaluate)
-    verb.add_argument(
-        "--model", default=DEFAULT_MODEL, help=f"a checkpoint folder or Hub id; by default {DEFAULT_MODEL}"
-    )
+    verb.add_argument("--model", help=f"a checkpoint folder or Hub id; by default {CHECKPOINT}")
     verb.add_argument("--device", help="where to run, for example cuda; by default the CPU")
     verb.add_argument(
         "--data", required=True, help="a JSON file in Karpathy's format, a table, tar shards or a folder; or `scenes`"
@@ -123,6 +121,7 @@ def evaluate(options: argparse.Namespace) -> None:
     )
     if options.judgements:
         require_judgeable(pairs, settings)
+    options.model = options.model or shipped_checkpoint()
     model, processor = load_checkpoint(options.model, device=options.device)
     evaluation = Evaluation(model.eval(), processor, pairs, settings)
     read(evaluation, options.batch_size)

@@ -38,10 +38,10 @@ from unimodal import stages
 from unimodal.cli import between
 from unimodal.cli.finish import METRICS, write_results
 from unimodal.cli.messages import ConfigError
-from unimodal.config import nearest
+from unimodal.config import from_dict, nearest
 from unimodal.data.module import PairData
 from unimodal.data.processor import Processor
-from unimodal.hub import Card, load_checkpoint, save_adapter, save_checkpoint
+from unimodal.hub import Card, load_checkpoint, round_weights, save_adapter, save_checkpoint
 from unimodal.hub.folder import restore
 from unimodal.model import UnimodalModel
 from unimodal.tasks import Evaluation, EvaluationSettings, Task
@@ -58,7 +58,9 @@ KEYS = (
     "stages",
     "checkpoint_every",
     "final",
+    "precision",
     "aims",
+    "card",
 )
 STAGE_KEYS = ("about", "model", "data", "trainer", "mine", "merge")
 console = Console()
@@ -88,6 +90,10 @@ def check_schedule(schedule: dict[str, Any]) -> None:
             raise ConfigError(
                 f"schedule: {key} is {schedule.get(key)!r}; expected a mapping of settings that all stages share"
             )
+    try:
+        from_dict(Card, schedule.get("card", {}), "card")
+    except (TypeError, ValueError) as error:
+        raise ConfigError(f"schedule: {error}") from error
     for name in schedule.get("aims", {}):
         if name not in METRICS:
             raise ConfigError(f"schedule: aims at an unknown measure {name!r}; {nearest(name, METRICS)}")
@@ -204,6 +210,10 @@ def _final_scores(
     started = time.monotonic()
     data = cli.datamodule
     model, processor = load_checkpoint(last)
+    precision = schedule.get("precision", "float32")
+    if precision != "float32":  # what is scored is what is saved, and the caches keep what the whole weights made
+        round_weights(model, precision)
+        data.feature_cache, data.caches = None, {}
     data.bind(model.config, model.backbone, model.language_captioner)
     settings = replace(cli.model.settings, **schedule.get("final", {}))
     evaluation = _evaluate(model, processor, data, settings, cli.trainer.strategy.root_device, final=True)
@@ -219,8 +229,9 @@ def _final_scores(
     training = f"{about['summary']} Stages: " + "; ".join(
         f"{name} ({row['steps']} steps): {row['about']}" for name, row in history.items()
     )
-    card = Card(name=output.name, training=training + ".")
-    save_checkpoint(model, processor, output / "model", metrics=measured, card=card)
+    said = {"name": schedule.get("name", output.name), "training": training + ".", **schedule.get("card", {})}
+    card = from_dict(Card, said)
+    save_checkpoint(model, processor, output / "model", metrics=measured, card=card, precision=precision)
     if model.config.adapters:
         save_adapter(model, processor, output / "adapter", metrics=measured, card=card)
     table = Table(title=f"held-out results: {pairs.name} {pairs.split}", title_justify="left")

@@ -89,6 +89,17 @@ class Drawing(TypedDict):
     verdict: NotRequired[str]  # what the checker saw
 
 
+class Found(TypedDict):
+    """One picture that a search of one's own pictures found, and why."""
+
+    name: str
+    picture: Picture
+    first: float  # cosine
+    match: NotRequired[float]  # match probability, where the matching head judged the pair
+    heatmap: NotRequired[Picture]  # red where the picture speaks for the match, blue where against it
+    words: NotRequired[list[tuple[str, float]]]  # of the query, each with what the match logit loses without it
+
+
 class Report(TypedDict):
     """Everything on the page."""
 
@@ -104,3 +115,13 @@ class Report(TypedDict):
     swaps: list[Swap]
     captions: list[Caption]
     drawings: list[Drawing]
+
+
+class Grid(TypedDict):
+    """A table of its own kind: column titles, rows of cells as text (the first names the row), and notes below."""
+
+    title: str
+    lead: str
+    columns: list[str]
+    rows: list[list[str]]
+    notes: NotRequired[list[str]]

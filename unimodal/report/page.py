@@ -6,8 +6,8 @@ from importlib import resources
 from pathlib import Path
 
 from unimodal.report import sections
-from unimodal.report.contents import Report, Search
-from unimodal.report.pieces import duration, grid
+from unimodal.report.contents import Found, Grid, Picture, Report, Search
+from unimodal.report.pieces import duration, grid, image
 
 # title: (what a reader should know before it, how it is written); an empty text leaves the section out
 SECTIONS: dict[str, tuple[str, Callable[[Report], str]]] = {
@@ -94,6 +94,60 @@ def write_misses(
         "What the embedding found, and its order after the matching head looked at it; the labelled answer has a mark."
     )
     parts = {group: (lead, "".join(map(sections.search, found))) for group, found in misses.items()}
+    return _write(path, title, summary, facts, parts)
+
+
+def write_search(
+    path: str | Path,
+    query: str | Picture,
+    *,
+    summary: str,
+    facts: dict[str, str],
+    found: list[Found],
+    skipped: list[str],
+) -> Path:
+    """Write the page of one search of a folder of pictures.
+
+    Args:
+        path: the HTML file; folders that lead to it are made.
+        query: the text, or the picture, that was asked.
+        summary, facts: what stands above the results; a fact is label -> text.
+        found: what was found, best first.
+        skipped: the pictures that could not be read, each with its reason.
+
+    Returns:
+        The path, as a `Path`.
+
+    Raises:
+        TypeError: a picture is neither a PIL image nor a uint8 array [H, W, 3].
+    """
+    text = query if isinstance(query, str) else "the query"
+    asked = "" if isinstance(query, str) else f'<div class="asked">{image(query, "the picture that was asked")}</div>'
+    why = (
+        " The second picture is what the matching head saw; in it and in the words, red speaks for the match and blue against it."
+        if any("heatmap" in one for one in found)
+        else ""
+    )
+    cards = (sections.found(place, one, text) for place, one in enumerate(found, 1))
+    parts = {
+        "Found": (f"Ordered by the match score, where there is one.{why}", asked + grid("wide", cards)),
+        "Skipped": ("Pictures that cannot be read are left out.", sections.listed(skipped)),
+    }
+    return _write(path, query if isinstance(query, str) else "Pictures like this one", summary, facts, parts)
+
+
+def write_tables(path: str | Path, *, title: str, summary: str, facts: dict[str, str], tables: list[Grid]) -> Path:
+    """Write a page of tables, each a section; one without rows is left out.
+
+    Args:
+        path: the HTML file; folders that lead to it are made.
+        title, summary, facts: what stands above them; a fact is label -> text.
+        tables: in their order.
+
+    Returns:
+        The path, as a `Path`.
+    """
+    parts = {data["title"]: (escape(data["lead"]), sections.table(data) if data["rows"] else "") for data in tables}
     return _write(path, title, summary, facts, parts)
 
 

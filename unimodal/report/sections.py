@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from html import escape
 
 from unimodal.report.chart import loss_chart
-from unimodal.report.contents import Caption, Drawing, Hit, Metric, Picture, Score, Search, Stage, Swap
+from unimodal.report.contents import Caption, Drawing, Found, Grid, Hit, Metric, Picture, Score, Search, Stage, Swap
 from unimodal.report.pieces import count, differing, duration, image, mark, measure, number, scrolling, signed
 
 
@@ -128,3 +128,47 @@ def drawing(data: Drawing) -> str:
 
 def figure(picture: Picture, description: str, words: str) -> str:
     return f"<figure>{image(picture, description)}<figcaption>{words}</figcaption></figure>"
+
+
+def found(place: int, data: Found, query: str) -> str:
+    name, shown = escape(data["name"]), image(data["picture"], data["name"])
+    if "heatmap" in data:
+        shown += image(data["heatmap"], f"where {data['name']} speaks for or against {query}")
+    match = f" <span>match <b>{data['match']:.1%}</b></span>" if "match" in data else ""
+    return (
+        f'<article class="found"><header><span class="place">{place}</span><h3>{name}</h3></header>'
+        f'<div class="pair">{shown}</div><p>{weighted(data.get("words", []))}</p>'
+        f'<p class="soft"><span>cosine <b>{signed(data["first"])}</b></span>{match}</p></article>'
+    )
+
+
+def weighted(words: Sequence[tuple[str, float]]) -> str:
+    """Words on a ground that says how much each speaks for the match or against it, and by how much in its title."""
+    most = max((abs(weight) for _, weight in words), default=0) or 1
+    return " ".join(
+        f'<span class="word {"pro" if weight > 0 else "con"}" style="--weight:{abs(weight) / most:.0%}" title="{signed(weight)}">'
+        f"{escape(word)}</span>"
+        for word, weight in words
+    )
+
+
+def listed(lines: Sequence[str]) -> str:
+    return f'<ul class="lines">{"".join(f"<li>{escape(line)}</li>" for line in lines)}</ul>' if lines else ""
+
+
+def table(data: Grid) -> str:
+    """Column titles, rows of text and notes; a line break in a cell sets what follows it smaller."""
+
+    def cell(text: str) -> str:
+        first, *rest = text.split("\n")
+        return escape(first) + "".join(f"<small>{escape(line)}</small>" for line in rest)
+
+    head = "".join(f"<th>{cell(title)}</th>" for title in data["columns"])
+    rows = "".join(
+        f'<tr><th scope="row">{cell(row[0])}</th>{"".join(f"<td>{cell(text)}</td>" for text in row[1:])}</tr>'
+        for row in data["rows"]
+    )
+    content = f"<thead><tr>{head}</tr></thead><tbody>{rows}</tbody>"
+    notes = "".join(f"<li>{escape(note)}</li>" for note in data.get("notes", []))
+    below = f'<ul class="notes">{notes}</ul>' if notes else ""
+    return scrolling(escape(data["title"]), content, columns=len(data["columns"]) - 1, kind="results grid") + below

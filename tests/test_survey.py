@@ -1,0 +1,371 @@
+"""The survey as its user runs it, on drawn scenes with a toy checkpoint's encoders: results, pages, noise, few examples, explanations."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from PIL import Image
+from toy import toy_model, toy_processor
+from toysurvey import ToyEncoders, toy_pairs
+
+from unimodal.cli import main
+from unimodal.data import Scenes
+from unimodal.hub import save_checkpoint
+from unimodal.survey.data import First, Shots, SurveyData
+from unimodal.survey.encoders import SharedEncoders
+from unimodal.survey.explain import deletion_test, image_relevance, word_relevance
+from unimodal.survey.hallucination import drawn_objects_in, hallucination, hallucination_on
+from unimodal.survey.noise import Noise, corrupted, swaps
+from unimodal.survey.nouns import objects_in, objects_of
+from unimodal.survey.run import Run, configs, load_system
+from unimodal.survey.specs import read_spec, systems_folder
+from unimodal.survey.train import Budget, Clock
+from unimodal.systems import Encoders, Scoring, Stage, System
+
+
+@pytest.fixture(scope="module")
+def encoders(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_checkpoint(toy_model(), toy_processor(), tmp_path_factory.mktemp("toy") / "model")
+
+
+@pytest.fixture(scope="module")
+def data(encoders: Path, tmp_path_factory: pytest.TempPathFactory) -> SurveyData:
+    return SurveyData(
+        Scenes("train", count=24), Scenes("val", count=8), SharedEncoders(encoders), tmp_path_factory.mktemp("cache")
+    )
+
+
+def survey(encoders: Path, data: str, out: Path, *words: str) -> int:
+    return main(["survey", "--data", data, "--encoders", str(encoders), "--out", str(out), "--budget", "3", *words])
+
+
+@pytest.fixture(scope="module")
+def photographs(tmp_path_factory: pytest.TempPathFactory) -> str:
+    from unimodal.data import write_karpathy
+
+    return str(
+        write_karpathy(
+            {"train": Scenes("train", count=24), "val": Scenes("val", count=8)}, tmp_path_factory.mktemp("d")
+        )
+    )
+
+
+def test_a_survey_writes_results_and_a_page_and_goes_on_where_it_stopped(
+    encoders: Path, photographs: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "survey"
+    assert survey(encoders, photographs, out, "--systems", "cca", "clip") == 0
+    clip = json.loads((out / "clip/result.json").read_text())
+    found = clip["accuracy"]["first"]
+    assert "8 images, 40 captions (5 per image)" in clip["protocol"]["first"]
+    for way in ("t2i", "i2t"):
+        assert found[way]["r1_low"] <= found[way]["r1"] <= found[way]["r1_high"]
+    assert clip["stages"]["contrast"]["steps"] == 3 and clip["trained"] == clip["parameters"] > 0
+    assert clip["index_bytes"] == 256 * 4
+    stamp = (out / "clip/result.json").stat().st_mtime_ns
+    assert survey(encoders, photographs, out, "--systems", "cca", "clip", "scan_t2i_avg") == 0
+    assert (out / "clip/result.json").stat().st_mtime_ns == stamp and (out / "scan_t2i_avg/result.json").exists()
+    page = (out / "index.html").read_text()
+    assert all(title in page for title in ("CCA", "CLIP", "SCAN t2i AVG", "88 / 98.7 / 99.4", "8 images, 40 captions"))
+    assert survey(encoders, photographs, out, "--systems", "clip", "--seed", "1") == 1
+    assert "measured under other settings (seed); give another --out" in capsys.readouterr().err
+    capsys.readouterr()
+    assert main(["compare", str(out / "clip"), str(out / "cca")]) == 0
+    assert "8 images, 40 captions" in capsys.readouterr().out
+
+
+def test_noise_and_few_examples_stand_beside_the_clean_run(encoders: Path, photographs: str, tmp_path: Path) -> None:
+    out = tmp_path / "survey"
+    assert survey(encoders, photographs, out, "--systems", "cca") == 0
+    assert survey(encoders, photographs, out, "--systems", "cca", "--noise", "0.4", "--noise_kind", "swap") == 0
+    assert survey(encoders, photographs, out, "--systems", "cca", "--shots", "1", "--shots_of", "pair") == 0
+    page = (out / "index.html").read_text()
+    assert "noise 0.4 swap" in page and "shots 1 of a pair" in page
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (("--systems", "clap"), "no system 'clap'; there are adapters,"),
+        (("--budget", "soon"), "budget: expected steps or minutes, for example '300' or '2.5 minutes', got 'soon'"),
+        (("--train_images", "99"), "got 99 images of"),
+        (("--noise", "2"), "noise: expected a share of the captions between 0 and 1, got 2.0"),
+    ],
+)
+def test_what_a_user_gets_wrong(
+    encoders: Path, photographs: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], words: Any, message: str
+) -> None:
+    assert survey(encoders, photographs, tmp_path, *words) == 1
+    assert message in capsys.readouterr().err
+
+
+def test_a_system_of_your_own_is_one_yaml_file(
+    encoders: Path, photographs: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    own = tmp_path / "own.yaml"
+    own.write_text(
+        "title: Wide CLIP\npaper: none\ninteraction: dual encoder\n"
+        "system: {class_path: unimodal.systems.CLIP, init_args: {width: 64, heads: 4}}\nstages: {contrast: {batch_size: 8}}\n"
+    )
+    assert survey(encoders, photographs, tmp_path / "out", "--systems", str(own)) == 0
+    assert json.loads((tmp_path / "out/own/result.json").read_text())["title"] == "Wide CLIP"
+    own.write_text(own.read_text().replace("width", "widht"))
+    assert survey(encoders, photographs, tmp_path / "other", "--systems", str(own)) == 1
+    assert "widht" in capsys.readouterr().err
+
+
+def test_a_trained_system_is_loaded_again(encoders: Path, data: SurveyData, tmp_path: Path) -> None:
+    from unimodal.survey.run import run_system
+
+    run = Run(data, Budget(steps=2), tmp_path)
+    config = configs(systems_folder(), ["clip"])["clip"]
+    run_system("clip", config, run, lambda line: None)
+    spec, system, _ = load_system(tmp_path / "clip", data.encoders)
+    assert spec.title == "CLIP"
+    images, texts, _, _ = data.gallery()
+    assert system.embed_images(images).shape == (8, 256) and system.embed_texts(texts).shape == (40, 256)
+
+
+def test_a_picture_says_why(
+    encoders: Path, photographs: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert survey(encoders, photographs, tmp_path, "--systems", "scan_t2i_avg", "full") == 0
+    picture, why = str(Path(photographs).parent / "images"), tmp_path / "why.png"
+    picture = str(
+        next(Path(picture).glob("*val*")) if list(Path(picture).glob("*val*")) else next(Path(picture).iterdir())
+    )
+    capsys.readouterr()
+    words = ["explain", picture, "a big red circle", "--out", str(why)]
+    assert main([*words, "--system", str(tmp_path / "scan_t2i_avg")]) == 0
+    told = capsys.readouterr().out
+    assert "SCAN t2i AVG" in told and all(word in told for word in ("big", "red", "circle"))
+    assert Image.open(why).size == (32, 32)
+    assert main([*words, "--system", str(tmp_path / "full")]) == 1
+    assert "reads pixels, so no token can be told from another" in capsys.readouterr().err
+    assert main([*words, "--system", str(tmp_path)]) == 1
+    assert "holds no system that `unimodal survey` trained" in capsys.readouterr().err
+    assert main([*words, "--model", str(encoders)]) == 0
+    assert "big" in capsys.readouterr().out
+
+
+def test_batches_follow_from_the_seed_and_hold_several_captions_where_asked(data: SurveyData) -> None:
+    stage = Stage(batch_size=8, captions_per_image=2)
+    first, again = (next(data.batches("x", stage)) for _ in range(2))
+    assert torch.equal(first.texts.ids, again.texts.ids) and torch.equal(first.image_id, again.image_id)
+    assert len(first.image_id) == 8 and len(first.image_id.unique()) == 4
+    ids, mask = data.encoders.tokenise(data.train.captions(int(first.image_id[0])))
+    own = [row[m].tolist() for row, m in zip(ids, mask)]
+    assert first.texts.ids[0][first.texts.mask[0]].tolist() in own
+    assert first.texts.ids[1][first.texts.mask[1]].tolist() in own
+    assert not torch.equal(first.texts.ids[0], first.texts.ids[1])
+
+
+def test_hard_batches_are_read_in_the_order_of_their_file(data: SurveyData, tmp_path: Path) -> None:
+    path = tmp_path / "batches.json"
+    embedding = torch.nn.functional.normalize(torch.randn(24, 6), dim=-1)
+    data.write_hard_batches(path, embedding, 6)
+    plan = json.loads(path.read_text())["batches"]
+    assert len(plan) == 4 and sorted(row for rows in plan for row in rows) == list(range(24))
+    stream = data.batches("x", Stage(batch_size=6), order=path)
+    for _ in range(2):  # epochs: mined groups are never shuffled apart
+        for rows in plan:
+            assert next(stream).image_id.tolist() == rows
+    seed = plan[0][0]
+    near = (embedding @ embedding[seed]).argsort(descending=True).tolist()
+    assert plan[0][1] in near[1:7]
+
+
+def test_a_coarser_grid_is_the_average_of_the_finer(encoders: Path) -> None:
+    fine = SharedEncoders(encoders)
+    side = int(fine.image_tokens**0.5)
+    pixels = torch.randn(2, 3, 32, 32)
+    tokens = fine.read_images(pixels).tokens
+    for grid in (1, 2, 3, side):
+        found = SharedEncoders(encoders, grid).read_images(pixels).tokens
+        assert found.shape == (2, grid * grid, tokens.shape[2])
+        torch.testing.assert_close(found.mean(1), tokens.mean(1), atol=1e-5, rtol=1e-4)
+    square = tokens.unflatten(1, (side, side))  # a cell of two by two is the mean of the tokens under it
+    half = SharedEncoders(encoders, side // 2).read_images(pixels).tokens.unflatten(1, (side // 2, side // 2))
+    torch.testing.assert_close(half[:, 1, 0], square[:, 2:4, 0:2].mean((1, 2)), atol=1e-5, rtol=1e-4)
+    with pytest.raises(
+        ValueError, match=f"grid: got {side + 1}, .* a grid of {side}; expected a side from 1 to {side}"
+    ):
+        SharedEncoders(encoders, side + 1)
+
+
+def test_the_first_images_of_a_split_are_a_split() -> None:
+    whole = Scenes("train", count=10)
+    part: Any = First(whole, 4)
+    assert len(part) == 4 and part.captions(2) == whole.captions(2) and part.name == "scenes"
+    assert part.fingerprint() == Scenes("train", count=4).fingerprint() != whole.fingerprint()
+    with pytest.raises(ValueError, match="got 11 images of scenes train, which has 10; expected 1 up to all"):
+        First(whole, 11)
+
+
+def test_few_examples(encoders: Path, data: SurveyData, tmp_path: Path) -> None:
+    def few(of: Any, count: int) -> SurveyData:
+        return SurveyData(data.train, data.val, data.encoders, tmp_path, shots=Shots(count, of))
+
+    classes = few("class", 1)
+    assert 0 < len(classes.rows) <= len(classes.categories) < 24
+    assert {thing for row in classes.rows for thing in objects_of(data.train.captions(row))} == set(data.categories)
+    pairs = few("pair", 2)
+    assert len(pairs.rows) == 24 and {len(texts) for texts in pairs.captions} == {2}
+
+
+@pytest.mark.parametrize("kind", ["random", "category", "swap"])
+def test_noise_corrupts_its_share_and_always_the_same(kind: Any) -> None:
+    scenes = Scenes("train", count=40)
+    captions = [scenes.captions(i) for i in range(40)]
+    noise = Noise(0.25, kind)
+    found = corrupted(scenes, captions, range(40), noise)
+    assert found == corrupted(scenes, captions, range(40), noise)
+    changed = [(a, b) for old, new in zip(captions, found) for a, b in zip(old, new) if a != b]
+    assert 40 <= len(changed) <= 50  # of 200; a random caption may be the same by chance
+    if kind == "category":
+        assert all(objects_in(a) & objects_in(b) for a, b in changed)
+    if kind == "swap":
+        assert all(len(set(a.split()) ^ set(b.split())) <= 6 for a, b in changed)
+
+
+def test_attributes_are_swapped_within_their_kind() -> None:
+    import random
+
+    found = swaps("Two young girls in red hats", random.Random(0))
+    assert len(found) == 3  # number, age, colour: `girls` is no word of the list
+    assert swaps("nothing to see", random.Random(0)) == []
+
+
+def test_objects_are_found_by_their_names() -> None:
+    assert objects_in("Two puppies chase a ball near the children") == {"ball", "child"}
+    assert objects_in("A terrier and some boys on benches") == {"dog", "boy", "bench"}
+    assert objects_of(["a dog", "a dog on grass", "a lawn", "an animal"]) == {"dog", "grass"}
+    assert objects_of(["a cat"]) == {"cat"}
+
+
+def test_invented_objects_are_counted() -> None:
+    found = hallucination(["a dog and a cat", "a man", "nothing"], [{"dog"}, {"man", "ball"}, set()])
+    assert found == {"objects": pytest.approx(100 / 3), "captions": pytest.approx(100 / 3), "named": 1.0}
+    with pytest.raises(ValueError, match="got 1 captions and the objects of 2 images"):
+        hallucination(["a"], [set(), set()])
+
+
+def test_scenes_are_judged_exactly_and_photographs_by_their_captions() -> None:
+    scenes = Scenes("val", count=12)
+    true = [scenes.captions(i)[0] for i in range(12)]
+    assert hallucination_on(true, scenes) == {"objects": 0.0, "captions": 0.0, "named": 2.0}
+    false = [
+        next(swap.negative for swap in scenes.swaps(i) if swap.kind in ("change_colour", "change_shape"))
+        for i in range(12)
+    ]
+    assert hallucination_on(false, scenes)["captions"] == 100
+    assert drawn_objects_in("A big red striped circle over a blue ring.") == {"red circle", "blue ring"}
+
+
+def test_a_budget_is_steps_or_minutes() -> None:
+    assert Budget.read("300") == Budget.read("300 steps") == Budget(steps=300)
+    assert Budget.read("2.5 minutes") == Budget.read("2.5m") == Budget(minutes=2.5)
+    for wrong in ("", "-3", "2 hours", "0"):
+        with pytest.raises(ValueError, match="budget: expected"):
+            Budget.read(wrong)
+    clock = Clock(Budget(steps=300), 1 / 3)
+    clock.done = 25
+    assert clock.progress() == pytest.approx(0.25)
+
+
+class Pointer(System):
+    """Scores a pair by one image token alone, the fifth, along one axis, and by one word alone."""
+
+    def __init__(self, encoders: Encoders) -> None:
+        super().__init__(encoders)
+        self.scale = torch.nn.Parameter(torch.tensor(2.0))
+
+    def score_pairs(self, images: Any, texts: Any) -> torch.Tensor:
+        tokens, mask = images
+        ids, _, _ = texts
+        return self.scale * tokens[:, 4, 0].abs() * mask[:, 4] + (ids == 9).any(1).float()
+
+
+def test_relevance_points_at_what_a_score_depends_on() -> None:
+    encoders, pairs = ToyEncoders(), toy_pairs(6)
+    system = Pointer(encoders)
+    one, text = pairs.images.select(torch.tensor([0])), pairs.texts.select(torch.tensor([0]))
+    found = image_relevance(system, one, text, torch.zeros(24))
+    assert found.argmax() == 4 and found[[0, 1, 2, 3, 5, 6, 7, 8]].abs().max() == 0
+    assert float(found[4]) == pytest.approx(2 * abs(float(one.tokens[0, 4, 0])), rel=1e-4)  # a straight path: exact
+    ids = torch.tensor([[1, 7, 9, 8, 2]])
+    words = word_relevance(system, encoders, one, encoders.read_texts(ids, ids > 0))
+    assert [place for place, _ in words] == [1, 2, 3] and [round(weight, 5) for _, weight in words] == [0, 1, 0]
+    test = deletion_test(system, pairs.images, pairs.texts, pairs.image_id, pairs.image_id, pairs=6)
+    assert test is not None and test["faster"] == 1 and test["gap"] > 0
+
+
+class Blind(Pointer):
+    """As `Pointer`, with a gradient that points the wrong way."""
+
+    def score_pairs(self, images: Any, texts: Any) -> torch.Tensor:
+        tokens, mask = images
+        wrong = tokens[:, 0, 0] - tokens[:, 0, 0].detach()
+        return super().score_pairs((tokens.detach(), mask), texts) + 100 * wrong.abs() + wrong
+
+
+def test_the_deletion_test_can_fail() -> None:
+    pairs = toy_pairs(12)
+    test = deletion_test(Blind(ToyEncoders()), pairs.images, pairs.texts, pairs.image_id, pairs.image_id, pairs=12)
+    assert test is not None and test["gap"] < 0.1
+
+
+@pytest.mark.parametrize("name", sorted(configs(systems_folder(), None)))
+def test_every_system_is_explained(name: str) -> None:
+    spec = read_spec(configs(systems_folder(), [name])[name])
+    encoders, pairs = ToyEncoders(), toy_pairs(12)
+    torch.manual_seed(0)
+    system = spec.system(encoders)
+    system.prepare(iter([pairs]))
+    one, text = pairs.images.select(torch.tensor([0])), pairs.texts.select(torch.tensor([0]))
+    system.eval()
+    words = word_relevance(system, encoders, one, text)
+    assert len(words) == int(text.mask.sum()) - 2
+    if system.needs_pixels:
+        return
+    found = image_relevance(system, one, text, pairs.images.tokens.mean((0, 1)))
+    assert found.shape == (9,) and found.isfinite().all() and found.abs().max() > 0
+    assert all(parameter.grad is None for parameter in system.parameters())
+
+
+def test_scoring_that_cannot_be() -> None:
+    with pytest.raises(ValueError, match="scoring.k: expected 0 or more"):
+        Scoring(k=-1)
+    with pytest.raises(ValueError, match="another system, whose first candidates this one scores again: set scoring.k"):
+        Scoring(first="cca")
+
+
+def test_gradient_times_attention_is_that_of_the_weights_themselves() -> None:
+    """Against weights that are leaves of the graph, in a system of one attention layer."""
+    from unimodal.layers import Attention
+
+    class Looking(System):
+        looks = ("attention",)
+
+        def __init__(self, encoders: Encoders) -> None:
+            super().__init__(encoders)
+            self.attention = Attention(24, 2)
+
+        def score_pairs(self, images: Any, texts: Any) -> torch.Tensor:
+            query = texts[2][:, :3].repeat(1, 1, 2)[..., :24]
+            return self.attention(query, *self.attention.project(images[0])).square().sum((1, 2))
+
+    torch.manual_seed(0)
+    pairs = toy_pairs(1)
+    system = Looking(ToyEncoders())
+    found = image_relevance(system, pairs.images, pairs.texts, torch.zeros(24))
+    layer = system.attention
+    keys, values = layer.project(pairs.images.tokens)
+    query = pairs.texts.tokens[:, :3].repeat(1, 1, 2)[..., :24]
+    queries = layer.query(query).unflatten(-1, (2, 12)).transpose(1, 2)
+    weights = (queries @ keys.transpose(-1, -2) * 12**-0.5).softmax(-1).detach().requires_grad_()
+    score = layer.output((weights @ values).transpose(1, 2).flatten(2)).square().sum()
+    (gradient,) = torch.autograd.grad(score, weights)
+    torch.testing.assert_close(found, (gradient * weights).clamp(min=0).sum((0, 1, 2)).detach(), rtol=1e-4, atol=1e-5)

@@ -1,0 +1,120 @@
+"""`unimodal survey` trains and scores every system of the survey alike, and writes the page of its tables."""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import cast
+
+from rich.console import Console
+
+from unimodal.cli.photos import say
+from unimodal.data.guess import open_split
+from unimodal.data.pairs import Pairs
+from unimodal.recipes import CHECKPOINT, shipped_checkpoint
+from unimodal.survey.data import First, Shots, SurveyData
+from unimodal.survey.encoders import SharedEncoders
+from unimodal.survey.noise import Noise
+from unimodal.survey.page import write_page
+from unimodal.survey.run import Run, configs, run_system
+from unimodal.survey.specs import systems_folder
+from unimodal.survey.train import Budget
+
+
+def parser() -> argparse.ArgumentParser:
+    """The verb's options."""
+    verb = argparse.ArgumentParser(prog="unimodal survey", description=__doc__)
+    verb.add_argument("verb", choices=["survey"], help=argparse.SUPPRESS)
+    verb.add_argument(
+        "--data", required=True, help="a JSON file in Karpathy's format, a table, tar shards or a folder; or `scenes`"
+    )
+    verb.add_argument("--images", type=Path, help="folder of the pictures; by default `images` beside the file")
+    verb.add_argument("--train_split", default="train", help="the split that systems learn from")
+    verb.add_argument("--split", default="val", help="the split that is ranked")
+    verb.add_argument("--train_images", type=int, help="learn from the first so many images; by default all")
+    verb.add_argument("--budget", default="200 steps", help="of each system: '200 steps' or '2.5 minutes'")
+    verb.add_argument("--systems", nargs="+", metavar="NAME", help="by default all; a path is a YAML file of your own")
+    verb.add_argument("--encoders", help=f"checkpoint whose frozen backbone all share; by default {CHECKPOINT}")
+    verb.add_argument(
+        "--grid", type=int, help="average image tokens to so many a side: faster; by default the encoder's own"
+    )
+    verb.add_argument("--out", type=Path, default=Path("checkpoints/survey"), help="folder of the results")
+    verb.add_argument("--cache", type=Path, help="folder of the encoders' features; by default OUT/features")
+    verb.add_argument("--noise", type=float, default=0.0, help="share of the training captions that is corrupted")
+    verb.add_argument("--noise_kind", choices=("random", "category", "swap"), default="random", help="how")
+    verb.add_argument("--shots", type=int, help="learn from so few examples")
+    verb.add_argument(
+        "--shots_of",
+        choices=("class", "pair"),
+        default="class",
+        help="images of each category, or captions of each image",
+    )
+    verb.add_argument("--precision", choices=("float32", "bf16"), default="float32", help="of training")
+    verb.add_argument("--seed", type=int, default=0, help="of first weights and draws")
+    return verb
+
+
+def parse(arguments: Sequence[str]) -> argparse.Namespace:
+    """The options of the verb."""
+    return parser().parse_args(arguments)
+
+
+def run(arguments: Sequence[str]) -> int:
+    """Run the survey; bad input becomes one line on standard error and status 1."""
+    options = parse(arguments)
+    try:
+        survey(options)
+    except (ImportError, OSError, ValueError, TypeError) as error:
+        print(f"unimodal survey: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def survey(options: argparse.Namespace) -> None:
+    """Train, score, write."""
+    chosen = configs(systems_folder(), options.systems)
+    budget = Budget.read(options.budget)
+    noise = Noise(options.noise, options.noise_kind, options.seed) if options.noise else None
+    shots = None if options.shots is None else Shots(options.shots, options.shots_of)
+    setting = " ".join(
+        part
+        for part in (
+            f"noise {options.noise:g} {options.noise_kind}" if noise else "",
+            f"shots {options.shots} of a {options.shots_of}" if shots else "",
+        )
+        if part
+    )
+    encoders = SharedEncoders(options.encoders or shipped_checkpoint(), options.grid)
+    train, val = (open_split(options.data, split, options.images) for split in (options.train_split, options.split))
+    if options.train_images is not None:
+        train = cast(Pairs, First(train, options.train_images))
+    cache = options.cache or options.out / "features"
+    data = SurveyData(train, val, encoders, cache, noise=noise, shots=shots, seed=options.seed)
+    run = Run(
+        data,
+        budget,
+        options.out / setting.replace(" ", "-"),
+        seed=options.seed,
+        setting=setting,
+        precision=options.precision,
+    )
+    facts = {
+        "Learned from": f"{train.name} {train.split}, {len(data.rows):,} images",
+        "Ranked": f"{val.name} {val.split}, {len(val):,} images",
+        "Budget of each": str(budget),
+        "Encoders": str(options.encoders or CHECKPOINT),
+        "Image tokens": str(encoders.image_tokens),
+        "Seed": str(options.seed),
+    }
+    failed = {}
+    for place, (name, config) in enumerate(chosen.items(), 1):
+        say(f"{place} of {len(chosen)}: {name}")
+        try:
+            run_system(name, config, run, say)
+        except (RuntimeError, ValueError) as error:  # one system's fault is not the others'
+            failed[name] = error
+            say(f"{name} failed: {error}")
+        page = write_page(options.out, facts)
+    Console().print(f"[bold]{page}[/]")
+    if failed:
+        raise ValueError(f"{len(failed)} of {len(chosen)} systems failed: {', '.join(failed)}; see above")

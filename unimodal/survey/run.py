@@ -1,0 +1,382 @@
+"""The survey: each system trained and scored alike, a folder for each, and the page of all that are there.
+
+    OUT/NAME/result.json         what was measured, with its protocol and settings
+    OUT/NAME/system.safetensors  the trained system, and its configuration in system.yaml
+    OUT/NAME/ranks.safetensors   the rank of every query, for `unimodal compare`
+    OUT/index.html               the two tables
+
+A system whose result is there is not run again; a file of other data, budget or encoders is refused.
+"""
+
+import hashlib
+import inspect
+import json
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from unimodal.metrics import (
+    DirectionMetrics,
+    Protocol,
+    Ranks,
+    bootstrap_interval,
+    relevance_metrics,
+    save_ranks,
+)
+from unimodal.survey.data import SurveyData
+from unimodal.survey.encoders import SharedEncoders
+from unimodal.survey.explain import deletion_test
+from unimodal.survey.hallucination import hallucination_on
+from unimodal.survey.score import ITEMS, Ranking, embeddings, rank, states
+from unimodal.survey.specs import Spec, read_spec
+from unimodal.survey.train import Budget, Precision, train
+from unimodal.systems import Images, System, Texts
+
+RESULT, CONFIG, WEIGHTS, RANKS = "result.json", "system.yaml", "system.safetensors", "ranks.safetensors"
+TIMED = 20  # queries whose time is taken
+EXPLAINED = 16  # pairs of the deletion test
+
+
+@dataclass(frozen=True)
+class Run:
+    """What all systems of a survey have in common.
+
+    Attributes:
+        data: what they learn from and rank.
+        budget: what each may spend on training.
+        out: folder of the results.
+        seed: of the first weights and of all draws.
+        setting: what is special about the training data (noise, few shots), for the results; empty where nothing is.
+        precision: of training; everything is ranked in float32.
+    """
+
+    data: SurveyData
+    budget: Budget
+    out: Path
+    seed: int = 0
+    setting: str = ""
+    precision: Precision = "float32"
+
+
+def run_system(name: str, config: Path, run: Run, say: Callable[[str], None] = print) -> dict[str, Any]:
+    """Train and score one system, or read what was measured; the JSON file's content.
+
+    Args:
+        name: the system's, which its files are called by.
+        config: its YAML file; another system that it takes its shortlist from lies beside it.
+        run: what all have in common.
+        say: takes lines on how far it is.
+
+    Raises:
+        ValueError: the folder holds results of the name under other settings.
+    """
+    spec = read_spec(config)
+    settings = _settings(config, run)
+    folder = run.out / name
+    path = folder / RESULT
+    if path.exists():
+        found = json.loads(path.read_text())
+        if found["settings"] != settings:
+            differ = sorted(key for key in settings if found["settings"].get(key) != settings[key])
+            raise ValueError(
+                f"{path} was measured under other settings ({', '.join(differ)}); give another --out, or move it away"
+            )
+        return found
+    shortlist = None
+    if spec.scoring.first not in ("embed", "pairs"):
+        shortlist = _shortlist(spec.scoring.first, config.parent / f"{spec.scoring.first}.yaml", run, say)
+    folder.mkdir(parents=True, exist_ok=True)
+    start = time.monotonic()
+    system = _built(spec, run.data.encoders, run.data.categories, run.seed)
+    say(f"{spec.title}: trains on {run.budget}")
+    system.prepare(run.data.in_order())
+    stages = train(
+        system,
+        spec.stages,
+        lambda stage, what: _batches(system, name, stage, what, run),
+        run.budget,
+        precision=run.precision,
+    )
+    trained_for = time.monotonic() - start
+    say(f"{spec.title}: ranks")
+    images, texts, image_id, text_image_id = run.data.gallery(pixels=system.needs_pixels)
+    start = time.monotonic()
+    ranking = rank(system, spec.scoring, images, texts, image_id, text_image_id, shortlist=shortlist)
+    ranked_for = time.monotonic() - start
+    protocol = _protocol(run)
+    result = {
+        "name": name,
+        "title": spec.title,
+        "paper": spec.paper,
+        "interaction": spec.interaction,
+        "inferred": spec.inferred,
+        "setting": run.setting,
+        "settings": settings,
+        "scoring": asdict(spec.scoring),
+        "encoders": run.data.encoders.source,
+        "grid": run.data.encoders.grid,
+        "categories": run.data.categories,
+        "protocol": {"first": protocol.label(), "reranked": None},
+        "stages": stages,
+        "parameters": sum(p.numel() for p in system.parameters()),
+        "trained": len(spec.stages) and max(stage["trained"] for stage in stages.values()),
+        "training_seconds": trained_for,
+        "ranking_seconds": ranked_for,
+        "milliseconds": _milliseconds(system, spec, images, texts, shortlist),
+        "index_bytes": _index_bytes(system, spec, images, texts, shortlist),
+        "published": [asdict(row) for row in spec.published],
+    }
+    result |= _accuracy(system, spec, run, ranking, protocol, images, texts, text_image_id)
+    say(f"{spec.title}: explains")
+    result["deletion"] = deletion_test(system, images, texts, image_id, text_image_id, pairs=EXPLAINED, seed=run.seed)
+    if type(system).write is not System.write:
+        result["captions"] = hallucination_on(_captions(system, images, run), run.data.val)
+    (folder / CONFIG).write_text(config.read_text())
+    save_file({key: value.contiguous() for key, value in system.state_dict().items()}, folder / WEIGHTS)
+    if spec.scoring.metric == "recall":
+        _save_ranks(folder / RANKS, ranking, spec, protocol, image_id, text_image_id)
+    part = path.with_suffix(".part")
+    part.write_text(json.dumps(result, indent=1) + "\n")
+    part.replace(path)
+    return result
+
+
+@torch.no_grad()
+def _captions(system: System, images: Images, run: Run) -> list[str]:
+    ids = [row for rows in torch.arange(len(images.tokens)).split(ITEMS) for row in system.write(images.select(rows))]
+    return [run.data.encoders.processor.decode(row) for row in ids]
+
+
+def load_system(folder: Path, encoders: SharedEncoders | None = None) -> tuple[Spec, System, SharedEncoders]:
+    """A system that `run_system` trained, its configuration, and the encoders that it reads by.
+
+    Args:
+        folder: OUT/NAME.
+        encoders: those it was trained on, where they are loaded already; otherwise they are loaded from where they were.
+
+    Raises:
+        FileNotFoundError: the folder holds no trained system.
+    """
+    if not (folder / RESULT).exists():
+        raise FileNotFoundError(f"{folder} holds no system that `unimodal survey` trained; give OUT/NAME of one")
+    result = json.loads((folder / RESULT).read_text())
+    spec = read_spec(folder / CONFIG)
+    encoders = encoders or SharedEncoders(result["encoders"], result["grid"])
+    system = _built(spec, encoders, result["categories"], seed=0)
+    system.load_state_dict(load_file(folder / WEIGHTS))
+    return spec, system.eval(), encoders
+
+
+def _built(spec: Spec, encoders: SharedEncoders, categories: Sequence[str], seed: int) -> System:
+    """The system with its first weights; one that sorts by category is told which there are."""
+    torch.manual_seed(seed)
+    told = {"categories": len(categories), "category_names": list(categories)}
+    accepted = inspect.signature(spec.system).parameters
+    return spec.system(encoders, **{key: value for key, value in told.items() if key in accepted})
+
+
+def _batches(system: System, name: str, stage: str, settings: Any, run: Run) -> Any:
+    order = None
+    if settings.order == "hard":
+        order = run.out / name / f"{stage}.batches.json"
+        system.eval()
+        with torch.no_grad():
+            found = torch.cat([system.embed_images(images) for images in run.data.training_images()])
+        run.data.write_hard_batches(order, found, settings.batch_size)
+    return run.data.batches(stage, settings, pixels=system.needs_pixels, order=order)
+
+
+def _shortlist(name: str, config: Path, run: Run, say: Callable[[str], None]) -> tuple[Tensor, Tensor]:
+    """The embeddings of the ranked split of another system, which is trained first where it was not."""
+    run_system(name, config, run, say)
+    _, other, _ = load_system(run.out / name, run.data.encoders)
+    images, texts, _, _ = run.data.gallery(pixels=other.needs_pixels)
+    return embeddings(other, images, texts)
+
+
+def _settings(config: Path, run: Run) -> dict[str, Any]:
+    """What a result depends on."""
+    data = run.data
+    return {
+        "system": hashlib.sha256(config.read_bytes()).hexdigest()[:16],
+        "budget": str(run.budget),
+        "encoders": data.features.images.store.about["backbone"] if data.features.images else "",
+        "image_tokens": data.encoders.image_tokens,
+        "train": f"{data.train.name} {data.train.split} [{data.train.fingerprint()}], {len(data.rows)} images",
+        "ranked": f"{data.val.name} {data.val.split} [{data.val.fingerprint()}]",
+        "setting": run.setting,
+        "precision": run.precision,
+        "seed": run.seed,
+    }
+
+
+def _protocol(run: Run) -> Protocol:
+    val = run.data.val
+    counts = {len(val.captions(i)) for i in range(len(val))}
+    return Protocol(
+        dataset=val.name,
+        split=val.split,
+        fingerprint=val.fingerprint(),
+        images=len(val),
+        captions=sum(len(val.captions(i)) for i in range(len(val))),
+        captions_per_image=counts.pop() if len(counts) == 1 else None,
+    )
+
+
+def _accuracy(
+    system: System,
+    spec: Spec,
+    run: Run,
+    ranking: Ranking,
+    protocol: Protocol,
+    images: Images,
+    texts: Texts,
+    text_image_id: Tensor,
+) -> dict[str, Any]:
+    """Recalls with their intervals first and reranked, or mean average precision by category."""
+    if spec.scoring.metric == "category":
+        return {"map": _by_category(system, run, protocol, images, texts)}
+    out: dict[str, Any] = {
+        "accuracy": {"first": _directions(ranking.t2i, ranking.i2t, protocol, text_image_id, run.seed)}
+    }
+    if ranking.t2i_reranked is not None:
+        again = _reranked(protocol, spec)
+        out["accuracy"]["reranked"] = _directions(
+            ranking.t2i_reranked, ranking.i2t_reranked, again, text_image_id, run.seed
+        )
+        out["protocol"] = {"first": protocol.label(), "reranked": again.label()}
+    return out
+
+
+def _reranked(protocol: Protocol, spec: Spec) -> Protocol:
+    scoring = spec.scoring
+    scale = scoring.scale if scoring.combine == "sum" else None
+    return protocol.reranked(scoring.k, scoring.combine, scale)
+
+
+def _directions(
+    t2i: Tensor, i2t: Tensor | None, protocol: Protocol, text_image_id: Tensor, seed: int
+) -> dict[str, dict[str, float] | None]:
+    out: dict[str, dict[str, float] | None] = {}
+    for name, found in (("t2i", t2i), ("i2t", i2t)):
+        if found is None:
+            out[name] = None
+            continue
+        numbers = DirectionMetrics.from_ranks(found)
+        groups = text_image_id if name == "t2i" else None  # captions of one image are no independent queries
+        interval = bootstrap_interval(100.0 * (found == 1).numpy(), protocol, seed=seed, groups=groups)
+        out[name] = {**asdict(numbers), "mr": numbers.mr, "r1_low": interval.low, "r1_high": interval.high}
+    return out
+
+
+def _by_category(system: System, run: Run, protocol: Protocol, images: Images, texts: Texts) -> dict[str, Any]:
+    """Mean average precision over the whole gallery, both ways; what has no category is neither query nor answer."""
+    data = run.data
+    image, text = embeddings(system, images, texts)
+    owners = torch.tensor([i for i in range(len(data.val)) for _ in data.val.captions(i)])
+    shown = data.val_labels.any(1)
+    spoken = shown[owners]
+    known = Protocol(
+        dataset=protocol.dataset,
+        split=protocol.split,
+        fingerprint=protocol.fingerprint,
+        images=int(shown.sum()),
+        captions=int(spoken.sum()),
+    )
+    image, text = image[shown], text[spoken]
+    image_labels, text_labels = data.val_labels[shown], data.val_labels[owners][spoken]
+    t2i = relevance_metrics(text, image, text_labels, image_labels, direction="t2i", protocol=known)
+    i2t = relevance_metrics(image, text, image_labels, text_labels, direction="i2t", protocol=known)
+    return {
+        "t2i": t2i.values["map"],
+        "i2t": i2t.values["map"],
+        "categories": len(data.categories),
+        "protocol": t2i.protocol.label(),
+    }
+
+
+@torch.no_grad()
+def _milliseconds(
+    system: System, spec: Spec, images: Images, texts: Texts, shortlist: tuple[Tensor, Tensor] | None
+) -> dict[str, float | None]:
+    """One text query at a time against all images, from its tokens: first stage and reranked, in milliseconds."""
+    scoring = spec.scoring
+    needs_state = scoring.first == "pairs" or scoring.k
+    image_state = states(system, images, texts.select(torch.arange(1)))[0] if needs_state else ()
+    gallery = shortlist[0] if shortlist else None
+    if scoring.first == "embed":
+        gallery = embeddings(system, images, texts.select(torch.arange(1)))[0]
+    first, again = 0.0, 0.0
+    count = min(TIMED, len(texts.ids))
+    for row in range(count):
+        query = texts.select(torch.tensor([row]))
+        start = time.perf_counter()
+        if scoring.first == "pairs":
+            scores = system.score_matrix(image_state, system.text_state(query))[:, 0]
+        else:
+            text = shortlist[1][row : row + 1] if shortlist else system.embed_texts(query)
+            assert gallery is not None
+            products = gallery @ text[0]  # [I] or [I, N]
+            scores = products if products.ndim == 1 else products.amax(1)
+        top = scores.topk(min(max(scoring.k, 1), len(scores))).indices
+        first += time.perf_counter() - start
+        if scoring.k:
+            start = time.perf_counter()
+            one = system.text_state(query)
+            system.score_pairs(tuple(x[top] for x in image_state), tuple(x.expand(len(top), *x.shape[1:]) for x in one))
+            again += time.perf_counter() - start
+    return {"first": 1000 * first / count, "reranked": 1000 * (first + again) / count if scoring.k else None}
+
+
+@torch.no_grad()
+def _index_bytes(
+    system: System, spec: Spec, images: Images, texts: Texts, shortlist: tuple[Tensor, Tensor] | None
+) -> int:
+    """What is kept of one image to answer queries, as it is in memory: its embedding, and its state where pairs are scored."""
+    one = images.select(torch.arange(1))
+    kept: list[Tensor] = []
+    if spec.scoring.first == "embed":
+        kept.append(system.embed_images(one))
+    elif shortlist is not None:
+        kept.append(shortlist[0][:1])
+    if spec.scoring.first == "pairs" or spec.scoring.k:
+        kept.extend(system.image_state(one))
+    return sum(x.numel() * x.element_size() for x in kept)
+
+
+def _save_ranks(
+    path: Path, ranking: Ranking, spec: Spec, protocol: Protocol, image_id: Tensor, text_image_id: Tensor
+) -> None:
+    if ranking.i2t is None:
+        return  # `compare` reads both directions
+    rows = (text_image_id[:, None] == image_id[None]).long().argmax(1)
+    stages = {"first": Ranks(protocol, ranking.t2i, ranking.i2t, rows)}
+    if ranking.t2i_reranked is not None and ranking.i2t_reranked is not None:
+        stages["reranked"] = Ranks(_reranked(protocol, spec), ranking.t2i_reranked, ranking.i2t_reranked, rows)
+    save_ranks(path, stages)
+
+
+def configs(folder: Path, names: Sequence[str] | None) -> dict[str, Path]:
+    """The YAML files of these systems, or of all in a folder; a name may be the path of a YAML file.
+
+    Raises:
+        ValueError: there is no system of a name; the message has all there are.
+    """
+    known = {path.stem: path for path in sorted(folder.glob("*.yaml"))}
+    if names is None:
+        return known
+    out = {}
+    for name in names:
+        if name.endswith(".yaml"):
+            out[Path(name).stem] = Path(name)
+        elif name in known:
+            out[name] = known[name]
+        else:
+            raise ValueError(f"no system {name!r}; there are {', '.join(known)}, and any YAML file by its path")
+    return out

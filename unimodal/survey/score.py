@@ -1,0 +1,134 @@
+"""Ranking by a system's own rule: embeddings, every pair, or a shortlist of either scored again. In pieces, so that the result does not
+depend on their size.
+
+Legend: I images, C captions, Q queries, k candidates, P pairs, E embedding width.
+"""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from unimodal.metrics import Candidates, candidates_from_scores, first_stage, rerank
+from unimodal.systems import Images, Scoring, System, Texts
+from unimodal.systems.base import State
+
+PAIRS = 4096  # scored at a time
+ITEMS = 256  # read at a time
+
+
+@dataclass(frozen=True)
+class Ranking:
+    """Ranks of each query's best answer, both ways: first, and reranked where the rule says so; None for a direction that the system
+    does not serve.
+
+    Attributes:
+        t2i, i2t: [C] and [I] of the first stage.
+        t2i_reranked, i2t_reranked: the same after reranking.
+    """
+
+    t2i: Tensor
+    i2t: Tensor | None
+    t2i_reranked: Tensor | None = None
+    i2t_reranked: Tensor | None = None
+
+
+@torch.no_grad()
+def embeddings(system: System, images: Images, texts: Texts) -> tuple[Tensor, Tensor]:
+    """Image embeddings [I, E] or [I, N, E] and text embeddings [C, E]."""
+    system.eval()
+    return (
+        torch.cat([system.embed_images(images.select(rows)) for rows in _pieces(len(images.tokens), ITEMS)]),
+        torch.cat([system.embed_texts(texts.select(rows)) for rows in _pieces(len(texts.ids), ITEMS)]),
+    )
+
+
+@torch.no_grad()
+def states(system: System, images: Images, texts: Texts) -> tuple[State, State]:
+    """What pair scores need of all images and texts, each read once."""
+    system.eval()
+    image = [system.image_state(images.select(rows)) for rows in _pieces(len(images.tokens), ITEMS)]
+    text = [system.text_state(texts.select(rows)) for rows in _pieces(len(texts.ids), ITEMS)]
+    return tuple(map(torch.cat, zip(*image))), tuple(map(torch.cat, zip(*text)))
+
+
+@torch.no_grad()
+def pair_scores(
+    system: System, images: State, texts: State, image_index: Tensor, text_index: Tensor, *, size: int = PAIRS
+) -> Tensor:
+    """Scores [P] of the pairs (image_index[p], text_index[p]), `size` at a time."""
+    parts = []
+    for rows in _pieces(len(image_index), size):
+        i, t = image_index[rows], text_index[rows]
+        parts.append(system.score_pairs(tuple(x[i] for x in images), tuple(x[t] for x in texts)))
+    return torch.cat(parts).float()
+
+
+def rank(
+    system: System,
+    scoring: Scoring,
+    images: Images,
+    texts: Texts,
+    image_id: Tensor,
+    text_image_id: Tensor,
+    *,
+    shortlist: tuple[Tensor, Tensor] | None = None,
+    size: int = PAIRS,
+) -> Ranking:
+    """Rank all images for every text and all texts for every image.
+
+    Args:
+        system: what ranks.
+        scoring: by which rule.
+        images, texts: of the split.
+        image_id: [I], distinct.
+        text_image_id: [C] the image that each caption belongs to.
+        shortlist: embeddings of the images and the texts of the system that `scoring.first` names.
+        size: pairs scored at a time.
+    """
+    state = states(system, images, texts) if scoring.first == "pairs" or scoring.k else None
+    if scoring.first == "pairs":
+        assert state is not None
+        scores = all_pairs(system, *state, size=size)  # [I, C]
+        relevant = image_id[:, None] == text_image_id[None]
+        k = max(1, scoring.k)
+        first = candidates_from_scores(scores.T, relevant.T, k), candidates_from_scores(scores, relevant, k)
+    else:
+        if scoring.first != "embed" and shortlist is None:
+            raise ValueError(f"scoring.first is {scoring.first!r}: pass the embeddings of that system as the shortlist")
+        image, text = embeddings(system, images, texts) if scoring.first == "embed" else shortlist  # type: ignore[misc]
+        first = first_stage(image, text, text_image_id, image_id=image_id, k=scoring.k)
+    both = scoring.directions == "both"
+    again: list[Tensor | None] = [None, None]
+    if scoring.k:
+        assert state is not None
+        for way in range(1 + both):
+            again[way] = _again(system, state, first[way], scoring, image_queries=way == 1, size=size)
+    return Ranking(first[0].rank, first[1].rank if both else None, again[0], again[1])
+
+
+@torch.no_grad()
+def all_pairs(system: System, images: State, texts: State, *, size: int = PAIRS) -> Tensor:
+    """Scores [I, C] of every image with every text, in blocks of `size` pairs."""
+    tall = max(1, int(size**0.5))
+    columns = list(_pieces(len(texts[0]), max(1, size // tall)))
+    rows = []
+    for i in _pieces(len(images[0]), tall):
+        block = tuple(x[i] for x in images)
+        rows.append(torch.cat([system.score_matrix(block, tuple(x[t] for x in texts)) for t in columns], 1).float())
+    return torch.cat(rows)
+
+
+def _again(
+    system: System, state: tuple[State, State], first: Candidates, scoring: Scoring, *, image_queries: bool, size: int
+) -> Tensor:
+    """Ranks [Q] after the candidates of each query were scored as pairs."""
+    queries = torch.arange(len(first.index))[:, None].expand_as(first.index)
+    image, text = (queries, first.index) if image_queries else (first.index, queries)
+    scores = pair_scores(system, *state, image.flatten(), text.flatten(), size=size).view_as(first.scores)
+    return rerank(first, scores * (scoring.scale if scoring.combine == "sum" else 1.0), scoring.combine)
+
+
+def _pieces(count: int, size: int) -> Iterable[Tensor]:
+    return torch.arange(count).split(size)
