@@ -157,6 +157,20 @@ def test_embeddings_and_preprocessing_are_the_authors(pair: tuple[str, Any, Any,
     torch.testing.assert_close(logits, expected.logits_per_image, atol=1e-5, rtol=1e-5)
 
 
+@torch.no_grad()
+def test_in_bfloat16_it_is_what_transformers_loads_in_bfloat16(pair: tuple[str, Any, Any, Path]) -> None:
+    name, reference, processor, folder = pair
+    half = type(reference).from_pretrained(folder, dtype=torch.bfloat16).eval()
+    model = unimodal.from_pretrained(folder, dtype=torch.bfloat16)
+    assert {weight.dtype for weight in model.model.parameters()} == {torch.bfloat16}
+    inputs = dict(processor.image_processor(pictures(), return_tensors="pt"))
+    inputs |= {"pixel_values": inputs["pixel_values"].bfloat16()}
+    out = half(**inputs, **reference_texts(name, processor, TEXTS))
+    # CLIP's last layer is read for one token alone, the same sums in another order: two roundings of 8 bits.
+    np.testing.assert_allclose(model.encode(pictures()), out.image_embeds.float(), atol=2**-7)
+    np.testing.assert_allclose(model.encode(TEXTS), out.text_embeds.float(), atol=2**-7)
+
+
 def test_pictures_prepared_one_by_one_are_the_same(pair: tuple[str, Any, Any, Path]) -> None:
     processor = unimodal.from_pretrained(pair[3]).processor
     whole, parts = processor.images(pictures()), processor.pixels([processor.image_array(p) for p in pictures()])

@@ -14,6 +14,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from toy import toy_config, toy_model, toy_processor
 from toyqwen import toy_qwen
+from transformers import Qwen3VLForConditionalGeneration
 
 import unimodal
 from unimodal import ModelConfig, Unimodal, UnimodalModel
@@ -95,7 +96,7 @@ class Reference:
     @torch.no_grad()
     def embedding(self, item: Any, instruction: str = EMBED) -> np.ndarray:
         states = self.model.model(**self.inputs(instruction, item)).last_hidden_state
-        return F.normalize(states[0, -1], dim=-1).numpy()
+        return F.normalize(states[0, -1].float(), dim=-1).numpy()
 
     def pair(self, query: Any, document: Any, instruction: str = RETRIEVE) -> Any:
         return self.inputs(JUDGE, [f"<Instruct>: {instruction}"], ["<Query>:"], query, ["\n<Document>:"], document)
@@ -357,6 +358,28 @@ def test_in_bfloat16_scores_and_embeddings_are_float32(
     found = both.predict(pairs, activation_fn=lambda x: x)
     np.testing.assert_allclose(found, logits(reranker, pairs), atol=0.3)
     assert (found != torch.from_numpy(found).bfloat16().float().numpy()).any()
+
+
+def test_in_bfloat16_it_is_what_transformers_loads_in_bfloat16(
+    folders: dict[str, Path], reference: Reference, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Bit for bit, over a text whose positions bfloat16 cannot tell apart; no wider copy of the weights is made on the way."""
+    load, asked = Qwen3VLForConditionalGeneration.from_pretrained, []
+    half = Reference(load(folders["embedder"], dtype=torch.bfloat16).eval(), reference.processor)
+    monkeypatch.setattr(
+        Qwen3VLForConditionalGeneration,
+        "from_pretrained",
+        lambda *place, **options: asked.append(options["dtype"]) or load(*place, **options),
+    )
+    model = unimodal.from_pretrained(folders["embedder"], dtype=torch.bfloat16)
+    assert asked == [torch.bfloat16] and torch.get_default_dtype() == torch.float32
+    assert {weight.dtype for weight in model.model.parameters()} == {torch.bfloat16}
+    items = [{"image": PICTURES[0], "text": 60 * "a dog and a cat "}, {"video": FRAMES, "fps": 4.0}]
+    expected = [half.embedding(item) for item in items]
+    np.testing.assert_allclose([model.encode(item) for item in items], expected, atol=1e-6)
+    converted = unimodal.from_pretrained(folders["embedder"])
+    converted.model.to(torch.bfloat16)  # converted afterwards it is the same
+    np.testing.assert_allclose([converted.encode(item) for item in items], expected, atol=1e-6)
 
 
 # Captions.

@@ -6,10 +6,11 @@ Legend: B images, M texts, P pairs, T tokens, L text length, N queries, D backbo
 import dataclasses
 import math
 from collections.abc import Iterable, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Self
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from unimodal import heads, tuning
 from unimodal.backbones import Pixels, build_backbone, load_language_model
@@ -298,6 +299,23 @@ class UnimodalModel(nn.Module):
         """Weights of these of its `parts`, or of all, without any adapter, by the names they have in this model."""
         prefixes = tuple(prefix for part, prefix in self.parts.items() if parts is None or part in parts)
         return {name: tensor for name, tensor in self.own_state(()).items() if name.startswith(prefixes)}
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Self:
+        """Moved and converted as torch does it, but what transformers computes from a configuration keeps its precision: rotary frequencies
+        in bfloat16 would put tokens at other places."""
+        computed = [
+            (module, name, buffer)
+            for published in self.modules()
+            if isinstance(published, PreTrainedModel)
+            for module in published.modules()
+            for name, buffer in module.named_buffers(recurse=False)
+            if name in module._non_persistent_buffers_set and buffer.is_floating_point()
+        ]
+        super()._apply(fn, recurse)
+        for module, name, buffer in computed:
+            if (now := getattr(module, name)).dtype != buffer.dtype:
+                setattr(module, name, buffer.to(now.device))
+        return self
 
     def _towers(self) -> list[Any]:
         return [self.get_submodule(prefix.rstrip(".")) for prefix in self.parts.values()]

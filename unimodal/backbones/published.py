@@ -4,7 +4,8 @@ Only weights in safetensors are read, and no code that a repository may carry.
 """
 
 import hashlib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -84,6 +85,17 @@ def tensor_names(files: Iterable[Path]) -> set[str]:
     return names
 
 
+@contextmanager
+def loading_in(dtype: torch.dtype | None) -> Iterator[None]:
+    """A block in which published weights are loaded in this precision, never in a wider one before; None loads them in torch's default."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype or before)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
+
+
 def load_published(
     model_class: Any,
     config: PublishedConfig | LanguageModelConfig,
@@ -92,6 +104,8 @@ def load_published(
     adjust: Callable[[Any, set[str]], None] | None = None,
 ) -> tuple[Any, dict[str, dict[str, str | None]]]:
     """A transformers model, from its source or from random numbers, and the source's description for `Backbone.sources`.
+
+    Its weights are in torch's default precision (`loading_in`), whatever they were published in.
 
     Args:
         model_class: the transformers class its weights are for.
@@ -109,7 +123,7 @@ def load_published(
             f"{config.source} is a model of type {settings.model_type!r}, expected {config.name!r}; set published.name"
         )
     if not pretrained or config.source is None:
-        return model_class._from_config(settings, dtype=torch.float32), {}
+        return model_class._from_config(settings, dtype=torch.get_default_dtype()), {}
     folder = find_published(config.source, config.revision)
     files = sorted(folder.glob("*.safetensors"))
     if not files:
@@ -120,7 +134,7 @@ def load_published(
         model, report = model_class.from_pretrained(
             folder,
             config=settings,
-            dtype=torch.float32,
+            dtype=torch.get_default_dtype(),
             use_safetensors=True,
             local_files_only=True,
             output_loading_info=True,

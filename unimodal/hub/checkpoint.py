@@ -23,6 +23,7 @@ from huggingface_hub.errors import HFValidationError
 from safetensors.torch import load_file, save_file
 
 from unimodal import __version__
+from unimodal.backbones.published import loading_in
 from unimodal.config import ModelConfig, to_dict
 from unimodal.data.processor import Processor
 from unimodal.data.published import open_writer, saved_processor
@@ -153,7 +154,7 @@ def load_checkpoint(
         backbone_sources: for checkpoints without their towers, where they are: {"vision": file, "text": folder}, or {"published": folder,
             "language_model": folder}.
         device: where to put the model.
-        dtype: precision of its floating point weights; None leaves float32.
+        dtype: precision of its floating point weights; None leaves float32. A published model is read in it at once.
 
     Raises:
         FileNotFoundError: if there is no such folder and no such checkpoint on the Hub or in its cache.
@@ -162,7 +163,8 @@ def load_checkpoint(
     """
     folder = find_checkpoint(path_or_id, revision, cache_dir, local_files_only, token)
     if is_published(folder):
-        published, processor = open_published(folder, str(path_or_id), revision, heads)
+        with loading_in(dtype):
+            published, processor = open_published(folder, str(path_or_id), revision, heads)
         return published.to(device=device, dtype=dtype).eval(), processor
     contents = read_contents(folder)
     config, dropped = choose_heads(contents.model, heads)
