@@ -40,8 +40,12 @@ class ImageState(NamedTuple):
         return ImageState(self.tokens[index], self.mask[index], self.bridged[index], own=own)
 
     def append(self, other: "ImageState") -> "ImageState":
-        """These images, then `other`'s, without keys and values."""
-        tokens, mask, bridged = (torch.cat(parts) for parts in zip(self[:3], other[:3], strict=True))
+        """These images, then `other`'s, without keys and values; pictures of any size are padded to one number of tokens."""
+        length = max(self.mask.shape[1], other.mask.shape[1])
+        tokens, mask = (
+            torch.cat([_padded(part, length) for part in parts]) for parts in zip(self[:2], other[:2], strict=True)
+        )
+        bridged = torch.cat([self.bridged, other.bridged])
         return ImageState(tokens, mask, bridged, own=_joined(self.own, other.own))
 
 
@@ -69,6 +73,12 @@ class TextState(NamedTuple):
     def append(self, other: "TextState") -> "TextState":
         """These texts, then `other`'s; both padded to the same length."""
         return TextState(*(_joined(*parts) for parts in zip(self, other, strict=True)))
+
+
+def _padded(rows: Tensor, length: int) -> Tensor:
+    """Rows [B, T, ...] with zeros behind them, False in a mask, to this length."""
+    missing = length - rows.shape[1]
+    return torch.cat([rows, rows.new_zeros(len(rows), missing, *rows.shape[2:])], 1) if missing else rows
 
 
 def _joined(a: Tensor | None, b: Tensor | None) -> Any:
