@@ -65,11 +65,11 @@ def toy_qwen_processor(*, words: bool = True, appends_end: bool = False) -> Qwen
 
 
 def toy_qwen(
-    folder: Path, kind: str | None = None, *, tied: bool = True, context: int = 4096, **options: Any
+    folder: Path, kind: str | None = None, *, tied: bool = True, context: int = 4096, width: int = 96, **options: Any
 ) -> tuple[Qwen3VLForConditionalGeneration, Qwen3VLProcessor]:
     """Write a toy Qwen3-VL into a folder; `kind` is `embedder`, `reranker` or None for one that writes."""
     processor = toy_qwen_processor(**options)
-    width, token = 96, processor.tokenizer.convert_tokens_to_ids
+    token = processor.tokenizer.convert_tokens_to_ids
     vision = {"depth": 2, "hidden_size": 32, "intermediate_size": 64, "num_heads": 2, "patch_size": 8}
     vision |= {
         "spatial_merge_size": 2,
