@@ -14,8 +14,10 @@ from test_published import saved
 from test_tasks import SMALL, Batches, data, trainer
 from torch import Tensor
 from toy import toy_config, toy_model, toy_processor
+from toyqwen import toy_qwen
 
 import unimodal
+from tests.blip2 import save_retrieval
 from unimodal import cli, stages
 from unimodal.config import AdapterConfig, to_dict
 from unimodal.hub import CheckpointError, load_checkpoint, save_adapter, save_checkpoint
@@ -103,6 +105,35 @@ def test_every_kind_on_a_published_pair(kind: str, pair: str, tmp_path: Path) ->
     together = ready.encode([small, large, "a dog", "a cat sits here"])
     assert abs(together[[0, 2]] - before).max() > 1e-3
     assert abs(together - alone).max() < 1e-5
+
+
+@pytest.mark.parametrize("name", ["embedder", "reranker", "blip2"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_kind_on_models_that_read_more(kind: str, name: str, tmp_path: Path) -> None:
+    """Qwen3-VL turns its tokens by their positions, so that none may be put before them; BLIP-2's towers take all kinds."""
+    target = ("backbone.model.*",)
+    if name == "blip2":
+        save_retrieval(tmp_path)
+    else:
+        toy_qwen(tmp_path, name)
+    ready = unimodal.from_pretrained(tmp_path)
+    items: list[Any] = [Image.new("RGB", (40, 60), "red"), Image.new("RGB", (80, 60), "blue")]
+
+    def read(items: list[Any]) -> Any:
+        return ready.predict([("a dog", item) for item in items]) if name == "reranker" else ready.encode(items)
+
+    before = read(items)
+    ready.model.add_adapter("news", AdapterConfig(kind=kind, target=target))
+    shaken(ready.model, "news")
+    if name != "blip2" and kind in ("prompt", "prefix"):
+        with pytest.raises(ValueError, match="reads position_embeddings.*; tune it with lora, dora, ia3, layer_norm"):
+            read(items)
+        return
+    together = read(items)
+    assert abs(together - before).max() > 1e-3
+    assert max(abs(together[i] - read([item])[0]).max() for i, item in enumerate(items)) < 1e-5
+    ready.model.set_adapter(None)
+    assert (read(items) == before).all()
 
 
 def test_learned_tokens_do_what_the_papers_say() -> None:
@@ -365,6 +396,11 @@ def test_adapter_folders_have_no_backbone_and_refuse_another(folders: dict[str, 
         CheckpointError, match="open it in float32, not torch.bfloat16, and convert the whole afterwards"
     ):
         half.load_adapter(folders["lora"])
+    late = unimodal.from_pretrained(folders["base"])
+    late.load_adapter(folders["lora"], name="lora")
+    expected = late.encode(ITEMS, adapter="lora")
+    assert {p.dtype for p in late.to(dtype=torch.bfloat16).model.parameters()} == {torch.bfloat16}
+    assert abs(late.encode(ITEMS, adapter="lora") - expected).max() < 0.02
     base = unimodal.from_pretrained(folders["base"])
     with pytest.raises(CheckpointError, match="base holds a whole model, not adapters beside a backbone"):
         base.load_adapter(folders["base"])

@@ -636,10 +636,13 @@ class Unimodal:
     def device(self) -> torch.device:
         return self.encoder.device
 
-    def to(self, device: str | torch.device) -> "Unimodal":
-        """Move the model to a device, with all adapters; returns itself."""
+    def to(self, device: str | torch.device | None = None, dtype: torch.dtype | None = None) -> "Unimodal":
+        """Move the model to a device or convert it to a precision, with all adapters; returns itself. A calibration holds for the
+        precision that it was measured in, and is dropped with it."""
         for encoder in (self.encoder, *self.encoders.values()):
-            encoder.model.to(device)
+            if dtype not in (None, encoder.model.log_scale.dtype):
+                encoder.calibration = None
+            encoder.model.to(device=device, dtype=dtype)
         return self
 
     @property

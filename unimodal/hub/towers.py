@@ -95,7 +95,9 @@ def require_fingerprint(model: UnimodalModel, expected: str, folder: Path, parts
     if found != expected:
         dtype = next(iter(model.tower_state().values())).dtype
         hint = (
-            "" if dtype == torch.float32 else f", or open it in float32, not {dtype}, and convert the whole afterwards"
+            ""
+            if dtype == torch.float32
+            else f", or open it in float32, not {dtype}, and convert the whole afterwards: to(dtype={dtype})"
         )
         raise CheckpointError(
             f"{folder} belongs to a backbone with fingerprint {expected}, this one ({model.config.backbone.label}) has {found}: "
