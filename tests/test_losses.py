@@ -26,6 +26,7 @@ from unimodal.losses import (
     quantised,
     row_similarity,
     sample_hard_negatives,
+    self_critical_loss,
     sigmoid_loss,
     similarity,
     triplet_loss,
@@ -693,3 +694,37 @@ def test_triplets_that_do_not_fit_are_refused() -> None:
         triplet_loss(torch.zeros(3, 4))
     with pytest.raises(ValueError, match=r"image_id \(2,\) for scores \(3, 3\)"):
         triplet_loss(torch.zeros(3, 3), torch.zeros(2))
+
+
+# --- Rewards ----------------------------------------------------------------------------------------------------------
+
+
+def test_self_critical_loss_equals_a_loop_and_its_gradient_the_advantage() -> None:
+    log_probs = (-torch.rand(3, 4, 5, dtype=torch.float64)).requires_grad_()
+    lengths = torch.randint(1, 6, (3, 4))
+    mask = torch.arange(5) < lengths[..., None]
+    rewards = torch.rand(3, 4, dtype=torch.float64)
+    total, real, gradient = 0.0, int(mask.sum()), torch.zeros(3, 4, 5, dtype=torch.float64)
+    for b in range(3):
+        for k in range(4):
+            others = [float(rewards[b, j]) for j in range(4) if j != k]
+            advantage = float(rewards[b, k]) - sum(others) / 3
+            for place in range(int(lengths[b, k])):
+                total -= advantage * float(log_probs[b, k, place]) / real
+                gradient[b, k, place] = -advantage / real
+    loss = self_critical_loss(log_probs, mask, rewards)
+    assert close(loss, total)
+    loss.backward()
+    assert log_probs.grad is not None
+    torch.testing.assert_close(log_probs.grad, gradient)
+    # What all draws of an image share does not matter.
+    moved = rewards + torch.tensor([[3.0], [-2.0], [0.5]], dtype=torch.float64)
+    assert close(self_critical_loss(log_probs, mask, moved), total)
+
+
+def test_self_critical_loss_refuses_what_has_no_baseline() -> None:
+    log_probs = torch.zeros(2, 1, 3)
+    with pytest.raises(ValueError, match="Got 1 caption of each image; its baseline is the others, so draw at least 2"):
+        self_critical_loss(log_probs, torch.ones(2, 1, 3, dtype=torch.bool), torch.zeros(2, 1))
+    with pytest.raises(ValueError, match=r"rewards \(2, 2\); expected \[B, K, L\], \[B, K, L\] and \[B, K\]"):
+        self_critical_loss(log_probs, torch.ones(2, 1, 3, dtype=torch.bool), torch.zeros(2, 2))

@@ -15,7 +15,22 @@ from toy import toy_config, toy_model
 from unimodal import stages
 from unimodal.data.module import PairData
 from unimodal.data.scenes import Scenes
-from unimodal.tasks import ITC, ITG, ITM, LCE, Conditioning, EvaluationSettings, Flow, Joint, StageProof, Step, Task
+from unimodal.heads import BridgeCaptioner
+from unimodal.metrics import cider_d
+from unimodal.tasks import (
+    ITC,
+    ITG,
+    ITM,
+    LCE,
+    SCST,
+    Conditioning,
+    EvaluationSettings,
+    Flow,
+    Joint,
+    StageProof,
+    Step,
+    Task,
+)
 
 SMALL = EvaluationSettings(rerank_k=3, captions=4, pictures=2, steps=2)
 OBJECTIVES = {
@@ -23,6 +38,7 @@ OBJECTIVES = {
     "itm": ITM(),
     "lce": LCE(candidates=2),
     "itg": ITG(),
+    "scst": SCST(draws=3, max_new_tokens=6),
     "foresee": Conditioning(),
     "flow": Flow(handover=0.5),
 }
@@ -38,6 +54,7 @@ OWN = {
     "itm": {"heads.matching.*": 1.0, "bridge.query_sets.image": 1.0},
     "lce": {"heads.matching.*": 1.0, "bridge.query_sets.image": 1.0},
     "itg": {"heads.captioning.*": 1.0, "bridge.query_sets.image": 1.0},
+    "scst": {"heads.captioning.*": 1.0, "bridge.query_sets.image": 1.0},
     "foresee": {"bridge.query_sets.generate": 1.0},
     "flow": DRAWING,
 }
@@ -56,6 +73,8 @@ def task(names: list[str], trainable: dict[str, float] | None = None, **settings
 def batch_of(task: Task, module: PairData | None = None) -> dict[str, torch.Tensor]:
     module = module or data()
     task.processor = module.bind(task.config, task.model.backbone)
+    for objective in task.objectives.values():
+        objective.prepare(module.train, task.processor)
     return next(iter(module.train_dataloader()))
 
 
@@ -98,7 +117,7 @@ def test_all_objectives_together_reach_every_parameter(names: list[str]) -> None
     losses, report = one.training_forward(batch_of(one))
     torch.stack(list(losses.values())).sum().backward()
     assert set(losses) == set(OBJECTIVES) and all(map(math.isfinite, (loss.item() for loss in losses.values())))
-    assert set(report) == {"itc/scale", "itm/balanced_accuracy", "lce/first", "flow/replaced"}
+    assert set(report) == {"itc/scale", "itm/balanced_accuracy", "lce/first", "scst/cider_d", "flow/replaced"}
     without = {key for key, parameter in one.model.named_parameters() if parameter.grad is None}
     # The toy captions with a decoder of its own and matches on cached tokens, so the bridge's text branch is not asked.
     assert {key for key in without if "text_" not in key and "lm_" not in key and "pooler" not in key} == set()
@@ -151,6 +170,60 @@ def test_foreseeing_moves_the_reading_of_the_caption_and_never_that_of_the_image
         ValueError, match="as many generation queries as image queries, got 2 and 4; set bridge.queries.generate"
     ):
         other.training_forward(batch_of(other))
+
+
+def test_rewards_make_the_better_of_two_captions_likelier() -> None:
+    """From a captioner that writes a true and a false caption alike, to one that prefers the true one."""
+    torch.manual_seed(0)
+    one = task(["scst"], {"*": 0.0, "heads.captioning.*": 1.0})
+    batch = batch_of(one)
+    model, pairs = one.model.eval(), Scenes("train", count=8)
+    row = {pairs.image_id(i): i for i in range(8)}
+    true = [pairs.captions(row[int(i)])[0] for i in batch["image_id"]]
+    false = true[1:] + true[:1]
+    assert one.processor is not None
+    ids, mask = one.processor.texts(true + false)
+    drawn = [row[real].tolist()[1:-1] for row, real in zip(ids, mask)]
+
+    def likelihood() -> torch.Tensor:
+        """Mean log-probability of the true and of the false captions."""
+        with torch.no_grad():
+            image = model.encode_image(batch["image"]).select(torch.arange(8) % 4)
+            logits = model.caption_logits(image, model.start_caption(ids))
+        targets = model.caption_targets(ids)[:, 1:, None]
+        found = logits[:, :-1].log_softmax(-1).gather(-1, targets)[..., 0] * mask[:, 1:]
+        return found.sum(1).view(2, 4).mean(1)
+
+    # What it "draws" is given: the true and the false caption of each image, in turn.
+    order = [k for pair in zip(drawn[:4], drawn[4:]) for k in pair]
+    objective = SCST(draws=2, max_new_tokens=40)
+    objective.prepare(pairs, one.processor)
+    model.caption = lambda *_, **__: order  # type: ignore[method-assign]
+    before = likelihood()
+    optimizer = torch.optim.SGD(model.heads["captioning"].parameters(), lr=0.1)
+    for _ in range(5):
+        loss, report = objective(Step(model, batch, 1.0))
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    after = likelihood()
+    assert after[0] > before[0] and after[1] < before[1]
+    rewards = [cider_d(texts, [pairs.captions(row[int(i)]) for i in batch["image_id"]]) for texts in (true, false)]
+    assert report["cider_d"] > 0 and (rewards[0] > rewards[1]).all()
+
+
+@pytest.mark.parametrize(
+    ("kind", "message"),
+    [("bridge", "SCST trains the captioning head of kind 'decoder', and this model's is BridgeCaptioner")],
+)
+def test_rewards_say_which_captioner_they_train(kind: str, message: str) -> None:
+    one = task(["scst"])
+    batch = batch_of(one)
+    one.model.heads["captioning"] = BridgeCaptioner(bos_id=2, eos_id=3)
+    with pytest.raises(ValueError, match=message):
+        one.training_forward(batch)
+    with pytest.raises(ValueError, match="draws is 1; each caption is compared with the others, so give at least 2"):
+        SCST(draws=1)
 
 
 def test_matching_uses_the_false_captions_of_the_reader(monkeypatch: pytest.MonkeyPatch) -> None:

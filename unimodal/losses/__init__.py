@@ -17,6 +17,7 @@
 | the same, and some samples matter more than others    | `gravitation_loss` by `masses`             |
 | embeddings, and pairs that share a category           | `category_loss`                            |
 | logits of a caption decoder                           | `caption_loss`                             |
+| captions that it drew, and a reward for each          | `self_critical_loss`                       |
 | a predicted velocity and the true one                 | `flow_matching_loss`                       |
 | bridge outputs and states of a text encoder           | `conditioning_loss`                        |
 
@@ -36,6 +37,7 @@ from unimodal.losses.matching import listwise_loss, matching_loss, sample_hard_n
 from unimodal.losses.matryoshka import matryoshka
 from unimodal.losses.momentum import momentum_contrast
 from unimodal.losses.quantisation import lsq, one_bit, quantised
+from unimodal.losses.reward import self_critical_loss
 from unimodal.losses.text_to_text import text_to_text_loss
 from unimodal.losses.triplet import triplet_loss
 
@@ -60,6 +62,7 @@ __all__ = [
     "quantised",
     "row_similarity",
     "sample_hard_negatives",
+    "self_critical_loss",
     "sigmoid_loss",
     "similarity",
     "text_to_text_loss",

@@ -1,6 +1,6 @@
 """What was measured, and under which protocol."""
 
-from .captions import CaptionMetrics, bleu, caption_metrics, cider_d, rouge_l, tokenize
+from .captions import CaptionMetrics, CiderD, bleu, caption_metrics, cider_d, rouge_l, tokenize
 from .generation import FoundObject, SceneReport, check_picture, find_objects
 from .judged import JudgedMetrics, judged_metrics, require_judged
 from .protocol import Protocol, Result, require_alike, results_table
@@ -20,6 +20,7 @@ from .significance import Interval, PairedTest, bootstrap_interval, paired_test
 __all__ = [
     "Candidates",
     "CaptionMetrics",
+    "CiderD",
     "DirectionMetrics",
     "FoundObject",
     "Interval",

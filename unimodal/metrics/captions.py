@@ -70,10 +70,48 @@ def caption_metrics(
     )
 
 
-def cider_d(candidates: Sequence[str], references: Sequence[Sequence[str]], *, sigma: float = 6.0) -> np.ndarray:
-    """CIDEr-D (Vedantam et al. 2015, arXiv:1411.5726): tf-idf cosine over 1- to 4-grams, clipped, punished for length.
+class CiderD:
+    """CIDEr-D (Vedantam et al. 2015, arXiv:1411.5726) against fixed references: tf-idf cosine over 1- to 4-grams, clipped, punished for
+    length.
 
     An n-gram's weight is the log of how rare it is among the images' references: a score belongs to its set of images.
+
+    Args:
+        references: [I] human captions of each image, one or more.
+        sigma: how many words of difference in length cost how much.
+
+    Raises:
+        ValueError: as `caption_metrics`.
+    """
+
+    def __init__(self, references: Sequence[Sequence[str]], *, sigma: float = 6.0) -> None:
+        self.references, self.sigma = _reference_words(references), sigma
+        if len(self.references) < 2:
+            raise ValueError("got 1 image; CIDEr-D weighs n-grams by how few images mention them and needs at least 2")
+        self.images_with = Counter(
+            gram for refs in self.references for gram in {gram for ref in refs for gram in _ngrams(ref)}
+        )  # an n-gram counts once per image, however many of its captions use it
+
+    def score(self, candidate: str, image: int) -> float:
+        """Points of a candidate for an image, 0 to 1000."""
+        words, refs = tokenize(candidate), self.references[image]
+        vectors, total = self._vectors(words), 0.0
+        for ref in refs:
+            length_penalty = math.exp(-((len(words) - len(ref)) ** 2) / (2 * self.sigma**2))
+            total += length_penalty * sum(map(_clipped_cosine, vectors, self._vectors(ref))) / 4 / len(refs)
+        return 1000 * total  # the paper's factor of 10, in points
+
+    def _vectors(self, words: list[str]) -> list[Ngrams]:
+        """One tf-idf vector for each n."""
+        weighted: list[Ngrams] = [{} for _ in range(4)]
+        for gram, count in _ngrams(words).items():
+            rarity = math.log(len(self.references) / max(1, self.images_with[gram]))
+            weighted[len(gram) - 1][gram] = count * rarity
+        return weighted
+
+
+def cider_d(candidates: Sequence[str], references: Sequence[Sequence[str]], *, sigma: float = 6.0) -> np.ndarray:
+    """CIDEr-D of one candidate per image, against references of which the same images are the set.
 
     Returns:
         [I] float64, points per candidate (0 to 1000); their mean is the metric.
@@ -81,27 +119,9 @@ def cider_d(candidates: Sequence[str], references: Sequence[Sequence[str]], *, s
     Raises:
         ValueError: as `caption_metrics`.
     """
-    words, reference_words = _tokenize_all(candidates, references)
-    if len(words) < 2:
-        raise ValueError("got 1 image; CIDEr-D weighs n-grams by how few images mention them and needs at least 2")
-    images_with = Counter(
-        gram for refs in reference_words for gram in {gram for ref in refs for gram in _ngrams(ref)}
-    )  # an n-gram counts once per image, however many of its captions use it
-
-    def vectors(tokens: list[str]) -> list[Ngrams]:  # one tf-idf vector for each n
-        weighted: list[Ngrams] = [{} for _ in range(4)]
-        for gram, count in _ngrams(tokens).items():
-            weighted[len(gram) - 1][gram] = count * math.log(len(words) / max(1, images_with[gram]))
-        return weighted
-
-    scores = np.zeros(len(words))
-    for i, (candidate, refs) in enumerate(zip(words, reference_words, strict=True)):
-        candidate_vectors = vectors(candidate)
-        for ref in refs:
-            length_penalty = math.exp(-((len(candidate) - len(ref)) ** 2) / (2 * sigma**2))
-            cosines = map(_clipped_cosine, candidate_vectors, vectors(ref))
-            scores[i] += length_penalty * sum(cosines) / 4 / len(refs)
-    return 1000 * scores  # the paper's factor of 10, in points
+    _check(candidates, references)
+    metric = CiderD(references, sigma=sigma)
+    return np.array([metric.score(candidate, i) for i, candidate in enumerate(candidates)])
 
 
 def bleu(candidates: Sequence[str], references: Sequence[Sequence[str]]) -> tuple[float, float, float, float]:
@@ -153,9 +173,7 @@ def _longest_common_subsequence(a: list[str], b: list[str]) -> int:
     return above[-1]
 
 
-def _tokenize_all(
-    candidates: Sequence[str], references: Sequence[Sequence[str]]
-) -> tuple[list[list[str]], list[list[list[str]]]]:
+def _check(candidates: Sequence[str], references: Sequence[Sequence[str]]) -> None:
     if len(candidates) != len(references) or not candidates:
         raise ValueError(
             f"got {len(candidates)} candidates and references of {len(references)} images; "
@@ -167,6 +185,20 @@ def _tokenize_all(
                 f"image {i}: got candidate {candidate!r} and references {refs!r}; "
                 "expected a string and a list of strings"
             )
-        if not refs or not all(map(tokenize, refs)):
-            raise ValueError(f"image {i}: got references {list(refs)!r}; expected at least one, each with a word in it")
-    return [tokenize(c) for c in candidates], [[tokenize(ref) for ref in refs] for refs in references]
+
+
+def _reference_words(references: Sequence[Sequence[str]]) -> list[list[list[str]]]:
+    words = [[tokenize(ref) for ref in refs] for refs in references]
+    for i, refs in enumerate(words):
+        if not refs or not all(refs):
+            raise ValueError(
+                f"image {i}: got references {list(references[i])!r}; expected at least one, each with a word in it"
+            )
+    return words
+
+
+def _tokenize_all(
+    candidates: Sequence[str], references: Sequence[Sequence[str]]
+) -> tuple[list[list[str]], list[list[list[str]]]]:
+    _check(candidates, references)
+    return [tokenize(c) for c in candidates], _reference_words(references)

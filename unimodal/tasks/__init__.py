@@ -2,7 +2,7 @@
 
 from unimodal.tasks.base import Objective, Step, Task
 from unimodal.tasks.callbacks import EMA, LossLog, StageProof
-from unimodal.tasks.captioning import ITG, Captioning
+from unimodal.tasks.captioning import ITG, SCST, Captioning
 from unimodal.tasks.evaluation import Evaluation, EvaluationSettings
 from unimodal.tasks.generation import Conditioning, Flow, Generation
 from unimodal.tasks.joint import Joint
@@ -18,6 +18,7 @@ __all__ = [
     "ITG",
     "ITM",
     "LCE",
+    "SCST",
     "Captioning",
     "Conditioning",
     "Distillation",

@@ -193,6 +193,9 @@ class Objective:
     def __init__(self, weight: float = 1.0) -> None:
         self.weight = weight
 
+    def prepare(self, pairs: Pairs, processor: Processor) -> None:
+        """Called before the first step with the training split and the preprocessing: for what depends on the whole split."""
+
     def __call__(self, step: Step) -> tuple[Tensor, Report]:
         raise NotImplementedError(f"{type(self).__name__} is an objective without a loss; implement __call__(step)")
 
@@ -406,6 +409,9 @@ class Task(pl.LightningModule):
         if stage == "fit":
             data.require_frozen(self.model.backbone)
         self.processor = data.bind(self.config, self.model.backbone, self.model.language_captioner)
+        if stage == "fit":
+            for objective in self.objectives.values():
+                objective.prepare(data.train, self.processor)
         if stage == "fit" and self.init_from is None and self.config.captioning and self.config.captioning.vocabulary:
             self.model.head("captioning").set_vocabulary(
                 self._frequent_tokens(data.train, self.config.captioning.vocabulary)

@@ -1,12 +1,18 @@
-"""Captioning: the image-grounded text generation objective (ITG) and the task that trains it alone."""
+"""Captioning: objectives that learn from given captions (ITG) or from rewards (SCST), and the task that trains one of them alone."""
 
 from typing import Any
 
+import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from unimodal.config import ModelConfig
 from unimodal.data.batch import check_batch
-from unimodal.losses import caption_loss
+from unimodal.data.pairs import Pairs
+from unimodal.data.processor import Processor
+from unimodal.heads import CaptionDecoder
+from unimodal.losses import caption_loss, self_critical_loss
+from unimodal.metrics import CiderD
 from unimodal.tasks.base import Objective, Report, Step, Task
 
 
@@ -37,8 +43,65 @@ class ITG(Objective):
         return caption_loss(logits, targets, mask, label_smoothing=self.label_smoothing), {}
 
 
+class SCST(Objective):
+    """The captioner draws captions of each image and learns to prefer those of higher CIDEr-D than its other draws (self-critical sequence
+    training, Rennie et al. 2017, arXiv 1612.00563; Luo 2020, arXiv 2003.09971). For a captioner that can already write: from random
+    weights no draw is better than another.
+
+    Draws are scored against all captions that the training split has of the image, n-grams weighed by how rare they are in it. The
+    captioner draws and learns without dropout, so that it learns about the captions as it drew them.
+
+    Args:
+        weight: weight in the sum of losses.
+        draws: captions drawn of each image, at least 2.
+        max_new_tokens: longest caption in tokens, the end token included.
+    """
+
+    keys = ("image", "image_id")
+
+    def __init__(self, weight: float = 1.0, draws: int = 5, max_new_tokens: int = 30) -> None:
+        super().__init__(weight)
+        if draws < 2:
+            raise ValueError(f"SCST: draws is {draws}; each caption is compared with the others, so give at least 2")
+        self.draws, self.max_new_tokens = draws, max_new_tokens
+
+    def prepare(self, pairs: Pairs, processor: Processor) -> None:
+        self.decode = processor.decode
+        self.metric = CiderD([pairs.captions(i) for i in range(len(pairs))])
+        self.row = {pairs.image_id(i): i for i in range(len(pairs))}
+
+    def __call__(self, step: Step) -> tuple[Tensor, Report]:
+        model, ids = step.model, step.batch["image_id"]
+        head, image = model.head("captioning"), step.image
+        if not isinstance(head, CaptionDecoder):
+            raise ValueError(
+                f"SCST trains the captioning head of kind 'decoder', and this model's is {type(head).__name__}; set captioning.kind"
+            )
+        was_training = head.training
+        head.eval()
+        rows = torch.arange(len(ids), device=ids.device).repeat_interleave(self.draws)
+        images = image.select(rows)
+        drawn = model.caption(images, do_sample=True, max_new_tokens=self.max_new_tokens)
+        rewards = [self.metric.score(self.decode(text), self.row[int(ids[row])]) for text, row in zip(drawn, rows)]
+        # A caption that was cut has no end to learn.
+        ends = [[head.eos_id] if len(text) < self.max_new_tokens else [] for text in drawn]
+        texts = [
+            torch.tensor([head.bos_id, *text, *end], device=ids.device) for text, end in zip(drawn, ends, strict=True)
+        ]
+        tokens = pad_sequence(texts, batch_first=True)  # [B * K, L]
+        lengths = torch.tensor([len(text) for text in texts], device=ids.device)
+        mask = torch.arange(1, tokens.shape[1], device=ids.device) < lengths[:, None]  # [B * K, L - 1]
+        logits = model.caption_logits(images, tokens[:, :-1])
+        head.train(was_training)
+        log_probs = logits.float().log_softmax(-1).gather(-1, head.rows_of(tokens[:, 1:].contiguous())[..., None])[..., 0]
+        reward = torch.tensor(rewards, device=ids.device) / 100
+        shape = len(ids), self.draws
+        loss = self_critical_loss(log_probs.unflatten(0, shape), mask.unflatten(0, shape), reward.view(shape))
+        return loss, {"cider_d": reward.mean()}
+
+
 class Captioning(Task):
     """Trains captions alone."""
 
-    def __init__(self, config: ModelConfig, itg: ITG | None = None, **settings: Any) -> None:
+    def __init__(self, config: ModelConfig, itg: ITG | SCST | None = None, **settings: Any) -> None:
         super().__init__(config, {"itg": itg or ITG()}, **settings)
