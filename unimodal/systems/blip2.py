@@ -51,7 +51,8 @@ class BLIP2(System):
             intermediate=4 * width,
             memory_width=width,
             queries={QUERIES: queries},
-            vocab_size=encoders.vocab_size,
+            vocab_size=encoders.vocab_size
+            + 1,  # one word more begins captions, where the start token begins texts to be read
             max_positions=encoders.max_length,
             dropout=dropout,
         )
@@ -98,15 +99,20 @@ class BLIP2(System):
         rows, columns = torch.cat([true, true, wrong_image]), torch.cat([true, wrong_text, true])
         found = self.bridge.match(QUERIES, ids[columns], mask[columns], memory.shared(rows))
         itm = matching_loss(self.itm_head(found).mean((1, 2)), torch.arange(len(rows)) < len(true))
-        hidden = self.bridge.caption(QUERIES, ids, cache=cache, text_mask=mask)
+        hidden = self.bridge.caption(QUERIES, self._as_caption(ids), cache=cache, text_mask=mask)
         itg = caption_loss(self.bridge.lm_logits(hidden), ids, mask, label_smoothing=SMOOTHING)
         return {"itc": itc, "itm": itm, "itg": itg}
+
+    def _as_caption(self, ids: Tensor) -> Tensor:
+        """Ids [B, L] that begin as captions do."""
+        return torch.cat([torch.full_like(ids[:, :1], self.encoders.vocab_size), ids[:, 1:]], 1)
 
     @torch.no_grad()
     def write(self, images: Images) -> list[list[int]]:
         memory = self.bridge.project_memory(self._memory(images), images.mask)
 
         def next_word(ids: Tensor) -> Tensor:
-            return self.bridge.lm_logits(self.bridge.caption(QUERIES, ids, memory)[:, -1])
+            hidden = self.bridge.caption(QUERIES, self._as_caption(ids), memory)[:, -1]
+            return self.bridge.lm_logits(hidden)[:, : self.encoders.vocab_size]
 
         return write_words(next_word, len(images.tokens), self.encoders)

@@ -9,6 +9,7 @@ Legend: B pairs, M texts, P pairs, T item tokens, G instruction tokens, S positi
 
 from collections.abc import Callable, Sequence
 from functools import partial
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -31,8 +32,8 @@ from unimodal.systems.base import Batch, Encoders, Images, State, System, Texts
 from unimodal.systems.momentum import Teacher
 from unimodal.systems.towers import Layer, Scale
 
-DEFAULT = "represent the user's input."
-RERANK = "given a search query, retrieve relevant candidates that answer the query."
+DEFAULT = "Represent the user's input."
+RERANK = "Given a search query, retrieve relevant candidates that answer the query."
 FIRST_STEP = 0.1  # of int8, in units of the root mean square coordinate
 NEGATIVES = 7  # candidates beside the right one
 Part = tuple[Tensor, Tensor]  # states [B, S, W] and their mask [B, S]
@@ -93,6 +94,8 @@ class Reader(nn.Module):
 class QwenReranker(System):
     """Yes or no, of a query and a document read together: the logit of "yes" less that of "no", by one row w_yes - w_no without a bias.
 
+    The report's training sets both words against the whole vocabulary; this reader has no other words to write.
+
     Args:
         encoders: the shared ones.
         width, layers, heads, dropout: of the reader.
@@ -124,27 +127,40 @@ class QwenReranker(System):
         return self.answer(self.reader((texts[0], texts[1]), (images[0], images[1])))[:, 0]
 
     def losses(self, batch: Batch, stage: str, progress: float) -> dict[str, Tensor]:
-        count = len(batch.image_id)
-        wrong_text, wrong_image = sample_hard_negatives(torch.zeros(count, count), batch.image_id, batch.image_id)
-        true = torch.arange(count)
+        """Wrong pairs are drawn at random: alone it has no embedder that could mine them."""
+        return {"answer": self.judged(batch, torch.zeros(len(batch.image_id), len(batch.image_id)))}
+
+    def judged(self, batch: Batch, scores: Tensor) -> Tensor:
+        """The loss on true pairs and on wrong ones, drawn by an embedder's scores [image, text]."""
+        wrong_text, wrong_image = sample_hard_negatives(scores, batch.image_id, batch.image_id)
+        true = torch.arange(len(scores))
         rows, columns = torch.cat([true, true, wrong_image]), torch.cat([true, wrong_text, true])
         images, texts = self.image_state(batch.images), self.text_state(batch.texts)
         logits = self.score_pairs(tuple(x[rows] for x in images), tuple(x[columns] for x in texts))
-        return {"answer": matching_loss(logits, torch.arange(len(rows)) < count)}
+        return matching_loss(logits, torch.arange(len(rows)) < len(true))
+
+
+class Order(NamedTuple):
+    """Images that each text is compared with, its own first, which of them are there, and what the reranker says: [M, 1 + K] each."""
+
+    candidates: Tensor
+    given: Tensor
+    teacher: Tensor
 
 
 class QwenEmbedding(System):
     """The embedder, with the reranker that teaches it in its last stage.
 
     Stages: `pretrain`, contrast that also pushes queries from queries and documents from documents; `finetune`, contrast without that,
-    labels as documents, graded likeness of captions by shared categories, and the reranker beside; `distil`, the order that the reranker
-    gives; when it is over, the weights before and after it are averaged.
+    labels as documents, graded likeness of captions by shared categories, and the reranker beside, on wrong pairs that the embedder finds
+    likely; `distil`, the order that the reranker gives; when it is over, the weights before and after it are averaged. Every loss of the
+    embedder is taken on every width and in every precision.
 
     Args:
         encoders: the shared ones.
         width, layers, heads, dropout: of both readers.
         dim: E.
-        instruction: what the embedder is told.
+        instruction: what the embedder is told; the default for queries as well, since every item here is also a document.
         dims: widths that are trained besides E; those below it count.
         category_names: documents of the labels, where the data has any.
     """
@@ -204,16 +220,18 @@ class QwenEmbedding(System):
     def losses(self, batch: Batch, stage: str, progress: float) -> dict[str, Tensor]:
         image, text = self.embed_images(batch.images), self.embed_texts(batch.texts)
         if stage == "distil":
-            return {"distil": self._every_form(partial(self._distilled, batch=batch), text, image)}
+            order = self._order(batch, text, image)
+            return {"distil": self._every_form(partial(self._distilled, order=order), text, image)}
         contrast = partial(masked_info_nce, ids=batch.image_id, scale=self.scale(), within=stage == "pretrain")
         out = {
             "t2i": self._every_form(contrast, text, image),
             "i2t": self._every_form(contrast, image, text),
         }
         if stage == "finetune":
-            out["answer"] = self.reranker.losses(batch, stage, progress)["answer"]
+            likely = self.scale().detach() * similarity(image.detach(), text.detach())
+            out["answer"] = self.reranker.judged(batch, likely)
             if batch.labels is not None:
-                out["sts"] = self._graded(text, batch.labels)
+                out["sts"] = self._every_form(partial(self._graded, labels=batch.labels), text)
                 if self.labels is not None:
                     out["classification"] = self._classified(image, batch.labels)
         return out
@@ -222,7 +240,7 @@ class QwenEmbedding(System):
         """A loss on every width and in every precision."""
         return matryoshka(partial(quantised, loss, step=self.step), *embeddings, dims=self.dims)
 
-    def _graded(self, text: Tensor, labels: Tensor) -> Tensor:
+    def _graded(self, text: Tensor, *, labels: Tensor) -> Tensor:
         """Captions are the more alike the more categories their images share: CoSENT over neighbours in the batch."""
         other = torch.arange(len(text)).roll(1)
         shared = (labels * labels[other]).sum(1) / (labels + labels[other]).clamp(max=1).sum(1).clamp(min=1)
@@ -239,22 +257,29 @@ class QwenEmbedding(System):
             return image.sum() * 0.0
         right = torch.multinomial(labels[known], 1)
         others = torch.multinomial(1 - labels[known], count)
-        chosen = documents[torch.cat([right, others], 1)]  # [B, 1 + K, E]
-        return listwise_loss(self.scale() * torch.einsum("be,bke->bk", image[known], chosen))
+        chosen = torch.cat([right, others], 1)  # [B, 1 + K]
 
-    def _distilled(self, text: Tensor, image: Tensor, *, batch: Batch) -> Tensor:
-        """The reranker's order of each text's image and its hardest others."""
-        with torch.no_grad():
-            scores = similarity(image, text).T  # [text, image]
-            same = batch.image_id[:, None] == batch.image_id[None]
-            wrong = scores.masked_fill(same, -2.0).topk(min(NEGATIVES, len(text) - 1), 1).indices
-            own = torch.arange(len(text))
-            candidates = torch.cat([own[:, None], wrong], 1)  # [B, 1 + K]
-            given = torch.cat([torch.ones_like(own[:, None], dtype=torch.bool), ~same.gather(1, wrong)], 1)
-            rows = own[:, None].expand_as(candidates).flatten()
-            images, texts = self.reranker.image_state(batch.images), self.reranker.text_state(batch.texts)
-            teacher = self.reranker.score_pairs(
-                tuple(x[candidates.flatten()] for x in images), tuple(x[rows] for x in texts)
-            ).view_as(candidates)
-        student = self.scale() * torch.einsum("be,bke->bk", text, image[candidates])
-        return distillation_loss(student, teacher, given)
+        def listwise(image: Tensor, documents: Tensor) -> Tensor:
+            return listwise_loss(self.scale() * torch.einsum("be,bke->bk", image, documents[chosen]))
+
+        return self._every_form(listwise, image[known], documents)
+
+    @torch.no_grad()
+    def _order(self, batch: Batch, text: Tensor, image: Tensor) -> Order:
+        """The reranker's scores of each text's image and of the images that the embedder finds most like it."""
+        scores = similarity(image, text).T  # [text, image]
+        same = batch.image_id[:, None] == batch.image_id[None]
+        wrong = scores.masked_fill(same, -2.0).topk(min(NEGATIVES, len(text) - 1), 1).indices
+        own = torch.arange(len(text))
+        candidates = torch.cat([own[:, None], wrong], 1)
+        given = torch.cat([torch.ones_like(own[:, None], dtype=torch.bool), ~same.gather(1, wrong)], 1)
+        rows = own[:, None].expand_as(candidates).flatten()
+        images, texts = self.reranker.image_state(batch.images), self.reranker.text_state(batch.texts)
+        teacher = self.reranker.score_pairs(
+            tuple(x[candidates.flatten()] for x in images), tuple(x[rows] for x in texts)
+        )
+        return Order(candidates, given, teacher.view_as(candidates))
+
+    def _distilled(self, text: Tensor, image: Tensor, *, order: Order) -> Tensor:
+        student = self.scale() * torch.einsum("be,bke->bk", text, image[order.candidates])
+        return distillation_loss(student, order.teacher, order.given)

@@ -99,7 +99,8 @@ class VLGAP(FusionEncoder):
             return self._learn(batch, 0.0)
         batch = self._trusted(batch)
         if len(batch.image_id.unique()) < 2:  # nothing to tell apart
-            return {"itc": sum(p.sum() for p in self.parameters()) * 0.0}  # type: ignore[dict-item]
+            nothing = torch.stack([p.sum() for p in self.parameters()]).sum() * 0.0
+            return {"itc": nothing, "itm": nothing, "lm": nothing}
         return self._learn(batch, self.alpha * min(1.0, progress / 0.2))
 
     def _learn(self, batch: Batch, alpha: float) -> dict[str, Tensor]:

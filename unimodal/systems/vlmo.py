@@ -1,7 +1,8 @@
 """VLMo: self-attention for all, feed-forward experts for each modality (Bao et al. 2022, arXiv 2111.02358).
 
 One stack of layers reads images, texts, or both at once. Attention is shared; norm and feed-forward network behind it are the expert of a
-token's modality, and in the top layers of a joint sequence one expert of vision and language serves all tokens.
+token's modality, and in the top layers of a joint sequence one expert of vision and language serves all tokens. Words are hidden piece by
+piece, where the paper hides whole words: the shared tokenizer does not say which pieces are one word.
 
 Legend: B pairs, L text length, T image tokens, W width, E embedding width.
 """
@@ -15,25 +16,43 @@ from torch import Tensor, nn
 from unimodal.layers import MLP, Attention, init_weights, key_mask_to_bias
 from unimodal.losses import info_nce, matching_loss, sample_hard_negatives
 from unimodal.systems.base import Batch, Encoders, Images, System, Texts
+from unimodal.systems.mim import Restorer
 from unimodal.systems.towers import Scale
 from unimodal.systems.words import WordHead, hide_words
 
 Mode = Literal["image", "text", "both"]
 LAYER_SCALE = 0.1
 MLM_WEIGHT = 0.25
+HIDDEN_TOKENS = 0.4  # share of the image tokens that stage `vision` hides
+
+
+class StochasticDepth(nn.Module):
+    """In training a share of the samples goes without what a residual branch adds (Huang et al. 2016, arXiv 1603.09382)."""
+
+    def __init__(self, share: float) -> None:
+        super().__init__()
+        self.share = share
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[B, L, W] -> the same; what stays is larger in proportion."""
+        if not self.training or not self.share:
+            return x
+        kept = torch.rand(len(x), 1, 1, device=x.device) >= self.share
+        return x * kept / (1 - self.share)
 
 
 class Expert(nn.Module):
     """Norm, feed-forward network and the scale of what they add."""
 
-    def __init__(self, width: int) -> None:
+    def __init__(self, width: int, dropout: float) -> None:
         super().__init__()
         self.norm = nn.LayerNorm(width)
         self.mlp = MLP(width, 4 * width)
         self.scale = nn.Parameter(torch.full((width,), LAYER_SCALE))
+        self.depth = StochasticDepth(dropout)
 
     def forward(self, x: Tensor) -> Tensor:
-        return x + self.scale * self.mlp(self.norm(x))
+        return x + self.depth(self.scale * self.mlp(self.norm(x)))
 
 
 class MultiwayLayer(nn.Module):
@@ -43,22 +62,22 @@ class MultiwayLayer(nn.Module):
         width: W.
         heads: attention heads.
         top: whether a joint sequence is served by one expert of both modalities.
-        dropout: of attention weights and of what attention adds.
+        dropout: share of the samples that go without what attention adds, and without what their expert does.
     """
 
     def __init__(self, width: int, heads: int, *, top: bool, dropout: float) -> None:
         super().__init__()
         self.attention_norm = nn.LayerNorm(width)
-        self.attention = Attention(width, heads, dropout=dropout)
+        self.attention = Attention(width, heads)
         self.attention_scale = nn.Parameter(torch.full((width,), LAYER_SCALE))
-        self.dropout = nn.Dropout(dropout)
-        self.image, self.text = Expert(width), Expert(width)
-        self.both = Expert(width) if top else None
+        self.depth = StochasticDepth(dropout)
+        self.image, self.text = Expert(width, dropout), Expert(width, dropout)
+        self.both = Expert(width, dropout) if top else None
 
     def forward(self, x: Tensor, bias: Tensor | None, mode: Mode, words: int) -> Tensor:
         """x [B, words + T, W], of which the first are text in a joint sequence."""
         y = self.attention_norm(x)
-        x = x + self.attention_scale * self.dropout(self.attention(y, *self.attention.project(y), bias))
+        x = x + self.depth(self.attention_scale * self.attention(y, *self.attention.project(y), bias))
         if mode == "both":
             if self.both is not None:
                 return self.both(x)
@@ -67,7 +86,11 @@ class MultiwayLayer(nn.Module):
 
 
 class VLMo(System):
-    """A stack of `MultiwayLayer`. Stages of the names `text`, `joint` and `retrieval`; it ranks as a dual encoder.
+    """A stack of `MultiwayLayer` that ranks as a dual encoder.
+
+    Stages: `vision`, image tokens restored, in the place of a start from BEiT; `text`, words restored; `joint`, contrast, matching and
+    words with the image at hand; `retrieval`, contrast alone. Contrast in `joint` is taken twice, of what each side's own experts make of
+    it and of what those of both modalities do in the top layers, each with projections and a scale of its own.
 
     Args:
         encoders: the shared ones.
@@ -98,10 +121,12 @@ class VLMo(System):
         )
         self.norm = nn.LayerNorm(width)
         self.image_projection, self.text_projection = (nn.Linear(width, dim, bias=False) for _ in range(2))
+        self.top_image_projection, self.top_text_projection = (nn.Linear(width, dim, bias=False) for _ in range(2))
         self.words = WordHead(width, encoders.vocab_size)
         self.itm_head = nn.Linear(width, 1)
+        self.restorer = Restorer(encoders, width, HIDDEN_TOKENS)
         self.apply(init_weights)
-        self.scale = Scale()
+        self.scale, self.top_scale = Scale(), Scale()
 
     def _tokens(self, side: str, tokens: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
         """A class token and projected tokens [B, 1 + T, W], and their mask."""
@@ -123,6 +148,16 @@ class VLMo(System):
             x = layer(x, bias, mode, words)
         return self.norm(x)
 
+    def read_twice(self, side: Literal["image", "text"], tokens: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+        """Class states of one side alone, by its own expert to the top and by that of both modalities in the top layer: [B, W] each."""
+        x, mask = self._tokens(side, tokens, mask)
+        bias, words = key_mask_to_bias(mask), x.shape[1]
+        *below, top = self.layers
+        for layer in below:
+            x = layer(x, bias, side, words)
+        own, both = top(x, bias, side, words), top(x, bias, "both", words)
+        return self.norm(own[:, 0]), self.norm(both[:, 0])
+
     def embed_images(self, images: Images) -> Tensor:
         return F.normalize(self.image_projection(self.read(images, None)[:, 0]), dim=-1)
 
@@ -131,16 +166,26 @@ class VLMo(System):
 
     def after_step(self, stage: str) -> None:
         self.scale.clamp()
+        self.top_scale.clamp()
 
     def losses(self, batch: Batch, stage: str, progress: float) -> dict[str, Tensor]:
+        ids = batch.image_id
+        if stage == "vision":
+            return {"mim": self.restorer(batch.images, lambda images: self.read(images, None)[:, 1:])}
         if stage == "text":
             return {"mlm": self._masked_words(None, batch.texts)}
-        image, text = self.embed_images(batch.images), self.embed_texts(batch.texts)
-        itc = info_nce(image, text, batch.image_id, scale=self.scale())
         if stage == "retrieval":
-            return {"itc": itc}
+            image, text = self.embed_images(batch.images), self.embed_texts(batch.texts)
+            return {"itc": info_nce(image, text, ids, scale=self.scale())}
+        image, top_image = self.read_twice("image", *batch.images[:2])
+        text, top_text = self.read_twice("text", batch.texts.tokens, batch.texts.mask)
+        image, text = F.normalize(self.image_projection(image), dim=-1), F.normalize(self.text_projection(text), dim=-1)
+        top_image = F.normalize(self.top_image_projection(top_image), dim=-1)
+        top_text = F.normalize(self.top_text_projection(top_text), dim=-1)
+        own = info_nce(image, text, ids, scale=self.scale())
+        itc = (own + info_nce(top_image, top_text, ids, scale=self.top_scale())) / 2
         scores = self.scale().detach() * image.detach() @ text.detach().T
-        wrong_text, wrong_image = sample_hard_negatives(scores, batch.image_id, batch.image_id)
+        wrong_text, wrong_image = sample_hard_negatives(scores, ids, ids)
         true = torch.arange(len(image))
         rows, columns = torch.cat([true, true, wrong_image]), torch.cat([true, wrong_text, true])
         logits = self.itm_head(self.read(batch.images.select(rows), batch.texts.select(columns))[:, 0])[:, 0]
