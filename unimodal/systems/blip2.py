@@ -51,8 +51,8 @@ class BLIP2(System):
             intermediate=4 * width,
             memory_width=width,
             queries={QUERIES: queries},
-            vocab_size=encoders.vocab_size
-            + 1,  # one word more begins captions, where the start token begins texts to be read
+            # One word more: it begins captions, where the start token begins texts to be read.
+            vocab_size=encoders.vocab_size + 1,
             max_positions=encoders.max_length,
             dropout=dropout,
         )
