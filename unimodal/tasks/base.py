@@ -266,7 +266,8 @@ class Task(pl.LightningModule):
         stages.freeze(self.model, self.factors)
         if compile:
             for part in (self.model.bridge, self.model.heads):
-                compile_blocks(part)
+                if part is not None:
+                    compile_blocks(part)
         if gradient_checkpointing:
             recompute(self.model)
         self.processor: Processor | None = None
