@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from toysurvey import ToyEncoders, endless, toy_pairs
 
 from unimodal.losses import cosent_loss, masked_info_nce, matryoshka, text_to_text_loss
+from unimodal.stages import rates
 from unimodal.survey.specs import read_spec
 from unimodal.survey.train import Budget, train
 from unimodal.systems import OmniBridge, QwenEmbedding, QwenReranker, Stage
@@ -216,3 +217,164 @@ def test_distillation_ends_in_the_average_of_before_and_after() -> None:
         else:
             assert torch.equal(p, seen[name])
     assert not torch.equal(seen["projection.weight"], before["projection.weight"])
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_a_score_does_not_depend_on_padding(side: str) -> None:
+    """Of the query, which stands in the middle of the sequence, of the document, or of both."""
+    torch.manual_seed(0)
+    system, pairs = QwenReranker(ToyEncoders(), **SMALL).eval(), toy_pairs(4)
+    extra = (3, 0) if side == "left" else (0, 3)
+    states = [system.image_state(pairs.images), system.text_state(pairs.texts)]
+    longer = [(F.pad(x, (0, 0, *extra), value=7.0), F.pad(mask, extra)) for x, mask in states]
+    with torch.no_grad():
+        plain = system.score_pairs(*states)
+        for images, texts in ((states[0], longer[1]), (longer[0], states[1]), tuple(longer)):
+            torch.testing.assert_close(system.score_pairs(images, texts), plain, atol=1e-5, rtol=1e-4)
+
+
+def test_a_reader_looks_back_and_never_ahead() -> None:
+    torch.manual_seed(0)
+    encoders, pairs = ToyEncoders(), toy_pairs(4)
+    reader = Reader(encoders, 16, 2, 2, 0.0, "find it").eval()
+    states: list[torch.Tensor] = []
+    reader.layers[-1].register_forward_hook(lambda layer, inputs, output: states.append(output))
+    told = reader.get_buffer("instruction").shape[1]
+    with torch.no_grad():
+        for factor in (1.0, -1.0):
+            tokens = pairs.texts.tokens.clone()
+            tokens[:, 2] *= factor
+            reader(reader.item("text", tokens, pairs.texts.mask))
+    first, second = states
+    assert torch.equal(first[:, : told + 2], second[:, : told + 2])
+    assert not torch.allclose(first[:, told + 2], second[:, told + 2])
+    assert not torch.allclose(first[:, -1], second[:, -1])
+
+
+def test_the_instructions_are_the_reports() -> None:
+    system = QwenEmbedding(ToyEncoders(), **SMALL)
+    for reader, words in (
+        (system.reader, "Represent the user's input."),
+        (system.reranker.reader, "Given a search query, retrieve relevant candidates that answer the query."),
+    ):
+        told = system.encoders.read_texts(*system.encoders.tokenise([words])).tokens
+        assert torch.equal(reader.get_buffer("instruction"), told)
+
+
+def forms(x: torch.Tensor, dims: tuple[int, ...], step: float) -> list[torch.Tensor]:
+    """Prefixes of unit length as they are, in int8 of the step and in one bit; all of unit length again."""
+    out = []
+    for dim in dims:
+        cut = F.normalize(x[..., :dim], dim=-1)
+        ratio = cut * math.sqrt(dim)
+        out += [cut, F.normalize((ratio / step).round().clamp(-127, 127), dim=-1), F.normalize(ratio.sign(), dim=-1)]
+    return out
+
+
+@torch.no_grad()
+def test_likeness_of_captions_is_graded_in_every_form() -> None:
+    torch.manual_seed(0)
+    system, pairs = QwenEmbedding(ToyEncoders(), dim=8, dims=(3,), **SMALL).eval(), toy_pairs(5)
+    labels = torch.tensor([[1, 1, 0, 0], [1, 1, 0, 0], [0, 1, 1, 0], [0, 0, 0, 1], [0, 0, 0, 0]]).float()
+    found = system.losses(pairs._replace(labels=labels), "finetune", 0.0)["sts"]
+    ratings = [0, 1, 1 / 3, 0, 0]  # of each caption with the one before: categories shared, of all that either has
+    losses = []
+    for text in forms(system.embed_texts(pairs.texts).double(), (3, 8), 0.1):
+        cosines = [float(text[i] @ text[i - 1]) for i in range(5)]
+        pushes = [
+            math.exp(20 * (cosines[b] - cosines[a])) for a in range(5) for b in range(5) if ratings[a] > ratings[b]
+        ]
+        losses.append(math.log(1 + sum(pushes)))
+    assert float(found) == pytest.approx(sum(losses) / 6, rel=1e-4)
+
+
+@torch.no_grad()
+def test_labels_are_documents_and_only_wrong_labels_their_negatives(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In every form; pictures without a label, and other pictures of the batch, take no part."""
+    names = ["dog", "cat", "man", "ball"]
+    torch.manual_seed(0)
+    system = QwenEmbedding(ToyEncoders(), dim=8, dims=(3,), category_names=names, **SMALL).eval()
+    pairs = toy_pairs(4)
+    labels = torch.tensor([[1, 0, 0, 0], [0, 1, 1, 0], [0, 0, 0, 0], [0, 0, 0, 1]]).float()
+    drawn: list[torch.Tensor] = []
+    multinomial = torch.multinomial
+
+    def draw(weights: torch.Tensor, count: int) -> torch.Tensor:
+        drawn.append(multinomial(weights, count))
+        return drawn[-1]
+
+    monkeypatch.setattr(torch, "multinomial", draw)
+    image = system.embed_images(pairs.images)
+    found = system._classified(image, labels)
+    right, wrong = drawn
+    rows = [0, 1, 3]
+    assert right.shape == (3, 1) and wrong.shape == (3, 2)  # as many as each picture has
+    for row, own, others in zip(rows, right, wrong):
+        assert labels[row, own].all() and not labels[row, others].any() and len(set(others.tolist())) == 2
+    documents = system.embed_texts(system.encoders.read_texts(*system.encoders.tokenise(names))).double()
+    losses = []
+    for pictures, words in zip(forms(image.double(), (3, 8), 0.1), forms(documents, (3, 8), 0.1)):
+        for row, own, others in zip(rows, right, wrong):
+            logits = [20 * float(pictures[row] @ words[i]) for i in (*own, *others)]
+            losses.append(math.log(sum(map(math.exp, logits))) - logits[0])
+    assert float(found) == pytest.approx(sum(losses) / 18, rel=1e-4)
+    assert float(system._classified(image, torch.zeros(4, 4))) == 0  # nobody knows what they show
+    assert float(system._classified(image, torch.ones(4, 4))) == 0  # nothing is wrong
+
+
+@torch.no_grad()
+def test_the_order_of_the_reranker_is_learned_in_every_form() -> None:
+    """Over each text's image and the seven others that the full embedding finds most like it; the reranker is asked once for each."""
+    torch.manual_seed(0)
+    system, pairs = QwenEmbedding(ToyEncoders(), dim=8, dims=(3,), **SMALL).eval(), toy_pairs(6, captions=2)
+    asked: list[int] = []
+    judge = system.reranker.score_pairs
+
+    def score_pairs(images: tuple[torch.Tensor, ...], texts: tuple[torch.Tensor, ...]) -> torch.Tensor:
+        asked.append(len(images[0]))
+        return judge(images, texts)
+
+    system.reranker.score_pairs = score_pairs  # type: ignore[method-assign, assignment]
+    found = system.losses(pairs, "distil", 0.0)
+    assert found.keys() == {"distil"} and asked == [12 * 8]
+    image, text = system.embed_images(pairs.images).double(), system.embed_texts(pairs.texts).double()
+    every = judge(
+        tuple(x[torch.arange(144) // 12] for x in system.reranker.image_state(pairs.images)),
+        tuple(x[torch.arange(144) % 12] for x in system.reranker.text_state(pairs.texts)),
+    ).view(12, 12)
+    candidates = []
+    for row in range(12):
+        wrong = [i for i in range(12) if pairs.image_id[i] != pairs.image_id[row]]
+        candidates.append([row, *sorted(wrong, key=lambda i: -float(image[i] @ text[row]))[:7]])
+    losses = []
+    for pictures, words in zip(forms(image, (3, 8), 0.1), forms(text, (3, 8), 0.1)):
+        for row, chosen in enumerate(candidates):
+            taught = torch.tensor([float(every[i, row]) for i in chosen], dtype=torch.float64).softmax(0)
+            said = [20 * float(pictures[i] @ words[row]) for i in chosen]
+            norm = math.log(sum(map(math.exp, said)))
+            losses.append(-sum(float(p) * (x - norm) for p, x in zip(taught, said)))
+    assert float(found["distil"]) == pytest.approx(sum(losses) / len(losses), rel=1e-4)
+    few = toy_pairs(2, captions=2)  # three others, of which one shows the same image
+    order = system._order(few, system.embed_texts(few.texts), system.embed_images(few.images))
+    assert order.given.tolist() == [[True, True, True, False]] * 4
+    assert (few.image_id[order.candidates[:, 3]] == few.image_id).all()
+
+
+def test_stages_train_embedder_and_reranker_as_the_report_does() -> None:
+    """The reranker beside the second stage of the embedder, and fixed where it teaches."""
+    stages = read_spec(CONFIGS / "qwen_embedding.yaml").stages
+    assert list(stages) == ["pretrain", "finetune", "distil"]
+    system = QwenEmbedding(ToyEncoders(), **SMALL)
+    assert system.scale().item() == pytest.approx(20)  # a temperature of 0.05
+    for name, stage in stages.items():
+        factors = rates(system, stage.trainable)
+        frozen = {key for key, factor in factors.items() if not factor}
+        reranker = {key for key in factors if key.startswith("reranker.")}
+        assert frozen == (set() if name == "finetune" else reranker)
+    assert read_spec(CONFIGS / "qwen_reranker.yaml").scoring.combine == "replace"
+
+
+def test_cosent_has_the_gradient_of_its_value_even_among_equals() -> None:
+    cosine = torch.tensor([0.3, -0.2, 0.3, 0.9], dtype=torch.float64, requires_grad=True)
+    rating = torch.tensor([1.0, 0.0, 1.0, 0.0])
+    assert torch.autograd.gradcheck(lambda x: cosent_loss(x, rating, scale=3.0), [cosine])
