@@ -7,6 +7,8 @@ import torch
 from PIL import Image
 from toy import toy_model, toy_processor
 
+from tests.blip2 import pictures as noise
+from tests.blip2 import save_captioner
 from tests.test_published import saved
 from unimodal import Unimodal
 from unimodal.data import Scenes
@@ -90,6 +92,21 @@ def test_captions(loaded, ours: Unimodal, pictures: list[Image.Image], samples: 
     options = {"num_beams": 1, "do_sample": True, "top_p": 0.8, "temperature": 1.5, "generator": source}
     first, second = ours.caption(pictures, **options), ours.caption(pictures, **options)
     assert drawn == [first[0], second[0], first[1], second[1], first[2], second[2]] and first != second
+
+
+def test_a_language_model_continues_the_prompt(tmp_path: Path, loaded, samples: dict) -> None:
+    save_captioner(tmp_path)
+    model, vis_processors, _ = load_model_and_preprocess(tmp_path)
+    shown = noise()
+    image = torch.stack([vis_processors["eval"](picture) for picture in shown])
+    asked = "question: what colour is the circle? answer:"
+    told = model.generate({"image": image, "prompt": asked}, num_beams=1)
+    assert told == model.unimodal.caption(shown, prompt=asked, num_beams=1)
+    assert told != model.generate({"image": image}, num_beams=1)
+    several = [asked, "a red", "the circle is"]
+    assert model.generate({"image": image, "prompt": several}) == model.unimodal.caption(shown, prompt=several)
+    with pytest.raises(ValueError, match="this model's captioning head takes no prompt"):
+        loaded[0].generate({**samples, "prompt": asked})
 
 
 def test_one_vector_per_query(pictures: list[Image.Image], samples: dict) -> None:

@@ -11,6 +11,7 @@ import torch
 from huggingface_hub import constants
 from PIL import Image
 from toy import toy_model, toy_processor
+from toyqwen import toy_qwen
 
 from tests.test_published import pictures, saved
 from unimodal import Unimodal, cli
@@ -155,6 +156,20 @@ def test_pictures_in_their_own_sizes(tmp_path: Path) -> None:
     assert theirs.encode(both) == near(published.encode(both))
 
 
+def test_conversations(tmp_path: Path) -> None:
+    """Qwen3-VL-Embedding: a prompt is the instruction, and an item of picture and text one sequence."""
+    toy_qwen(tmp_path / "published", "embedder")
+    published = Unimodal.from_pretrained(tmp_path / "published")
+    published.save_pretrained(tmp_path / "model")
+    export_sentence_transformer(tmp_path / "model", tmp_path / "embedder", prompts={"query": "Find pictures"})
+    theirs = library("SentenceTransformer")(str(tmp_path / "embedder"), device="cpu", trust_remote_code=True)
+    both = [{"image": image, "text": "a star"} for image in pictures()]
+    for items in (pictures(), TEXTS, both):
+        assert theirs.encode(items, batch_size=2) == near(published.encode(items))
+    expected = published.encode(TEXTS, prompt="Find pictures", truncate_dim=64)
+    assert theirs.encode_query(TEXTS, truncate_dim=64, normalize_embeddings=True) == near(expected)
+
+
 # Matching.
 
 
@@ -184,6 +199,19 @@ def test_matching_in_the_bridge(images: list[Image.Image], tmp_path: Path) -> No
     theirs = library("CrossEncoder")(str(tmp_path / "reranker"), device="cpu", trust_remote_code=True)
     pairs = [(text, image) for text in TEXTS for image in images]
     assert theirs.predict(pairs) == near(model.predict(pairs))
+
+
+def test_conversations_of_pairs(tmp_path: Path) -> None:
+    """Qwen3-VL-Reranker: a query and a document of any kind, in this order."""
+    toy_qwen(tmp_path / "published", "reranker")
+    published = Unimodal.from_pretrained(tmp_path / "published")
+    published.save_pretrained(tmp_path / "model")
+    export_cross_encoder(tmp_path / "model", tmp_path / "reranker")
+    theirs = library("CrossEncoder")(str(tmp_path / "reranker"), device="cpu", trust_remote_code=True)
+    pairs = [("a star", image) for image in pictures()] + [("a star", "a small star"), (pictures()[0], "a star")]
+    for pair in pairs:
+        assert theirs.predict([pair]) == near(published.predict([pair]))
+    assert theirs.predict(pairs[:3], prompt="Is it red?") == near(published.predict(pairs[:3], prompt="Is it red?"))
 
 
 # Folders.

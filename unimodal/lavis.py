@@ -126,7 +126,7 @@ class LavisModel(nn.Module):
         """Captions of the images, those of the first image first.
 
         Args:
-            samples: as above; `image` alone is read.
+            samples: as above; read are `image` and, where a language model writes, `prompt`: what it continues, one text or one for each.
             use_nucleus_sampling: draw words by their probability; otherwise a beam search.
             num_beams: hypotheses that the beam search keeps.
             max_length: longest caption in tokens.
@@ -137,7 +137,7 @@ class LavisModel(nn.Module):
             generator: source of randomness of the draws.
 
         Raises:
-            ValueError: a setting out of range or unknown here, or a model without a captioning head.
+            ValueError: a setting out of range or unknown here, a model without a captioning head, or a prompt for a head that takes none.
         """
         if min_length or repetition_penalty != 1:
             raise ValueError(
@@ -150,7 +150,8 @@ class LavisModel(nn.Module):
         drawn = {"do_sample": True, "top_p": top_p, "temperature": temperature}
         settings = drawn if use_nucleus_sampling else {"num_beams": num_beams}
         self.model.head("captioning")
-        image = self._images(samples)
+        image, prompt = self._images(samples), samples.get("prompt")
+        prompts = [prompt] if isinstance(prompt, str) else prompt
         written = [
             best_captions(
                 self.model,
@@ -158,6 +159,7 @@ class LavisModel(nn.Module):
                 image,
                 1,
                 match_scale=0.0,
+                prompts=prompts,
                 generator=generator,
                 max_new_tokens=max_length,
                 **settings,

@@ -53,7 +53,8 @@ class _Module(nn.Module):
     def __init__(self, model: Unimodal) -> None:
         super().__init__()
         self.unimodal, self.model = model, model.model
-        self.processor, self.tokenizer = model.processor, model.processor.tokenizer
+        self.processor: Any = model.processor
+        self.tokenizer = self.processor.tokenizer
 
     @classmethod
     def load(
@@ -122,21 +123,17 @@ class _Module(nn.Module):
         makes several tensors; input_ids and attention_mask [M, L]."""
         features: dict[str, Tensor] = {}
         if images:
-            pixels = self.processor.images([load_image(image) for image in images])
-            named = (
-                {f"pixels.{name}": part for name, part in pixels.items()}
-                if isinstance(pixels, dict)
-                else {"pixels": pixels}
-            )
-            features |= named
+            features |= _named(self.processor.images([load_image(image) for image in images]))
         if texts:
             features["input_ids"], features["attention_mask"] = self.processor.texts(texts)
         return features
 
-    def _image(self, features: dict[str, Tensor]) -> ImageState:
+    def _pixels(self, features: dict[str, Tensor]) -> Any:
         named = {name.removeprefix("pixels."): part for name, part in features.items() if name.startswith("pixels.")}
-        pixels = named or features["pixels"]
-        return self.model.encode_image(move_pixels(pixels, self.model.log_scale.device, self.model.log_scale.dtype))
+        return move_pixels(named or features["pixels"], self.model.log_scale.device, self.model.log_scale.dtype)
+
+    def _image(self, features: dict[str, Tensor]) -> ImageState:
+        return self.model.encode_image(self._pixels(features))
 
     def _text(self, features: dict[str, Tensor]) -> TextState:
         return self.model.encode_text(features["input_ids"], features["attention_mask"])
@@ -162,10 +159,12 @@ class SentenceTransformerModule(_Module):
 
         Args:
             inputs: texts, images, or dicts of both.
-            prompt: put before every text.
+            prompt: put before every text; to a vision-language model the instruction.
             task: "query" or "document", as sentence-transformers says; it chose the prompt by it, and nothing else depends on it.
         """
         items = as_items(list(inputs))
+        if self.model.backbone.whole:
+            return self._conversations(items, prompt)
         rows = {
             kind: [i for i, item in enumerate(items) if getattr(item, kind) is not None] for kind in ("image", "text")
         }
@@ -173,6 +172,18 @@ class SentenceTransformerModule(_Module):
             [items[i].image for i in rows["image"]], [f"{prompt or ''}{items[i].text}" for i in rows["text"]]
         )
         return features | {f"{kind}_rows": torch.tensor(places) for kind, places in rows.items() if places}
+
+    def _conversations(self, items: Sequence[Item], instruction: str | None) -> dict[str, Tensor]:
+        """Each item as one sequence; those with pictures apart from mere texts, as `Unimodal.encode` reads them."""
+        features: dict[str, Tensor] = {}
+        for kind, seen in (("image", True), ("text", False)):
+            rows = [i for i, item in enumerate(items) if bool(item.images or item.video) is seen]
+            if not rows:
+                continue
+            batch = self.processor.items([items[i] for i in rows], instruction)
+            features |= _named(batch) if seen else {"input_ids": batch["ids"], "attention_mask": batch["mask"]}
+            features[f"{kind}_rows"] = torch.tensor(rows)
+        return features
 
     def forward(self, features: dict[str, Tensor]) -> dict[str, Tensor]:
         """Adds `sentence_embedding` [n, E]: unit vectors; an item with image and text has the normalised mean of its two."""
@@ -204,14 +215,20 @@ class CrossEncoderModule(_Module):
     def __init__(self, model: Unimodal) -> None:
         model.model.head("matching")
         super().__init__(model)
+        self.judges = model.encoder.judges
 
     def preprocess(self, inputs: Sequence[Any], prompt: str | None = None) -> dict[str, Tensor]:
-        """Pairs of an image and a text, in either order -> tensors of the distinct images and texts, and which of them each pair is.
+        """Pairs of an image and a text, in either order -> tensors of the distinct images and texts, and which of them each pair is; to a
+        vision-language model pairs of a query and a document of any kind -> a conversation each.
 
         Args:
             inputs: the pairs.
-            prompt: put before every text.
+            prompt: put before every text; to a vision-language model the instruction.
         """
+        if self.judges:
+            whole = [as_pair(pair, f"pair {i}: ", whole=True) for i, pair in enumerate(inputs)]
+            rows = [self.processor.pair(*pair, prompt, f"pair {i}: ") for i, pair in enumerate(whole)]
+            return _named(self.processor.batch(rows, "left"))
         pairs = [as_pair(pair, f"pair {i}: ") for i, pair in enumerate(inputs)]
         images, image_index = _distinct([image for image, _ in pairs])
         texts, text_index = _distinct([text for _, text in pairs])
@@ -220,8 +237,11 @@ class CrossEncoderModule(_Module):
 
     def forward(self, features: dict[str, Tensor]) -> dict[str, Tensor]:
         """Adds `scores` [P, 1]: match logits, calibrated where the checkpoint is, so that their sigmoid is the match probability."""
-        image, text = self._image(features), self._text(features)
-        logits = self.model.match(image, text, features["image_index"], features["text_index"]).float()
+        if self.judges:
+            logits = self.model.judge(self._pixels(features)).float()
+        else:
+            image, text = self._image(features), self._text(features)
+            logits = self.model.match(image, text, features["image_index"], features["text_index"]).float()
         if (calibration := self.unimodal.encoder.calibration) is not None:
             logits = calibration.scale * logits + calibration.offset
         return features | {"scores": logits[:, None]}
@@ -292,6 +312,11 @@ def _require_one_vector(config: ModelConfig) -> None:
             "this model has one vector per query for an image, and a SentenceTransformer has one in all; its matching head works as a "
             "CrossEncoder"
         )
+
+
+def _named(pixels: Any) -> dict[str, Tensor]:
+    """Pixels as features of their own names."""
+    return {f"pixels.{name}": part for name, part in pixels.items()} if isinstance(pixels, dict) else {"pixels": pixels}
 
 
 def _distinct(items: Sequence[Item]) -> tuple[list[Item], Tensor]:
