@@ -1,5 +1,8 @@
 """ALBEF: align before fuse (Li et al. 2021, arXiv 2107.07651): two towers, a fusion on top, a momentum teacher, queues and soft targets.
 
+The match head has one logit, "match" over "no match", where the paper's has two and ranks by that of "match": a softmax over two depends on
+their difference alone.
+
 Legend: B pairs, M texts, P pairs, L text length, T image tokens, W width, E embedding width, V vocabulary.
 """
 
@@ -75,10 +78,10 @@ class FusionEncoder(System):
     def matching(self, image: State, text: State, similarity: Tensor, image_id: Tensor) -> Tensor:
         """The matching loss of the true pairs, a hard wrong text for each image and a hard wrong image for each text."""
         wrong_text, wrong_image = sample_hard_negatives(similarity, image_id, image_id)
-        true = torch.arange(len(image_id))
+        true = torch.arange(len(image_id), device=image_id.device)
         rows, columns = torch.cat([true, true, wrong_image]), torch.cat([true, wrong_text, true])
         logits = self.score_pairs(tuple(x[rows] for x in image), tuple(x[columns] for x in text))
-        return matching_loss(logits, torch.arange(len(logits)) < len(true))
+        return matching_loss(logits, torch.arange(len(logits), device=logits.device) < len(true))
 
 
 class ALBEF(FusionEncoder):

@@ -112,7 +112,8 @@ def _whitener(covariance: Tensor, regularisation: float, side: str) -> Tensor:
 
 
 class CanonicalCorrelation(System):
-    """CCA between the mean tokens of both encoders, fitted on the training split.
+    """CCA between the mean tokens of both encoders, fitted on the training split. An inferred design: no public code is tied to the
+    method, so that number of directions, ridge and power are ours.
 
     Args:
         encoders: the shared ones.

@@ -1,13 +1,15 @@
 """CLIP and SigLIP: two towers, one vector each, told apart by their loss.
 
 CLIP: Radford et al. 2021 (arXiv 2103.00020), softmax over the batch. SigLIP: Zhai et al. 2023 (arXiv 2303.15343), a yes or no for each
-pair, with a learned bias.
+pair, with a learned bias. SigLIP's own towers (attention pooling, text read at its last position) are those of its published weights; here
+both losses have the same towers, so that they alone differ.
 """
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from unimodal.layers import init_weights
 from unimodal.losses import info_nce, sigmoid_loss
 from unimodal.systems.base import Batch, Encoders, Images, System, Texts
 from unimodal.systems.towers import Scale, Tower
@@ -35,6 +37,8 @@ class DualEncoder(System):
         self.image_tower = Tower(encoders.image_width, width, layers, heads, dropout)
         self.text_tower = Tower(encoders.text_width, width, layers, heads, dropout)
         self.image_projection, self.text_projection = (nn.Linear(width, dim, bias=False) for _ in range(2))
+        for projection in (self.image_projection, self.text_projection):
+            init_weights(projection)  # CLIP's start as well: N(0, 1 / width)
         self.scale = Scale()
 
     def embed_images(self, images: Images) -> Tensor:

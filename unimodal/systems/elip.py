@@ -4,9 +4,10 @@ A small network maps a text's embedding to a few tokens, which stand between cla
 candidates of a text are read again with its prompts. On a dual encoder (ELIP-C on CLIP, ELIP-S on SigLIP) the score is the cosine with the
 prompted image; on a matching model (ELIP-B on BLIP-2) it is the logit of a match.
 
-Ours differ from the paper in three things. The mapper has the cheaper form of the authors' code, one hidden width for all prompts. The
-bias of ELIP-S is the base's, frozen, where the paper has -10. The base of ELIP-B is two towers and a fusion, not a Q-Former, and its
-prompts are made of the text's embedding, not of a query's output.
+Ours differ from the paper in two things. The mapper has the cheaper form of the authors' code, one hidden width for all prompts. The base
+of ELIP-B is two towers and a fusion, not a Q-Former, and its prompts are made of the text's embedding, not of a query's output. An inferred
+design: that ELIP-C has prompts at the tower's input alone, as the paper describes them; the public code does not tell whether its released
+weights have others at every layer.
 
 Legend: B pairs, I images, M texts, P pairs, m prompts, T image tokens, L text length, E embedding width, W width.
 """
@@ -24,6 +25,7 @@ from unimodal.systems.base import Batch, Encoders, Images, State, Texts
 from unimodal.systems.clip import CLIP, DualEncoder, SigLIP
 from unimodal.systems.towers import Fusion
 
+BIAS = -10.0  # of ELIP-S, fixed, whatever the base has learned
 AT_ONCE = 1024  # prompted images read at a time in training
 SPARED = 3  # most similar images of a text that are likely to fit it, too
 
@@ -36,10 +38,10 @@ class Mapper(nn.Module):
         width: W, of the image tower.
         prompts: m.
         hidden: width of the hidden layers; the paper has 1024 for each prompt.
-        dropout: of prompts' entries.
+        dropout: of prompts' entries; ELIP-C alone has it.
     """
 
-    def __init__(self, dim: int, width: int, prompts: int, hidden: int, dropout: float = 0.1) -> None:
+    def __init__(self, dim: int, width: int, prompts: int, hidden: int, dropout: float = 0.0) -> None:
         super().__init__()
         self.prompts, self.width = prompts, width
         self.layers = nn.Sequential(
@@ -94,7 +96,12 @@ class PromptedDualEncoder(DualEncoder):
         width, layers, heads, dropout, dim: of the dual encoder.
         prompts: m.
         hidden: of the mapper.
+
+    Attributes:
+        prompt_dropout: of the mapper.
     """
+
+    prompt_dropout = 0.0
 
     def __init__(
         self,
@@ -108,7 +115,7 @@ class PromptedDualEncoder(DualEncoder):
         hidden: int = 512,
     ) -> None:
         super().__init__(encoders, width=width, layers=layers, heads=heads, dropout=dropout, dim=dim)
-        self.mapper = Mapper(dim, width, prompts, hidden)
+        self.mapper = Mapper(dim, width, prompts, hidden, self.prompt_dropout)
 
     def losses(self, batch: Batch, stage: str, progress: float) -> dict[str, Tensor]:
         if stage == "base":
@@ -143,17 +150,19 @@ class PromptedDualEncoder(DualEncoder):
 
 
 class ELIPC(PromptedDualEncoder, CLIP):
-    """ELIP on CLIP: softmax over the images of a text, in this direction alone."""
+    """ELIP on CLIP: softmax over the images of a text, in this direction alone, by the base's frozen scale."""
+
+    prompt_dropout = 0.1
 
     def prompted_loss(self, scores: Tensor, image_id: Tensor) -> Tensor:
         return text_to_image_loss(scores, image_id, scale=self.scale())
 
 
 class ELIPS(PromptedDualEncoder, SigLIP):
-    """ELIP on SigLIP: pairwise sigmoid, by the base's frozen scale and bias."""
+    """ELIP on SigLIP: pairwise sigmoid, by the base's frozen scale and a fixed bias."""
 
     def prompted_loss(self, scores: Tensor, image_id: Tensor) -> Tensor:
-        return pairwise_sigmoid_loss(scores, image_id, scale=self.scale(), bias=self.bias)
+        return pairwise_sigmoid_loss(scores, image_id, scale=self.scale(), bias=BIAS)
 
 
 @torch.no_grad()

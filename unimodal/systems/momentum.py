@@ -81,6 +81,6 @@ class Queue(nn.Module):
         if not len(self.ids):
             return
         count = min(len(ids), len(self.ids))
-        rows = (self.place + torch.arange(count)) % len(self.ids)
+        rows = (self.place + torch.arange(count, device=self.ids.device)) % len(self.ids)
         self.image[rows], self.text[rows], self.ids[rows] = image[-count:].float(), text[-count:].float(), ids[-count:]
         self.place.copy_((self.place + count) % len(self.ids))

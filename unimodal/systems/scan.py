@@ -129,7 +129,8 @@ class SCAN(System):
 
 
 class SCANEnsemble(System):
-    """Two models whose score is the mean of theirs: words to regions with average pooling, and regions to words with log-sum-exp.
+    """Two models whose score is the mean of theirs: words to regions with average pooling, and regions to words with log-sum-exp. Lambda 2
+    is that of Flickr30K, 5; on COCO the paper has 20.
 
     Args:
         encoders: the shared ones.
