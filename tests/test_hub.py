@@ -315,7 +315,7 @@ def test_weights_file_instead_of_folder(saved: Path) -> None:
 def test_nothing_there(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match="no such folder here, and not from the Hub or its cache"):
         load_checkpoint(tmp_path / "nothing")
-    with pytest.raises(FileNotFoundError, match="Give the path of a checkpoint folder or a Hub id like owner/name"):
+    with pytest.raises(FileNotFoundError, match="Give the path of a folder or a Hub id like owner/name"):
         load_checkpoint("tester/nothing")
 
 

@@ -459,6 +459,24 @@ def test_without_a_network_it_says_so() -> None:
         )
 
 
+@pytest.mark.parametrize("options", [{}, {"local_files_only": True}, {"revision": "v9"}], ids=str)
+def test_from_the_cache_or_not_at_all(options: dict[str, Any], tmp_path: Path) -> None:
+    """The tests run without a network; a folder of the cache that another call left is enough."""
+    name = f"nobody/nothing{f' at revision {chr(39)}v9{chr(39)}' if 'revision' in options else ''}"
+    with pytest.raises(
+        FileNotFoundError, match=f"^{name}: no such folder here, and not from the Hub.*fetch it once where there is one"
+    ):
+        unimodal.from_pretrained("nobody/nothing", cache_folder=tmp_path, **options)
+    commit = 40 * "a"
+    kept = tmp_path / "models--nobody--nothing"
+    saved("clip", kept / "snapshots" / commit)
+    (kept / "refs").mkdir()
+    (kept / "refs" / options.get("revision", "main")).write_text(commit)
+    model = unimodal.from_pretrained("nobody/nothing", cache_folder=tmp_path, **options)
+    source = model.model.sources["published"]
+    assert (source["source"], source["revision"]) == ("nobody/nothing", commit)
+
+
 def test_its_own_embedding_has_its_own_width(tmp_path: Path) -> None:
     saved("clip", tmp_path)
     config = bridged(tmp_path, "clip", embedding={"kind": "backbone", "dim": 8})

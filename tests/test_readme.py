@@ -16,9 +16,9 @@ from toyqwen import toy_qwen
 import unimodal
 from tests.blip2 import save_captioner
 from unimodal import cli
-from unimodal.backbones import published as backbones
+from unimodal.backbones import published
 from unimodal.config import to_dict
-from unimodal.hub import CheckpointError, checkpoint, save_checkpoint
+from unimodal.hub import CheckpointError, save_checkpoint
 
 README = (Path(__file__).parent.parent / "README.md").read_text()
 
@@ -55,8 +55,7 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
             made[name](folder)
         return str(folder)
 
-    for module in (checkpoint, backbones):
-        monkeypatch.setattr(module, "snapshot_download", download)
+    monkeypatch.setattr(published, "snapshot_download", download)
     monkeypatch.chdir(tmp_path)
     for name, colour in (("one.png", "red"), ("two.png", "blue")):
         Image.new("RGB", (60, 40), colour).save(name)

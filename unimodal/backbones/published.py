@@ -30,12 +30,15 @@ def sha256(*paths: str | Path) -> str:
     return digest.hexdigest()
 
 
-def find_published(source: str | Path, revision: str | None = None, **options: Any) -> Path:
+def find_published(
+    source: str | Path, revision: str | None = None, *, files: Iterable[str] = FILES, **options: Any
+) -> Path:
     """The folder of a published model: the one given, or a Hub id's in the cache, downloaded where needed.
 
     Args:
         source: local folder or Hub id.
         revision: branch, tag or commit of a Hub id.
+        files: patterns of what is downloaded.
         options: `cache_dir`, `local_files_only`, `token`, as huggingface_hub takes them.
 
     Raises:
@@ -44,7 +47,7 @@ def find_published(source: str | Path, revision: str | None = None, **options: A
     if Path(source).is_dir():
         return Path(source)
     try:
-        return Path(snapshot_download(str(source), revision=revision, allow_patterns=list(FILES), **options))
+        return Path(snapshot_download(str(source), revision=revision, allow_patterns=list(files), **options))
     except (OSError, HFValidationError) as error:
         at = f" at revision {revision!r}" if revision else ""
         raise FileNotFoundError(

@@ -18,12 +18,11 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
-from huggingface_hub import CommitInfo, HfApi, save_torch_state_dict, snapshot_download
-from huggingface_hub.errors import HFValidationError
+from huggingface_hub import CommitInfo, HfApi, save_torch_state_dict
 from safetensors.torch import load_file, save_file
 
 from unimodal import __version__
-from unimodal.backbones.published import loading_in
+from unimodal.backbones.published import find_published, loading_in
 from unimodal.config import ModelConfig, to_dict
 from unimodal.data.processor import Processor
 from unimodal.data.published import open_writer, saved_processor
@@ -354,24 +353,16 @@ def find_checkpoint(
         return folder
     if folder.is_file():
         raise CheckpointError(f"{folder} is a file, expected a checkpoint folder or a Hub id; give the folder it is in")
-    try:
-        return Path(
-            snapshot_download(
-                str(path_or_id),
-                revision=revision,
-                cache_dir=cache_dir,
-                local_files_only=local_only,
-                token=token,
-                allow_patterns=[*FILES, *PUBLISHED_FILES],
-                library_name="unimodal",
-                library_version=__version__,
-            )
-        )
-    except (OSError, HFValidationError) as error:
-        raise FileNotFoundError(
-            f"{path_or_id}: no such folder here, and not from the Hub or its cache ({type(error).__name__}: {error}). "
-            "Give the path of a checkpoint folder or a Hub id like owner/name"
-        ) from error
+    return find_published(
+        path_or_id,
+        revision,
+        files=[*FILES, *PUBLISHED_FILES],
+        cache_dir=cache_dir,
+        local_files_only=local_only,
+        token=token,
+        library_name="unimodal",
+        library_version=__version__,
+    )
 
 
 def _build(config: ModelConfig, folder: Path, *, pretrained: bool) -> UnimodalModel:
