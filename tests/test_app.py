@@ -90,13 +90,16 @@ def test_words_and_enter_find_pictures_and_say_why(viewport, served, visit) -> N
     thumbnails = page.locator("#results button:has(img)")
     thumbnails.nth(3).wait_for()
     assert page.locator("#status").inner_text().startswith("4 of 4 pictures in ")
-    assert re.fullmatch(r"1\.\s+match \d+%, cosine -?\d\.\d\d", thumbnails.first.locator("img").get_attribute("alt"))
-    assert not page.locator("#heat img").is_visible()
+    assert re.fullmatch(
+        r"1\. match [<>]?\d+\.\d%, cosine -?\d\.\d\d", thumbnails.first.locator("img").get_attribute("alt")
+    )
+    assert not page.locator("#why img").first.is_visible()
 
     thumbnails.first.focus()
     page.keyboard.press("Enter")
-    page.locator("#heat img").wait_for()
-    reason = page.locator("#reason")
+    reason = page.locator("#why")
+    reason.locator("img").nth(1).wait_for()
+    assert [one.get_attribute("alt").split(" ")[0] for one in reason.locator("img").all()] == ["the", "where"]
     assert (
         " with a long name of its own.png" in reason.inner_text() and "a <b>" in reason.inner_text()
     )  # as it is written
@@ -106,7 +109,7 @@ def test_words_and_enter_find_pictures_and_say_why(viewport, served, visit) -> N
     words.fill("   ")
     words.press("Enter")
     page.get_by_text("Write what the picture should show").wait_for()
-    assert not page.locator("#heat img").is_visible()
+    assert not reason.is_visible()
 
 
 @BROWSER
@@ -118,9 +121,40 @@ def test_a_picture_finds_itself(served, visit, photos: Path) -> None:
     page.locator("#results button:has(img)").nth(3).wait_for()
     assert "in the order of their embeddings" in page.locator("#status").inner_text()
     page.locator("#results button:has(img)").first.click()
-    page.locator("#heat img").wait_for()
     page.get_by_text(f"1. {path.name} cosine 1.00").wait_for()
-    assert page.locator(".word").count() == 0
+    assert page.locator("#why img").count() == 1 and page.locator(".word").count() == 0
+
+
+@BROWSER
+def test_a_slider_asks_again(served, visit) -> None:
+    page = visit(served.local_url, DESKTOP)
+    fewer = page.get_by_label("number input for Results")
+    fewer.fill("3")
+    fewer.press("Enter")
+    assert page.locator("#results button:has(img)").count() == 0 and page.locator("#status").inner_text() == ""
+    page.get_by_label("Search for").fill("a red circle")
+    page.get_by_label("Search for").press("Enter")
+    page.get_by_text("3 of 4 pictures in ").wait_for()
+    depth = page.get_by_label("range slider for Rerank depth")
+    depth.focus()
+    page.keyboard.press("Home")
+    page.wait_for_function("!document.querySelector('#results').innerText.includes('match')")
+    assert page.locator("#results button:has(img)").count() == 3
+
+
+@BROWSER
+@pytest.mark.parametrize("where", ["Search", "Caption"])
+def test_a_file_that_is_no_picture_is_named(where, served, visit, tmp_path: Path, capfd) -> None:
+    broken = tmp_path / "broken.jpg"
+    broken.write_bytes(b"no picture")
+    page = visit(served.local_url, PHONE)
+    page.get_by_role("tab", name=where).click()
+    if where == "Search":
+        page.get_by_text("Search by a picture").click()
+    page.locator("input[type=file]").nth(0 if where == "Search" else -1).set_input_files(broken)
+    page.get_by_text("broken.jpg' is no image; expected one of JPEG").wait_for()
+    assert "/gradio/" not in page.locator("body").inner_text()
+    assert "Traceback" not in capfd.readouterr().err
 
 
 @BROWSER
@@ -173,8 +207,8 @@ def test_what_a_model_lacks_is_said(visit, photos: Path) -> None:
         assert [tab.inner_text() for tab in page.get_by_role("tab").all()] == ["Search"]
         assert not page.get_by_label("Rerank depth").first.is_visible()
         page.locator("#results button:has(img)").first.click()
-        page.locator("#heat img").wait_for()
-        assert "Caption" not in page.locator("#reason").inner_text()
+        page.locator("#why img").wait_for()
+        assert "Caption" not in page.locator("#why").inner_text()
     finally:
         served.close(verbose=False)
 

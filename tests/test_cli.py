@@ -176,7 +176,7 @@ def test_search_keeps_its_index(model: Path, photos: Path, capsys: pytest.Captur
     (photos / "bad.jpg").unlink()
     status, third, error = run(capsys, *ask)
     assert status == 0 and "b.png" not in third
-    assert "0 pictures are new or changed, 2 are gone or changed" in error
+    assert "read what is new or has changed (0), forgot what is gone or has changed (2)" in error
     status, by_image, _ = run(capsys, "search", photos, photos / "a.png", "--model", model, "--top_k", 1)
     assert status == 0 and "1.000" in by_image and "more" not in by_image
 

@@ -131,6 +131,56 @@ def test_from_python(photos: Path) -> None:  # noqa: F811
     assert [hit["rank"] for hit in index.search("a red circle", top_k=2)] == [1, 2]
 
 
+@pytest.mark.filterwarnings("ignore:.*could not be read and are not in the index")
+def test_hidden_and_foreign_files_are_no_pictures(encoder: Encoder, photos: Path) -> None:  # noqa: F811
+    (photos / ".thumbnails").mkdir()
+    for name in (".thumbnails/a.png", "._a.png"):
+        Scenes("val", count=1).image(0).save(photos / name)
+    for name in ("one.HEIC", "two.heic", "three.cr2", "four.txt"):
+        (photos / name).write_bytes(b"x")
+    found = index_folder(encoder, photos)
+    assert found.index.ids == ["a.png", "b.png", "more/c.png"] and list(found.skipped) == ["bad.jpg"]
+    assert found.others == "not read: 1 .cr2, 2 .heic; convert these to JPEG"
+    only = photos.parent / "only"
+    only.mkdir()
+    (only / "one.heic").write_bytes(b"x")
+    with pytest.raises(
+        ValueError, match=r"only holds no pictures; expected files that end in \.jpg.*; not read: 1 \.heic"
+    ):
+        index_folder(encoder, only)
+    with pytest.raises(ValueError, match="a.png is a file; give the folder that holds the pictures"):
+        index_folder(encoder, photos / "a.png")
+
+
+@pytest.mark.filterwarnings("ignore:.*could not be read and are not in the index")
+def test_a_name_that_no_index_can_hold_is_left_out(encoder: Encoder, photos: Path, model, capsys) -> None:  # noqa: F811
+    odd = os.fsdecode(os.fsencode(photos) + b"/caf\xe9.png")
+    try:
+        Scenes("val", count=1).image(0).save(odd)
+    except OSError:
+        pytest.skip("this file system takes UTF-8 names only")
+    found = index_folder(encoder, photos)
+    assert len(found.index) == 3 and "caf\\udce9.png' has a name that is not UTF-8; rename it" in " ".join(
+        found.skipped.values()
+    )
+    status, output, error = run(capsys, "caption", photos, "--model", model, "--num_beams", 1)
+    assert status == 0 and len(output.splitlines()) == 3 and "2 of 5 pictures skipped" in error
+
+
+@pytest.mark.filterwarnings("ignore:.*could not be read and are not in the index")
+def test_a_picture_that_may_not_be_read_is_left_out(encoder: Encoder, photos: Path, monkeypatch) -> None:  # noqa: F811
+    opened = Path.open
+
+    def refused(path: Path, *args, **options):
+        if path.name == "b.png":
+            raise PermissionError(13, "Permission denied", str(path))
+        return opened(path, *args, **options)
+
+    monkeypatch.setattr(Path, "open", refused)
+    found = index_folder(encoder, photos)
+    assert found.index.ids == ["a.png", "more/c.png"] and "Permission denied" in found.skipped["b.png"]
+
+
 def test_none_can_be_read(encoder: Encoder, tmp_path: Path) -> None:
     (tmp_path / "x.jpg").write_text("no picture")
     with (
@@ -152,8 +202,17 @@ def test_search_writes_its_page(model: Path, photos: Path, capsys: pytest.Captur
     tags = [tag for tag, _ in Balanced(text).seen]
     assert "http:" not in text and "https:" not in text and not {"script", "link", "iframe"} & set(tags)
     assert tags.count("img") == 4  # two results, each with its heat-map
-    for shown in ("a &lt;red&gt; circle", "&lt;red&gt;</span>", "The best 2 of 3 pictures", "1 of 3", "bad.jpg"):
+    for shown in (
+        "a &lt;red&gt; circle",
+        "&lt;red&gt;</span>",
+        "The best 2 of 3 pictures",
+        "1 of 3",
+        "bad.jpg",
+        "Ordered by the match score. The match score tells better from worse; uncalibrated, it is no probability.",
+        f'<a href="{photos.as_uri()}/',
+    ):
         assert shown in text, shown
+    assert "Ordered by the match score" in output
     assert text.count("<span>match <b>") == 1  # the second was not judged
 
 
@@ -166,6 +225,27 @@ def test_a_picture_is_asked(model: Path, photos: Path, capsys, monkeypatch) -> N
     text = page.read_text()
     tags = [tag for tag, _ in Balanced(text).seen]
     assert tags.count("img") == 2 and "red speaks" not in text and "Pictures like this one" in text
+
+
+def test_what_was_read_is_said(model: Path, photos: Path, capsys, monkeypatch) -> None:  # noqa: F811
+    monkeypatch.setenv("XDG_CACHE_HOME", str(photos.parent / "cache"))
+    monkeypatch.setattr("webbrowser.open", lambda address: False)
+    ask = ("search", photos, "a star", "--model", model, "--top_k", 1)
+    _, _, error = run(capsys, *ask, "--open")
+    assert f"{photos}: read 3 pictures; what was read is kept in {cache_folder(photos)}" in error
+    assert "no browser could be started; open the page yourself" in error
+    (photos / "a.png").unlink()
+    for place in range(20):
+        (photos / f"bad{place:02}.jpg").write_text("no picture")
+    _, output, error = run(capsys, *ask)
+    assert f"{photos}: read what is new or has changed (20), forgot what is gone or has changed (1)" in error
+    assert error.count("skipped: ") == 10 and "21 of 23 pictures skipped, 10 of them named above" in error
+    assert Path(output.splitlines()[-1]).read_text().count("is no image") == 21
+
+
+def test_folder_and_query_that_changed_places(photos: Path, capsys: pytest.CaptureFixture[str]) -> None:  # noqa: F811
+    status, _, error = run(capsys, "search", "a dog", photos)
+    assert status == 1 and f"a dog: no such folder; the folder comes first: unimodal search {photos} 'a dog'" in error
 
 
 # Captions.

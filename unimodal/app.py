@@ -7,6 +7,8 @@ content security policy has the browser refuse anything else.
 
 import time
 import webbrowser
+from collections.abc import Callable
+from functools import wraps
 from html import escape
 from pathlib import Path
 from typing import Any
@@ -16,11 +18,12 @@ from PIL import Image
 
 from unimodal.data.images import load_image
 from unimodal.inference import Unimodal
+from unimodal.report.pieces import chance, image
 from unimodal.search import Index
 
 HOST = "127.0.0.1"
 POLICY = "default-src 'self' data: blob: 'unsafe-inline' 'unsafe-eval'"  # gradio's page runs scripts of its own
-THUMBNAIL = 384  # pixels
+THUMBNAIL, SHOWN = 384, 512  # pixels of a side
 STEPS = 16  # of a heat-map
 LACKS = {
     "matching": "no matching head: results keep the order of their embeddings, and nothing says why",
@@ -32,8 +35,12 @@ STYLE = """
 :focus-visible { outline: 3px solid var(--primary-500) !important; outline-offset: 2px !important; }
 #results .grid-wrap { max-height: none !important; }
 #results .grid-container { grid-template-columns: repeat(auto-fill, minmax(min(44%, 11rem), 1fr)) !important; }
-#results .caption-label { max-width: 100%; white-space: normal; }
-#reason p { overflow-wrap: anywhere; margin-bottom: 0.8rem; }
+#results .caption-label { max-width: 100%; white-space: normal; font-size: 0.75rem; }
+#why .pair { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 16rem), 1fr)); gap: 0.8rem; max-width: 52rem; }
+#why img { width: 100%; border-radius: 5px; }
+#why p { overflow-wrap: anywhere; margin-top: 0.8rem; }
+body:not(.dark) :is(.min_value, .max_value) { color: var(--neutral-500) !important; }
+body:not(.dark) [role="tab"].selected { color: var(--primary-700) !important; }
 #drawn img { width: 100%; object-fit: contain; image-rendering: pixelated; }
 .word { border-radius: 3px; padding: 0 0.25em; }
 """
@@ -79,7 +86,11 @@ def serve(
             app_kwargs={"middleware": [(Policy, (), {})]},
             theme=gradio.themes.Default(
                 primary_hue="blue", font=["system-ui", "sans-serif"], font_mono=["monospace"]
-            ).set(button_primary_background_fill="*primary_700", button_primary_background_fill_hover="*primary_800"),
+            ).set(
+                button_primary_background_fill="*primary_700",
+                button_primary_background_fill_hover="*primary_800",
+                input_placeholder_color="*neutral_500",
+            ),
             css=STYLE,
         )
     except OSError as error:
@@ -156,22 +167,22 @@ def search_tab(gradio: Any, model: Unimodal, index: Index, options: dict[str, An
         )
         button = gradio.Button("Search", variant="primary", scale=1, min_width=120)
     with gradio.Accordion("Search by a picture", open=False):
-        example = gradio.Image(
-            type="filepath", sources=["upload", "clipboard"], label="Pictures like this one", height=240
-        )
+        example = upload(gradio, "Pictures like this one", 240)
     with gradio.Row():
-        count = gradio.Slider(1, min(60, len(index)), min(12, len(index)), step=1, label="Results")
+        count = gradio.Slider(1, min(60, len(index)), min(12, len(index)), step=1, label="Results", min_width=280)
         depth = gradio.Slider(
             0,
             min(500, len(index)),
             min(50, len(index)),
             step=1,
             label="Rerank depth: how many the matching head judges",
+            min_width=280,
             visible=judges,
         )
     status = gradio.Markdown("", elem_id="status")
     results = gradio.Gallery(
         label="Results",
+        show_label=False,
         elem_id="results",
         allow_preview=False,
         object_fit="contain",
@@ -179,16 +190,16 @@ def search_tab(gradio: Any, model: Unimodal, index: Index, options: dict[str, An
         format="jpeg",
         height="auto",
     )
-    with gradio.Row(visible=False, elem_id="why") as details:
-        with gradio.Column(min_width=280):
-            heat = gradio.Image(buttons=[], interactive=False, elem_id="heat", format="png")
-        with gradio.Column(min_width=280):
-            reason = gradio.HTML(elem_id="reason")
+    reason = gradio.HTML(elem_id="why", visible=False)
+    asked = gradio.State(None)
     found = gradio.State([])
 
-    def search(query: dict[str, Any], count: int, depth: int) -> tuple[Any, ...]:
+    def search(query: dict[str, str] | None, count: int, depth: int) -> tuple[Any, ...]:
+        if query is None:
+            return [], "Write what the picture should show, then press Enter.", [], gradio.HTML(visible=False)
         started = time.perf_counter()
-        best = index.search(query, top_k=int(count), rerank_top_k=int(depth))
+        item = {"image": _opened(query["image"])} if "image" in query else query
+        best = index.search(item, top_k=int(count), rerank_top_k=int(depth))
         hits = [hit for hit in best if Path(hit["document"]).is_file()]
         said = f"{len(hits)} of {len(index)} pictures in {time.perf_counter() - started:.1f} s. Choose one to see more."
         if gone := len(best) - len(hits):
@@ -197,40 +208,53 @@ def search_tab(gradio: Any, model: Unimodal, index: Index, options: dict[str, An
             said += " The matching head judges words, so these are in the order of their embeddings."
         shown = [(thumbnail(hit["document"]), label(hit)) for hit in hits]
         known = [(hit["document"], query.get("text"), label(hit, hit["id"])) for hit in hits]
-        return gradio.Gallery(shown, selected_index=None), said, known, gradio.Row(visible=False)
+        return gradio.Gallery(shown, selected_index=None), said, known, gradio.HTML(visible=False)
 
     def by_words(text: str, count: int, depth: int) -> tuple[Any, ...]:
-        if not text.strip():
-            return [], "Write what the picture should show, then press Enter.", [], gradio.Row(visible=False)
-        return search({"text": text}, count, depth)
+        query = {"text": text} if text.strip() else None
+        return query, *search(query, count, depth)
 
     def by_picture(path: str | None, count: int, depth: int) -> tuple[Any, ...]:
-        return search({"image": load_image(Path(path))}, count, depth) if path else by_words("", count, depth)
+        query = {"image": path} if path else None
+        return query, *search(query, count, depth)
 
-    def why(hits: list[tuple[str, str | None, str]], chosen: gradio.SelectData) -> tuple[Any, ...]:
+    def again(query: dict[str, str] | None, count: int, depth: int) -> tuple[Any, ...]:
+        return search(query, count, depth) if query else tuple(gradio.skip() for _ in outputs)
+
+    def why(hits: list[tuple[str, str | None, str]], chosen: gradio.SelectData) -> Any:
         path, asked, title = hits[chosen.index]
-        picture = load_image(Path(path))
+        picture = _opened(path)
         lines = [f"<b>{escape(title)}</b>"]
+        shown = image(picture, f"the picture {Path(path).name}", SHOWN)
         if "captioning" in model.heads:
             lines.append(f"Caption: {escape(model.caption(picture))}")
-        shown = gradio.Image(picture, label="Picture")
         if asked is not None and judges:
             explanation = model.explain(picture, asked, steps=STEPS)
-            shown = gradio.Image(explanation.overlay(), label="Why it matched")
+            shown += image(explanation.overlay(), f"where {Path(path).name} speaks for or against {asked}", SHOWN)
             lines += ["Red speaks for the match, blue against it; so do the words:", coloured(explanation.words)]
-        return gradio.Row(visible=True), shown, "".join(f"<p>{line}</p>" for line in lines)
+        lines.append(f"<small>{escape(path)}</small>")
+        said = "".join(f"<p>{line}</p>" for line in lines)
+        return gradio.HTML(f'<div class="pair">{shown}</div><div class="said">{said}</div>', visible=True)
 
-    outputs = [results, status, found, details]
-    gradio.on([words.submit, button.click], by_words, [words, count, depth], outputs, **options)
-    example.input(by_picture, [example, count, depth], outputs, **options)
-    results.select(why, [found], [details, heat, reason], **options).then(None, js=SHOW)
+    outputs = [results, status, found, reason]
+    work = told(gradio)
+    gradio.on([words.submit, button.click], work(by_words), [words, count, depth], [asked, *outputs], **options)
+    example.input(work(by_picture), [example, count, depth], [asked, *outputs], **options)
+    gradio.on(
+        [count.change, depth.change], work(again), [asked, count, depth], outputs, trigger_mode="always_last", **options
+    )
+    results.select(work(why), [found], [reason], **options).then(None, js=SHOW)
 
 
 def caption_tab(gradio: Any, model: Unimodal, options: dict[str, Any]) -> None:
     """A picture in, a sentence out."""
-    picture = gradio.Image(type="filepath", sources=["upload", "clipboard"], label="Picture", height=320)
+    picture = upload(gradio, "Picture", 320)
     text = gradio.Textbox(label="Caption", interactive=False)
-    picture.input(lambda path: model.caption(load_image(Path(path))) if path else "", [picture], [text], **options)
+
+    def write(path: str | None) -> str:
+        return model.caption(_opened(path)) if path else ""
+
+    picture.input(told(gradio)(write), [picture], [text], **options)
 
 
 def draw_tab(gradio: Any, model: Unimodal, options: dict[str, Any]) -> None:
@@ -253,15 +277,47 @@ def draw_tab(gradio: Any, model: Unimodal, options: dict[str, Any]) -> None:
         generator = torch.Generator(model.device).manual_seed(int(seed))
         return model.generate_image(text, num_inference_steps=int(steps), generator=generator).images[0]
 
-    gradio.on([words.submit, button.click], draw, [words, steps, seed], [drawn], **options)
+    gradio.on([words.submit, button.click], told(gradio)(draw), [words, steps, seed], [drawn], **options)
+
+
+def upload(gradio: Any, label: str, height: int) -> Any:
+    """A place for a picture of the user's, whose path a handler is given."""
+    place = gradio.Image(type="filepath", sources=["upload", "clipboard"], label=label, height=height)
+    # gradio would open it first: what is wrong with it would be said less well, and transparent parts turn black.
+    place.preprocess = lambda sent: sent.path if sent else None
+    return place
+
+
+def told(gradio: Any) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """What is wrong with a picture or a text becomes a message on the page; a fault of ours is also printed, with its traceback."""
+
+    def wrap(work: Callable[..., Any]) -> Callable[..., Any]:
+        @wraps(work)  # gradio reads the signature
+        def asked(*inputs: Any) -> Any:
+            try:
+                return work(*inputs)
+            except (OSError, ValueError) as error:
+                raise gradio.Error(str(error), print_exception=False) from error
+
+        return asked
+
+    return wrap
+
+
+def _opened(path: str) -> Image.Image:
+    """A picture of the user's; what is wrong with it is said of the file's name, for an upload lies in a folder of gradio's."""
+    try:
+        return load_image(Path(path))
+    except (OSError, ValueError) as error:
+        raise ValueError(str(error).replace(path, Path(path).name)) from error
 
 
 def label(hit: Any, name: str = "") -> str:
     """A result in a line: its place, what it is called where there is room for it, and its scores."""
     scores = [f"cosine {hit['first_score']:.2f}"]
     if hit["rerank_score"] is not None:
-        scores.insert(0, f"match {hit['rerank_score']:.0%}")
-    return f"{hit['rank']}. {name} {', '.join(scores)}"
+        scores.insert(0, f"match {chance(hit['rerank_score'])}")
+    return " ".join(filter(None, (f"{hit['rank']}.", name, ", ".join(scores))))
 
 
 def thumbnail(path: str) -> Image.Image:

@@ -3,6 +3,7 @@
 import argparse
 import csv
 import json
+import os
 import sys
 import warnings
 import webbrowser
@@ -15,7 +16,7 @@ import torch
 
 from unimodal.app import require_gradio, serve
 from unimodal.data.images import load_image
-from unimodal.data.items import as_item
+from unimodal.data.items import as_item, other_pictures_in, pictures_in, require_unicode
 from unimodal.inference import Unimodal
 from unimodal.report import Found, write_search
 from unimodal.search import FolderIndex, Hit, cache_folder, index_folder
@@ -23,6 +24,7 @@ from unimodal.search.encoder import batches, progress
 
 STEPS = 16  # of a heat-map, on the path from a blank picture
 CAPTIONS = 8  # pictures at a time
+REASONS = 10  # for leaving out a picture, that are said
 
 
 def add_parsers(verbs: Any, model: argparse.ArgumentParser, prompt: argparse.ArgumentParser) -> None:
@@ -35,8 +37,10 @@ def add_parsers(verbs: Any, model: argparse.ArgumentParser, prompt: argparse.Arg
     )
     verb.add_argument("folder", type=Path, help="where the pictures are; folders in it are searched too")
     verb.add_argument("query", help="a text, or the path of a picture")
-    verb.add_argument("--top_k", type=int, default=5, help="how many to show")
-    verb.add_argument("--rerank_top_k", type=int, default=50, help="how many the matching head judges; 0 for none")
+    verb.add_argument("--top_k", type=int, default=5, help="how many to show, by default 5")
+    verb.add_argument(
+        "--rerank_top_k", type=int, default=50, help="how many the matching head judges, by default 50; 0 for none"
+    )
     verb.add_argument("--out", type=Path, help="the page of results, .html; by default beside the index in ~/.cache")
     verb.add_argument("--open", action="store_true", help="open the page in the browser")
 
@@ -55,34 +59,56 @@ def add_parsers(verbs: Any, model: argparse.ArgumentParser, prompt: argparse.Arg
     verb.add_argument("--open", action="store_true", help="open the page in the browser")
 
 
-def search(model: Unimodal, options: argparse.Namespace) -> tuple[list[Hit], Path]:
-    """The hits, and the page that shows them and says why."""
+def search(model: Unimodal, options: argparse.Namespace) -> tuple[list[Hit], str, Path]:
+    """The hits, what they are ordered by, and the page that shows them and says why."""
     folder = open_folder(model, options.folder, options.index)
     depths = {"top_k": options.top_k, "rerank_top_k": options.rerank_top_k}
     hits: list[Hit] = folder.index.search(options.query, **depths, prompt=options.prompt)
     judged = 0 if hits[0]["rerank_score"] is None else min(options.rerank_top_k, len(folder.index))
     item = as_item(options.query)
     text = None if item.text is None else (options.prompt or "") + item.text
+    order = order_of(model, judged=judged > 0)
+    left_out = [folder.others] if folder.others else []
     page = write_search(
         options.out or cache_folder(options.folder) / "search.html",
         load_image(item.image) if item.text is None else item.text,
         summary=f"The best {len(hits)} of {len(folder.index)} pictures in {options.folder}.",
         facts={
-            "Model": str(options.model),
+            "Model": Path(options.model).name if os.path.isdir(options.model) else options.model,
             "Judged by the matching head": f"{judged} of {len(folder.index)}",
             "Could not be read": str(len(folder.skipped)),
         },
+        order=order,
         found=[_found(model, hit, text) for hit in progress(hits, "Explaining", None)],
-        skipped=list(folder.skipped.values()),
+        skipped=left_out + list(folder.skipped.values()),
     )
-    if options.open:
-        webbrowser.open(page.resolve().as_uri())
-    return hits, page
+    if options.open and not webbrowser.open(page.resolve().as_uri()):
+        say("no browser could be started; open the page yourself")
+    return hits, order, page
+
+
+def order_of(model: Unimodal, *, judged: bool) -> str:
+    """By which score results are ordered, and what a match score is worth."""
+    matching = model.model.config.matching
+    if not judged or matching is None:
+        return "Ordered by the cosine of the embeddings."
+    rule = (
+        f"both scores together: the cosine plus {matching.scale:g} times the match logit"
+        if matching.combine == "sum"
+        else "the match score"
+    )
+    worth = (
+        ""
+        if model.encoder.calibration
+        else " The match score tells better from worse; uncalibrated, it is no probability."
+    )
+    return f"Ordered by {rule}.{worth}"
 
 
 def _found(model: Unimodal, hit: Hit, text: str | None) -> Found:
-    picture = load_image(Path(hit["document"]))
-    found: Found = {"name": str(hit["id"]), "picture": picture, "first": hit["first_score"]}
+    path = Path(hit["document"])
+    picture = load_image(path)
+    found: Found = {"name": str(hit["id"]), "file": path.as_uri(), "picture": picture, "first": hit["first_score"]}
     if hit["rerank_score"] is not None:
         found["match"] = hit["rerank_score"]
     if text is not None and model.encoder.matches:
@@ -99,8 +125,14 @@ def open_folder(model: Unimodal, folder: Path, kept_in: Path | None) -> FolderIn
     if found.note:
         say(f"{found.note}; all pictures were read again")
     elif found.stale or 0 < found.fresh < len(found.index):
-        say(f"{found.index.folder}: {found.fresh} pictures are new or changed, {found.stale} are gone or changed")
+        say(
+            f"{folder}: read what is new or has changed ({found.fresh}), forgot what is gone or has changed ({found.stale})"
+        )
+    elif found.fresh:
+        say(f"{folder}: read {len(found.index)} pictures; what was read is kept in {found.index.folder}")
     say_skipped(found.skipped, len(found.index) + len(found.skipped))
+    if found.others:
+        say(found.others)
     return found
 
 
@@ -119,6 +151,7 @@ def caption(model: Unimodal, options: argparse.Namespace, paths: Sequence[Path])
             opened = {}
             for path in paths[rows]:
                 try:
+                    require_unicode(path)
                     opened[str(path)] = load_image(path)
                 except (OSError, ValueError) as error:
                     skipped[str(path)] = str(error)
@@ -135,6 +168,9 @@ def caption(model: Unimodal, options: argparse.Namespace, paths: Sequence[Path])
                 captions[name] = text
                 write(name, text)
     say_skipped(skipped, len(paths))
+    for folder in filter(os.path.isdir, options.paths):
+        if others := other_pictures_in(Path(folder)):
+            say(f"{folder}: {others}")
     if not captions:
         raise ValueError(f"none of the {len(paths)} inputs can be read")
     return captions
@@ -169,10 +205,23 @@ def app(model: Unimodal, options: argparse.Namespace) -> None:
 
 
 def say_skipped(reasons: dict[str, str], total: int) -> None:
-    for why in reasons.values():
+    """The first reasons, and how many pictures are left out."""
+    for why in list(reasons.values())[:REASONS]:
         say(f"skipped: {why}")
     if reasons:
-        say(f"{len(reasons)} of {total} pictures skipped")
+        more = f", {REASONS} of them named above" if len(reasons) > REASONS else ""
+        say(f"{len(reasons)} of {total} pictures skipped{more}")
+
+
+def require_folder(folder: Path, query: str) -> None:
+    """Refuse what is no folder of pictures before a model is loaded.
+
+    Raises:
+        FileNotFoundError, ValueError: there is no such folder, or no picture in it; or folder and query have changed places.
+    """
+    if not folder.exists() and os.path.isdir(query):
+        raise ValueError(f"{folder}: no such folder; the folder comes first: unimodal search {query} {str(folder)!r}")
+    pictures_in(folder)
 
 
 def say(message: str) -> None:

@@ -26,6 +26,7 @@ from unimodal.data.items import SUFFIXES, as_item, pictures_in
 from unimodal.hub import push_to_hub
 from unimodal.inference import Unimodal
 from unimodal.recipes import CHECKPOINT, shipped_checkpoint
+from unimodal.report.pieces import chance
 
 
 def parser() -> argparse.ArgumentParser:
@@ -125,11 +126,13 @@ def search(options: argparse.Namespace) -> None:
         return searching.tune(_load(options), options)
     if options.verb == "search calibrate":
         return searching.calibrate(_load(options), options, Path(_checkpoint(options)))
-    pictures_in(options.folder), as_item(options.query)  # what is wrong with them is said before a model is loaded
+    photos.require_folder(options.folder, options.query)
+    as_item(options.query)  # what is wrong with it, too, is said before a model is loaded
     options.model = _checkpoint(options)
-    hits, page = photos.search(_load(options), options)
-    rows = [(hit["rank"], hit["id"], hit["first_score"], hit["rerank_score"]) for hit in hits]
+    hits, order, page = photos.search(_load(options), options)
+    rows = [(hit["rank"], hit["id"], hit["first_score"], chance(hit["rerank_score"])) for hit in hits]
     _table(f"{options.query!r} in {options.folder}", ("", "picture", "cosine", "match"), rows)
+    print(order)
     print(page)
 
 

@@ -13,6 +13,7 @@ as words; so is a URL without such a suffix, which could be meant either way.
 """
 
 import os
+from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -27,6 +28,23 @@ from unimodal.data.images import load_image
 from unimodal.data.video import read_video, sample_frames
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".ppm")
+# Pictures that nothing here decodes; a folder that holds some is told so.
+OTHER_SUFFIXES = (
+    ".heic",
+    ".heif",
+    ".avif",
+    ".jxl",
+    ".dng",
+    ".cr2",
+    ".cr3",
+    ".nef",
+    ".arw",
+    ".raf",
+    ".orf",
+    ".rw2",
+    ".psd",
+    ".svg",
+)
 FORMS = "a text, an image (path, URL, PIL image, array, tensor, bytes), or a dict with one or more of the keys 'image', 'video', 'text'"
 KEYS = ("image", "video", "text", "fps")
 FPS = 2.0  # of a list of frames whose rate is not given, as Qwen's own tools take it
@@ -132,18 +150,53 @@ def _name(value: Any) -> Any:
 
 
 def pictures_in(folder: Path) -> list[Path]:
-    """The pictures in a folder and the folders in it, by suffix, in order.
+    """The pictures in a folder and the folders in it, by suffix, in order; hidden ones, such as a file manager's thumbnails, are none.
 
     Raises:
         FileNotFoundError: no such folder.
-        ValueError: there is no picture in it.
+        ValueError: there is no picture in it, or it is a file.
     """
+    if folder.is_file():
+        raise ValueError(f"{folder} is a file; give the folder that holds the pictures")
     if not folder.is_dir():
         raise FileNotFoundError(f"{folder}: no such folder; give the folder that holds the pictures")
-    found = sorted(path for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES and path.is_file())
+    found = _seen_in(folder, SUFFIXES)
     if not found:
-        raise ValueError(f"{folder} holds no pictures; expected files that end in {', '.join(SUFFIXES)}")
+        others = other_pictures_in(folder)
+        raise ValueError(
+            f"{folder} holds no pictures; expected files that end in {', '.join(SUFFIXES)}"
+            + (f"; {others}" if others else "")
+        )
     return found
+
+
+def other_pictures_in(folder: Path) -> str:
+    """How many pictures of a folder are of formats that are not read, and what to do; empty where there are none."""
+    kinds = Counter(path.suffix.lower() for path in _seen_in(folder, OTHER_SUFFIXES))
+    counts = ", ".join(f"{count} {kind}" for kind, count in sorted(kinds.items()))
+    return f"not read: {counts}; convert these to JPEG" if kinds else ""
+
+
+def _seen_in(folder: Path, suffixes: tuple[str, ...]) -> list[Path]:
+    return sorted(
+        path
+        for path in folder.rglob("*")
+        if path.suffix.lower() in suffixes
+        and not any(part.startswith(".") for part in path.relative_to(folder).parts)
+        and path.is_file()
+    )
+
+
+def require_unicode(path: Path) -> None:
+    """Refuse a path that no file of results can hold.
+
+    Raises:
+        ValueError: its name is not UTF-8, as of a file from an old disk or archive.
+    """
+    try:
+        str(path).encode()
+    except UnicodeEncodeError:
+        raise ValueError(f"{str(path)!r} has a name that is not UTF-8; rename it") from None
 
 
 def is_single(inputs: Any) -> bool:

@@ -93,6 +93,7 @@ class Found(TypedDict):
     """One picture that a search of one's own pictures found, and why."""
 
     name: str
+    file: NotRequired[str]  # its address, to open it whole
     picture: Picture
     first: float  # cosine
     match: NotRequired[float]  # match probability, where the matching head judged the pair

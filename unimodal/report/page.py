@@ -103,6 +103,7 @@ def write_search(
     *,
     summary: str,
     facts: dict[str, str],
+    order: str,
     found: list[Found],
     skipped: list[str],
 ) -> Path:
@@ -112,8 +113,9 @@ def write_search(
         path: the HTML file; folders that lead to it are made.
         query: the text, or the picture, that was asked.
         summary, facts: what stands above the results; a fact is label -> text.
+        order: by what the results are ordered, as a sentence.
         found: what was found, best first.
-        skipped: the pictures that could not be read, each with its reason.
+        skipped: what could not be read, each with its reason.
 
     Returns:
         The path, as a `Path`.
@@ -130,7 +132,7 @@ def write_search(
     )
     cards = (sections.found(place, one, text) for place, one in enumerate(found, 1))
     parts = {
-        "Found": (f"Ordered by the match score, where there is one.{why}", asked + grid("wide", cards)),
+        "Found": (escape(order) + why, asked + grid("wide", cards)),
         "Skipped": ("Pictures that cannot be read are left out.", sections.listed(skipped)),
     }
     return _write(path, query if isinstance(query, str) else "Pictures like this one", summary, facts, parts)
@@ -157,6 +159,7 @@ def _write(
     """Title, facts and sections (heading -> lead, content) in one file; a section without content is left out."""
     present = {heading: part for heading, part in parts.items() if part[1]}
     links = "".join(f'<a href="#{anchor(heading)}">{escape(heading)}</a>' for heading in present)
+    nav = f'<nav aria-label="Sections">{links}</nav>' if len(present) > 1 else ""
     body = "".join(
         f'<section id="{anchor(heading)}"><h2>{escape(heading)}</h2><p class="lead">{lead}</p>{content}</section>'
         for heading, (lead, content) in present.items()
@@ -182,7 +185,7 @@ def _write(
 <p class="summary">{escape(summary)}</p>
 <dl class="facts">{entries}</dl>
 </header>
-<nav aria-label="Sections">{links}</nav>
+{nav}
 <main id="content">
 {body}
 </main>

@@ -15,8 +15,8 @@ PIXEL_ART = 96  # a picture with no side longer than this many pixels is enlarge
 PHOTO = 256  # a larger one is reduced to this many
 
 
-def image(picture: Picture, description: str) -> str:
-    """An `<img>` that carries the picture itself: PNG where it is small, a reduced JPEG where it is a photograph."""
+def image(picture: Picture, description: str, side: int = PHOTO) -> str:
+    """An `<img>` that carries the picture itself: PNG where it is small, where it is a photograph a JPEG of at most `side` pixels."""
     if isinstance(picture, np.ndarray) and picture.dtype == np.uint8 and picture.ndim == 3 and picture.shape[2] == 3:
         picture = Image.fromarray(picture)
     if not isinstance(picture, Image.Image):
@@ -25,7 +25,7 @@ def image(picture: Picture, description: str) -> str:
     small = max(picture.size) <= PIXEL_ART
     picture = picture.convert("RGB")
     if not small:
-        picture.thumbnail((PHOTO, PHOTO))
+        picture.thumbnail((side, side))
     file = io.BytesIO()
     picture.save(file, "PNG" if small else "JPEG", optimize=True)
     source = f"data:image/{'png' if small else 'jpeg'};base64,{base64.b64encode(file.getvalue()).decode()}"
@@ -58,6 +58,13 @@ def number(value: float, unit: str) -> str:
 
 def signed(score: float) -> str:
     return f"{score:.3f}".replace("-", "−")
+
+
+def chance(probability: float | None) -> str:
+    """A match score; one that would round to nothing or to certainty says on which side of it it is."""
+    if probability is None:
+        return "–"
+    return "<0.1%" if probability < 0.0005 else ">99.9%" if probability >= 0.9995 else f"{probability:.1%}"
 
 
 def mark(right: bool) -> str:

@@ -6,7 +6,9 @@ from html import escape
 
 from unimodal.report.chart import loss_chart
 from unimodal.report.contents import Caption, Drawing, Found, Grid, Hit, Metric, Picture, Score, Search, Stage, Swap
-from unimodal.report.pieces import count, differing, duration, image, mark, measure, number, scrolling, signed
+from unimodal.report.pieces import chance, count, differing, duration, image, mark, measure, number, scrolling, signed
+
+WORDS = 24  # characters: a longer line of a table's cell may be broken
 
 
 def results(metrics: Sequence[Metric]) -> str:
@@ -134,7 +136,9 @@ def found(place: int, data: Found, query: str) -> str:
     name, shown = escape(data["name"]), image(data["picture"], data["name"])
     if "heatmap" in data:
         shown += image(data["heatmap"], f"where {data['name']} speaks for or against {query}")
-    match = f" <span>match <b>{data['match']:.1%}</b></span>" if "match" in data else ""
+    if "file" in data:
+        name = f'<a href="{escape(data["file"])}">{name}</a>'
+    match = f" <span>match <b>{escape(chance(data['match']))}</b></span>" if "match" in data else ""
     return (
         f'<article class="found"><header><span class="place">{place}</span><h3>{name}</h3></header>'
         f'<div class="pair">{shown}</div><p>{weighted(data.get("words", []))}</p>'
@@ -163,12 +167,15 @@ def table(data: Grid) -> str:
         first, *rest = text.split("\n")
         return escape(first) + "".join(f"<small>{escape(line)}</small>" for line in rest)
 
+    def data_cell(text: str) -> str:
+        kind = ' class="words"' if max(map(len, text.split("\n"))) > WORDS else ""
+        return f"<td{kind}>{cell(text)}</td>"
+
     head = "".join(f"<th>{cell(title)}</th>" for title in data["columns"])
     rows = "".join(
-        f'<tr><th scope="row">{cell(row[0])}</th>{"".join(f"<td>{cell(text)}</td>" for text in row[1:])}</tr>'
-        for row in data["rows"]
+        f'<tr><th scope="row">{cell(row[0])}</th>{"".join(map(data_cell, row[1:]))}</tr>' for row in data["rows"]
     )
     content = f"<thead><tr>{head}</tr></thead><tbody>{rows}</tbody>"
     notes = "".join(f"<li>{escape(note)}</li>" for note in data.get("notes", []))
     below = f'<ul class="notes">{notes}</ul>' if notes else ""
-    return scrolling(escape(data["title"]), content, columns=len(data["columns"]) - 1, kind="results grid") + below
+    return scrolling(escape(data["title"]), content, columns=len(data["columns"]) - 1, kind="sheet") + below

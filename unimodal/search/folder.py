@@ -11,9 +11,9 @@ import sqlite3
 from dataclasses import dataclass
 from pathlib import Path
 
-from unimodal.data.items import pictures_in
+from unimodal.data.items import other_pictures_in, pictures_in, require_unicode
 from unimodal.search.build import build_index
-from unimodal.search.catalogue import Document
+from unimodal.search.catalogue import Document, Id
 from unimodal.search.encoder import Encoder
 from unimodal.search.index import Index
 
@@ -27,6 +27,7 @@ class FolderIndex:
         fresh: how many pictures are new or have changed.
         stale: how many that it held are gone or have changed.
         skipped: path within the folder -> why the picture cannot be read.
+        others: how many pictures are of formats that are not read, as a sentence; empty where there are none.
         note: why an index that was there had to be made again.
     """
 
@@ -34,6 +35,7 @@ class FolderIndex:
     fresh: int
     stale: int
     skipped: dict[str, str]
+    others: str
     note: str | None
 
 
@@ -74,11 +76,17 @@ def index_folder(
     _require_writable(place)
     try:
         index, note = _open(encoder, place)
-        files = {path.relative_to(folder).as_posix(): path.stat() for path in pictures}
-        wanted = {
-            name: Document(name, str(root / name), {"version": f"{stat.st_size} {stat.st_mtime_ns}"})
-            for name, stat in files.items()
-        }
+        wanted: dict[Id, Document] = {}
+        unnamed: dict[str, str] = {}
+        for path in pictures:
+            name = path.relative_to(folder).as_posix()
+            try:
+                require_unicode(root / name)
+            except ValueError as error:
+                unnamed[name] = str(error)
+                continue
+            stat = path.stat()
+            wanted[name] = Document(name, str(root / name), {"version": f"{stat.st_size} {stat.st_mtime_ns}"})
         held = {document.id: document for document in index.catalogue.listed()}
         fresh = [document for name, document in wanted.items() if held.get(name) != document]
         gone = [name for name in held if name not in wanted]
@@ -94,7 +102,7 @@ def index_folder(
                 on_error="skip",
                 show_progress_bar=show_progress_bar,
             )
-        skipped = {str(name): why for name, why in index.catalogue.skipped().items()}
+        skipped = unnamed | {str(name): why for name, why in index.catalogue.skipped().items()}
     except sqlite3.Error as error:
         raise OSError(f"{place}: the index cannot be used ({error}); if no other search is at it, delete it") from error
     if not len(index):
@@ -102,7 +110,7 @@ def index_folder(
             f"none of the {len(pictures)} pictures in {folder} can be read: {next(iter(skipped.values()))}"
         )
     changed = sum(one.id in held for one in fresh)
-    return FolderIndex(index, len(fresh), len(gone) + changed, skipped, note)
+    return FolderIndex(index, len(fresh), len(gone) + changed, skipped, other_pictures_in(Path(folder)), note)
 
 
 def _open(encoder: Encoder, place: Path) -> tuple[Index, str | None]:
