@@ -52,6 +52,56 @@ def test_the_own_embedding_is_the_projected_mean() -> None:
         torch.testing.assert_close(model.image_embedding(image)[row], seen / seen.norm())
 
 
+def test_a_generalised_mean_stands_beside_the_mean() -> None:
+    backbone = replace(
+        toy_config().backbone, beside=BESIDE, embedding=TowerEmbeddingConfig(dim=12, hidden=20, pool="mean_gem")
+    )
+    config = toy_config(embedding={"kind": "backbone", "dim": 12, "gate": False})
+    model = UnimodalModel(replace(config, backbone=backbone)).double().eval()
+    features = model.backbone.image_features(torch.randn(2, 3, IMAGE_SIZE, IMAGE_SIZE).double())
+    places, channels = features.shape[1:]
+    for row in range(2):
+        power = [
+            (sum(max(float(features[row, t, c]), 1e-4) ** 3 for t in range(places)) / places) ** (1 / 3)
+            for c in range(channels)
+        ]
+        pooled = torch.cat([sum(features[row]) / places, torch.tensor(power, dtype=torch.float64)])
+        projected = model.backbone.embed_image(pooled[None])[0]
+        found = model.backbone.image_embedding(features, None)[row]
+        torch.testing.assert_close(found, projected / projected.norm(), atol=1e-6, rtol=1e-6)  # powers are float32
+
+
+def test_an_earlier_stage_stands_beside_the_last_features() -> None:
+    vision = VisionTowerConfig(name="test_efficientnet", also=-1, image_size=IMAGE_SIZE)
+    model = UnimodalModel(replace(toy_config(), backbone=replace(toy_config().backbone, vision=vision))).eval()
+    pixels, tower = torch.randn(2, 3, IMAGE_SIZE, IMAGE_SIZE), model.backbone.vision
+    found = model.backbone.image_features(pixels)
+    last = tower.forward_features(pixels)
+    (earlier,) = tower.forward_intermediates(pixels, indices=[-1], intermediates_only=True)
+    expected = torch.cat([last, earlier], dim=1).flatten(2).transpose(1, 2)
+    assert found.shape[-1] == tower.num_features + earlier.shape[1]
+    torch.testing.assert_close(found, expected)
+
+
+@pytest.mark.parametrize(
+    ("vision", "message"),
+    [
+        (
+            {"also": 1, "stage": 1},
+            r"stage is 1 and also is 1; `also` stands beside the last features, so leave stage null",
+        ),
+        (
+            {"also": 1},
+            r"stage 1 \(also\) leaves features \(\d+, 8, 8\) and the last ones are \(\d+, 1, 1\); expected a conv",
+        ),
+    ],
+)
+def test_a_stage_of_another_grid_is_refused(vision: dict[str, Any], message: str) -> None:
+    tower = VisionTowerConfig(name="test_efficientnet", image_size=IMAGE_SIZE, **vision)
+    with pytest.raises(ValueError, match=message):
+        UnimodalModel(replace(toy_config(), backbone=replace(toy_config().backbone, vision=tower)))
+
+
 @pytest.mark.parametrize(
     ("beside", "message"),
     [

@@ -22,6 +22,7 @@ class VisionTowerConfig:
         name: timm architecture, for example `tf_efficientnet_lite0`.
         kwargs: further arguments of `timm.create_model` (JSON values only).
         stage: for hierarchical networks, the feature stage to read (0 = finest); None reads the last features.
+        also: a feature stage of a convolutional network whose channels stand beside the last features, on the same grid.
         source: where the first weights come from: a Hub id or a local safetensors file; None starts from random numbers.
         revision: the commit of a Hub source.
         image_size: side of the square input in pixels.
@@ -32,6 +33,7 @@ class VisionTowerConfig:
     name: str = "vit_tiny_patch16_224"
     kwargs: dict[str, Any] = field(default_factory=dict)
     stage: int | None = None
+    also: int | None = None
     source: str | None = None
     revision: str | None = None
     image_size: int = 224
@@ -101,12 +103,15 @@ class TowerEmbeddingConfig:
     Args:
         dim: embedding width E.
         hidden: width inside the projection of images; texts have a linear one.
-        dropout: dropout inside the projection of images.
+        dropout: dropout inside the projection of images, and half of it before.
+        pool: what an image's tokens become: their mean, or beside it their generalised mean of power 3, in which the strongest
+            places count most (GeM, Radenovic et al. 2018, arXiv 1711.02512).
     """
 
     dim: int = 256
     hidden: int = 1024
     dropout: float = 0.5
+    pool: Literal["mean", "mean_gem"] = "mean"
 
 
 @dataclass(frozen=True, kw_only=True)

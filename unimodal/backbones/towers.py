@@ -24,7 +24,7 @@ from transformers import AutoConfig, AutoModel
 from unimodal.backbones.base import Backbone, Pixels, Tokens
 from unimodal.backbones.published import sha256
 from unimodal.config import TextTowerConfig, TowerEmbeddingConfig, VisionTowerConfig
-from unimodal.layers import masked_mean
+from unimodal.layers import init_weights, masked_mean
 
 CLASSIFIER_PREFIXES = ("classifier.", "head.", "head_drop.", "fc.", "fc_norm.")
 
@@ -72,7 +72,8 @@ class TwoTowers(Backbone):
         super().__init__()
         self.width = width
         self.parts = {part: f"{part}." for part in ("vision", *(() if beside is None else ("beside",)), "text")}
-        self.stage, self.image_size = vision.stage, vision.image_size
+        self.image_size = vision.image_size
+        self.levels = [(vision.stage, vision.also)]
         self.max_length = text.max_length
         self.sources = {}
         self.vision = self._build_vision("vision", vision, pretrained)
@@ -83,12 +84,13 @@ class TwoTowers(Backbone):
         self.prefix_tokens = getattr(self.vision, "num_prefix_tokens", 0)
         with torch.no_grad():
             pixels = torch.zeros(1, 3, vision.image_size, vision.image_size)
-            features, grid = _vision_map(self.vision.eval(), self.stage, pixels)
+            features, grid = _vision_map(self.vision.eval(), *self.levels[0], pixels)
             self.vision.train()
             self.vision_width = features.shape[-1]
             if beside is not None:
+                self.levels.append((beside.stage, beside.also))
                 same = [(tower.image_size, tower.mean, tower.std) for tower in (vision, beside)]
-                others, places = _vision_map(second.eval(), beside.stage, pixels)
+                others, places = _vision_map(second.eval(), *self.levels[1], pixels)
                 second.train()
                 if same[0] != same[1] or places != grid or others.shape[1] != features.shape[1]:
                     raise ValueError(
@@ -96,7 +98,6 @@ class TwoTowers(Backbone):
                         f"{features.shape[1]} of {same[0]} (size, mean, std); the two see the same pixels and need the same grid: give "
                         "both the same image_size, mean and std, and towers, or stages, of the same stride"
                     )
-                self.beside_stage = beside.stage
                 self.vision_width += others.shape[-1]
         positions = sincos_positions(*grid, width) if grid else torch.zeros(features.shape[1], width)
         self.register_buffer("image_positions", positions, persistent=False)
@@ -106,17 +107,20 @@ class TwoTowers(Backbone):
         )
         self.image_norm, self.text_norm = nn.LayerNorm(width), nn.LayerNorm(width)
         if embedding is not None:
-            self.embeds = embedding.dim
+            self.embeds, self.pool = embedding.dim, embedding.pool
+            pooled = self.vision_width * (2 if embedding.pool == "mean_gem" else 1)
             self.embed_image = nn.Sequential(
-                nn.LayerNorm(self.vision_width),
+                nn.LayerNorm(pooled),
                 nn.Dropout(embedding.dropout / 2),
-                nn.Linear(self.vision_width, embedding.hidden),
+                nn.Linear(pooled, embedding.hidden),
                 nn.GELU(),
                 nn.LayerNorm(embedding.hidden),
                 nn.Dropout(embedding.dropout),
                 nn.Linear(embedding.hidden, embedding.dim),
             )
             self.embed_text = nn.Linear(self.text.config.hidden_size, embedding.dim)
+            for part in (self.embed_image, self.embed_text):
+                part.apply(init_weights)
 
     def _build_vision(self, part: str, config: VisionTowerConfig, pretrained: bool) -> Any:
         if not timm.is_model(config.name):
@@ -172,10 +176,9 @@ class TwoTowers(Backbone):
     def image_features(self, pixels: Pixels) -> Tensor:
         """Raw tokens [B, T, C] of the image tower, the second's channels after the first's."""
         assert isinstance(pixels, Tensor)
-        features, _ = _vision_map(self.vision, self.stage, pixels)
-        if self.beside is None:
-            return features
-        return torch.cat([features, _vision_map(self.beside, self.beside_stage, pixels)[0]], dim=-1)
+        towers = [self.vision] if self.beside is None else [self.vision, self.beside]
+        maps = [_vision_map(tower, *level, pixels)[0] for tower, level in zip(towers, self.levels, strict=True)]
+        return torch.cat(maps, dim=-1)
 
     def image_tokens(self, features: Tensor, mask: Tensor | None = None) -> Tokens:
         """Project raw image tokens [B, T, C] to [B, T, D]."""
@@ -197,23 +200,43 @@ class TwoTowers(Backbone):
         return Tokens(hidden, mask, {"text": slice(0, hidden.shape[1])})
 
     def image_embedding(self, features: Tensor, mask: Tensor | None) -> Tensor:
-        """The mean of raw image tokens, projected: [B, T, C] -> unit vectors [B, E]."""
-        return F.normalize(self.embed_image(features.mean(1)), dim=-1)
+        """Raw image tokens, pooled and projected: [B, T, C] -> unit vectors [B, E]."""
+        pooled = features.mean(1)
+        if self.pool == "mean_gem":
+            cubes = features.float().clamp(min=1e-4) ** 3  # a root has no slope at 0
+            pooled = torch.cat([pooled, cubes.mean(1).pow(1 / 3).to(pooled.dtype)], dim=-1)  # [B, 2C]
+        return F.normalize(self.embed_image(pooled), dim=-1)
 
     def text_embedding(self, features: Tensor, ids: Tensor, mask: Tensor) -> Tensor:
         """The mean of raw text tokens, of norm 1, projected: [M, L, C] -> unit vectors [M, E]."""
         return F.normalize(self.embed_text(F.normalize(masked_mean(features, mask), dim=-1)), dim=-1)
 
 
-def _vision_map(tower: Any, stage: int | None, pixels: Tensor) -> tuple[Tensor, tuple[int, int] | None]:
+def _vision_map(
+    tower: Any, stage: int | None, also: int | None, pixels: Tensor
+) -> tuple[Tensor, tuple[int, int] | None]:
     """Raw tokens [B, T, C] of an image tower, and the grid they come from when it is convolutional."""
-    if stage is None:
+    if also is not None:
+        if stage is not None:
+            raise ValueError(
+                f"backbone.vision: stage is {stage} and also is {also}; `also` stands beside the last features, so leave stage null"
+            )
+        features, (between,) = tower.forward_intermediates(pixels, indices=[also])
+        if features.ndim != 4 or features.shape[-2:] != between.shape[-2:]:
+            raise ValueError(
+                f"backbone.vision: stage {also} (also) leaves features {tuple(between.shape[1:])} and the last ones are "
+                f"{tuple(features.shape[1:])}; expected a convolutional network and a stage of the same grid, the last for example"
+            )
+        features = torch.cat([features, between], dim=1)
+    elif stage is None:
         features = tower.forward_features(pixels)
     else:
         (features,) = tower.forward_intermediates(pixels, indices=[stage], intermediates_only=True)
     if features.ndim == 3:
         return features, None
-    if stage is None and features.shape[1] != tower.num_features:  # channels-last architectures such as Swin
+    if (
+        stage is None and also is None and features.shape[1] != tower.num_features
+    ):  # channels-last architectures such as Swin
         features = features.permute(0, 3, 1, 2)
     height, width = features.shape[-2:]
     return features.flatten(2).transpose(1, 2), (height, width)  # [B, C, h, w] -> [B, T, C]
