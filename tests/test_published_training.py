@@ -1,5 +1,6 @@
 """Training on published backbones whose pictures are named tensors of any size (NaFlex, Qwen3-VL): chunks, mined pictures, caches."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from toyqwen import toy_qwen
 import unimodal
 from tests.blip2 import save_retrieval
 from unimodal.backbones import move_pixels
+from unimodal.config import AdapterConfig
 from unimodal.data.module import PairData
 from unimodal.data.negatives import write_negatives
 from unimodal.search import Encoder, mine_negatives
@@ -101,3 +103,31 @@ def test_chunks_and_mined_pictures(name: str, tmp_path: Path) -> None:
     before = losses(one, batch)
     batch["negative_image"] = {key: part.flip(0) if part.is_floating_point() else part for key, part in shown.items()}
     assert losses(one, batch) != before  # the pictures that were mined are read
+
+
+TUNED = {
+    "naflex": ("backbone.model.*_proj",),
+    "qwen": ("backbone.model.model.language_model.*_proj", "backbone.model.model.visual.*.qkv"),
+    "blip2": ("backbone.model.*.qkv", "bridge.*.query"),
+}
+
+
+@pytest.mark.parametrize("precision", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+@pytest.mark.parametrize("name", list(TUNED))
+def test_recomputed_blocks_with_an_adapter_learn_the_same_to_the_last_bit(
+    name: str, precision: torch.dtype, tmp_path: Path
+) -> None:
+    adapters = {"news": AdapterConfig(target=TUNED[name], r=4)}
+    config, found = replace(backbone(name, tmp_path), adapters=adapters), []
+    for settings in ({}, {"gradient_checkpointing": True}):
+        one = Joint(
+            config, {"itc": ITC(), "itm": ITM()}, {**FROZEN, "adapters.news": 1.0}, evaluation=SMALL, **settings
+        )
+        module = PairData(Sized("train", count=8), batch_size=4)
+        module.bind(one.config, one.model.backbone)
+        one.train()
+        with torch.autocast("cpu", precision, enabled=precision != torch.float32):
+            found.append(gradients(one, next(iter(module.train_dataloader()))))
+    assert any(".news." in key and gradient.abs().sum() > 0 for key, gradient in found[0].items())
+    assert found[0].keys() == found[1].keys()
+    assert not [key for key, gradient in found[0].items() if not torch.equal(gradient, found[1][key])]

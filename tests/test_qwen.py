@@ -18,6 +18,7 @@ from transformers import Qwen3VLForConditionalGeneration
 
 import unimodal
 from unimodal import ModelConfig, Unimodal, UnimodalModel
+from unimodal.backbones.published import sha256
 from unimodal.config import BackboneConfig, PublishedConfig, from_dict
 from unimodal.data import Scenes
 from unimodal.data.items import Item, as_item, as_items
@@ -152,6 +153,17 @@ def test_folders_are_told_apart_and_users_may_ask_for_more(folders: dict[str, Pa
     assert both.modalities == ("image", "images", "video", "text", "empty")
     with pytest.raises(CheckpointError, match="has no head generation; it has: embedding"):
         unimodal.from_pretrained(folders["writer"], heads=["embedding", "generation"])
+
+
+def test_the_backbone_declares_itself(folders: dict[str, Path], embedder: Unimodal) -> None:
+    backbone = embedder.model.backbone
+    assert (backbone.width, backbone.embeds) == (96, 96) and backbone.offers == ("embedding", "matching", "captioning")
+    source = backbone.sources["published"]
+    assert (source["source"], source["revision"]) == (str(folders["embedder"]), None)
+    assert source["sha256"] == sha256(*sorted(folders["embedder"].glob("*.safetensors")))
+    assert {"patch_size", "conversation", "video", "chat_template"} <= embedder.processor.settings().keys()
+    everything = [*embedder.model.named_parameters(), *embedder.model.named_buffers()]
+    assert not [name for name, tensor in everything if tensor.is_meta or not tensor.isfinite().all()]
 
 
 def test_what_it_was_not_opened_for_says_how(writer: Unimodal) -> None:
