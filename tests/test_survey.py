@@ -1,6 +1,9 @@
 """The survey as its user runs it, on drawn scenes with a toy checkpoint's encoders: results, pages, noise, few examples, explanations."""
 
 import json
+import math
+import re
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +18,11 @@ from unimodal.data import Scenes
 from unimodal.hub import save_checkpoint
 from unimodal.survey.data import First, Shots, SurveyData
 from unimodal.survey.encoders import SharedEncoders
-from unimodal.survey.explain import deletion_test, image_relevance, word_relevance
+from unimodal.survey.explain import deletion_test, image_relevance, whole_words, word_relevance
 from unimodal.survey.hallucination import drawn_objects_in, hallucination, hallucination_on
 from unimodal.survey.noise import Noise, corrupted, swaps
 from unimodal.survey.nouns import objects_in, objects_of
+from unimodal.survey.page import read_results, settings
 from unimodal.survey.run import Run, configs, load_system
 from unimodal.survey.specs import read_spec, systems_folder
 from unimodal.survey.train import Budget, Clock
@@ -61,7 +65,8 @@ def test_a_survey_writes_results_and_a_page_and_goes_on_where_it_stopped(
     found = clip["accuracy"]["first"]
     assert "8 images, 40 captions (5 per image)" in clip["protocol"]["first"]
     for way in ("t2i", "i2t"):
-        assert found[way]["r1_low"] <= found[way]["r1"] <= found[way]["r1_high"]
+        for k in ("r1", "r5", "r10"):
+            assert found[way][f"{k}_low"] <= found[way][k] <= found[way][f"{k}_high"]
     assert clip["stages"]["contrast"]["steps"] == 3 and clip["trained"] == clip["parameters"] > 0
     assert clip["index_bytes"] == 256 * 4
     stamp = (out / "clip/result.json").stat().st_mtime_ns
@@ -83,6 +88,60 @@ def test_noise_and_few_examples_stand_beside_the_clean_run(encoders: Path, photo
     assert survey(encoders, photographs, out, "--systems", "cca", "--shots", "1", "--shots_of", "pair") == 0
     page = (out / "index.html").read_text()
     assert "noise 0.4 swap" in page and "shots 1 of a pair" in page
+    clean, noisy = (json.loads((out / f"{folder}cca/result.json").read_text()) for folder in ("", "noise-0.4-swap/"))
+    before, after = (result["accuracy"]["first"]["i2t"]["r1"] for result in (clean, noisy))
+    tables = {table["title"]: table for table in settings(read_results(out))}
+    assert set(tables) == {"Noise", "Few examples"} and tables["Noise"]["columns"] == [
+        "System",
+        "clean",
+        "noise 0.4 swap",
+    ]
+    name, first, changed = tables["Noise"]["rows"][1]
+    assert name == "CCA\ninferred design\nI→T first-stage R@1" and first.startswith(f"{before:.1f}\n")
+    assert changed.startswith(f"{after:.1f} ({after - before:+.1f})".replace("-", "−")) and " to " in changed
+
+
+def written(title: str, setting: str, r1: float, *, budget: str = "3 steps", **more: Any) -> dict[str, Any]:
+    """A result as `result.json` holds it, as far as the tables of settings read it."""
+    way = {"r1": r1, "r1_low": r1 - 1, "r1_high": r1 + 1}
+    return {
+        "title": title,
+        "inferred": "",
+        "settings": {"budget": budget, "setting": setting, "train": "scenes"},
+        "accuracy": {"first": {"t2i": way, "i2t": None}},
+        **more,
+    }
+
+
+def test_what_noise_costs_is_told_against_the_run_that_differs_in_nothing_else() -> None:
+    few = "shots 4 of a class"
+    results = {
+        "": {
+            "a": written("A", "", 50.0),
+            "b": written("B", "", 40.0),
+            "c": written("C", "", 0, map={"t2i": 30, "i2t": 20}),
+        },
+        "noise 0.4 random": {
+            "a": written("A", "noise 0.4 random", 38.0),
+            "b": written("B", "noise 0.4 random", 39.0, budget="9 steps"),
+            "c": written("C", "noise 0.4 random", 0, map={"t2i": 24.0, "i2t": 21.0}),
+        },
+        "noise 0.2 random": {"a": written("A", "noise 0.2 random", 45.0)},
+        few: {"a": written("A", few, 20.0)},
+        f"noise 0.4 swap {few}": {"a": written("A", f"noise 0.4 swap {few}", 17.0)},
+    }
+    noise, both, shots = settings(results)
+    assert noise["columns"] == ["System", "clean", "noise 0.2 random", "noise 0.4 random"]
+    assert noise["rows"] == [
+        ["A\nT→I first-stage R@1", "50.0\n49.0 to 51.0", "45.0 (−5.0)\n44.0 to 46.0", "38.0 (−12.0)\n37.0 to 39.0"],
+        ["B\nT→I first-stage R@1", "40.0\n39.0 to 41.0", "–", "39.0\n38.0 to 40.0"],
+        ["C\nT→I mAP", "30.0", "–", "24.0 (−6.0)"],
+        ["C\nI→T mAP", "20.0", "–", "21.0 (+1.0)"],
+    ]
+    assert noise["notes"] == ["B, noise 0.4 random: measured under other settings (budget), so no change is given."]
+    assert both["title"] == f"Noise, {few}" and both["columns"][1] == few
+    assert both["rows"][0][1:] == ["20.0\n19.0 to 21.0", "17.0 (−3.0)\n16.0 to 18.0"]
+    assert shots["title"] == "Few examples" and shots["rows"][0][2].startswith("20.0 (−30.0)")
 
 
 @pytest.mark.parametrize(
@@ -116,6 +175,38 @@ def test_a_system_of_your_own_is_one_yaml_file(
     assert "widht" in capsys.readouterr().err
 
 
+def test_the_guide_shows_a_system_that_runs_as_it_is_written(
+    encoders: Path,
+    photographs: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    guide = (systems_folder() / "README.md").read_text()
+    for kind, suffix in (("python", "py"), ("yaml", "yaml")):
+        (block,) = re.findall(rf"^```{kind}\n(.*?)^```", guide, flags=re.M | re.S)
+        (tmp_path / f"best_place.{suffix}").write_text(block)
+    monkeypatch.chdir(tmp_path)
+    own = str(tmp_path / "best_place.yaml")
+    assert survey(encoders, photographs, Path("missing"), "--systems", own) == 1  # nothing is imported unasked
+    assert "no module named 'best_place'; put the folder of best_place.py on PYTHONPATH" in capsys.readouterr().err
+    monkeypatch.syspath_prepend(str(tmp_path))
+    commands = [shlex.split(line.removeprefix("PYTHONPATH=. ")) for line in guide.splitlines() if "unimodal " in line]
+    run, explain, compare = [words[1:] for words in commands if words[:1] == ["unimodal"]]
+    at = {"--data": photographs, "--train_images": "24", "--budget": "4 steps"}
+    run = [at.get(before, word) for before, word in zip(["", *run], run)]
+    assert main([*run, "--encoders", str(encoders)]) == 0
+    result = json.loads(Path("checkpoints/own/best_place/result.json").read_text())
+    assert (
+        result["title"] == "Best place"
+        and result["stages"]["contrast"]["steps"] == 4
+        and result["deletion"]["pairs"] == 8
+    )
+    Scenes("val", count=1).image(0).save("photo.jpg")
+    assert main(explain) == 0 and Path("why.png").exists()
+    assert main(compare) == 0
+
+
 def test_a_trained_system_is_loaded_again(encoders: Path, data: SurveyData, tmp_path: Path) -> None:
     from unimodal.survey.run import run_system
 
@@ -131,7 +222,7 @@ def test_a_trained_system_is_loaded_again(encoders: Path, data: SurveyData, tmp_
 def test_a_picture_says_why(
     encoders: Path, photographs: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert survey(encoders, photographs, tmp_path, "--systems", "scan_t2i_avg", "full") == 0
+    assert survey(encoders, photographs, tmp_path, "--systems", "scan_t2i_avg", "full", "--grid", "2") == 0
     picture, why = str(Path(photographs).parent / "images"), tmp_path / "why.png"
     picture = str(
         next(Path(picture).glob("*val*")) if list(Path(picture).glob("*val*")) else next(Path(picture).iterdir())
@@ -141,9 +232,11 @@ def test_a_picture_says_why(
     assert main([*words, "--system", str(tmp_path / "scan_t2i_avg")]) == 0
     told = capsys.readouterr().out
     assert "SCAN t2i AVG" in told and all(word in told for word in ("big", "red", "circle"))
-    assert Image.open(why).size == (32, 32)
-    assert main([*words, "--system", str(tmp_path / "full")]) == 1
-    assert "reads pixels, so no token can be told from another" in capsys.readouterr().err
+    assert "Deletion test of this system" in told and "of 8 pairs" in told
+    with Image.open(why) as shown:  # photograph, heat-map, and the words below
+        assert shown.width == 2 * 320 + 36 and shown.height > 320 + 24 + 28
+    assert main([*words, "--system", str(tmp_path / "full")]) == 0
+    assert "Full fine-tuning" in capsys.readouterr().out
     assert main([*words, "--system", str(tmp_path)]) == 1
     assert "holds no system that `unimodal survey` trained" in capsys.readouterr().err
     assert main([*words, "--model", str(encoders)]) == 0
@@ -296,8 +389,9 @@ def test_relevance_points_at_what_a_score_depends_on() -> None:
     assert found.argmax() == 4 and found[[0, 1, 2, 3, 5, 6, 7, 8]].abs().max() == 0
     assert float(found[4]) == pytest.approx(2 * abs(float(one.tokens[0, 4, 0])), rel=1e-4)  # a straight path: exact
     ids = torch.tensor([[1, 7, 9, 8, 2]])
-    words = word_relevance(system, encoders, one, encoders.read_texts(ids, ids > 0))
-    assert [place for place, _ in words] == [1, 2, 3] and [round(weight, 5) for _, weight in words] == [0, 1, 0]
+    text = encoders.read_texts(ids, ids > 0)
+    assert word_relevance(system, encoders, one, text, [[1], [2], [3]]) == pytest.approx([0, 1, 0], abs=1e-5)
+    assert word_relevance(system, encoders, one, text, [[1, 2], [3]]) == pytest.approx([1, 0], abs=1e-5)
     test = deletion_test(system, pairs.images, pairs.texts, pairs.image_id, pairs.image_id, pairs=6)
     assert test is not None and test["faster"] == 1 and test["gap"] > 0
 
@@ -326,13 +420,41 @@ def test_every_system_is_explained(name: str) -> None:
     system.prepare(iter([pairs]))
     one, text = pairs.images.select(torch.tensor([0])), pairs.texts.select(torch.tensor([0]))
     system.eval()
-    words = word_relevance(system, encoders, one, text)
-    assert len(words) == int(text.mask.sum()) - 2
-    if system.needs_pixels:
-        return
+    words = word_relevance(system, encoders, one, text, [[1], [2]])
+    assert len(words) == 2 and all(map(math.isfinite, words))
     found = image_relevance(system, one, text, pairs.images.tokens.mean((0, 1)))
     assert found.shape == (9,) and found.isfinite().all() and found.abs().max() > 0
+    test = deletion_test(system, pairs.images, pairs.texts, pairs.image_id, pairs.image_id, pairs=2)
+    assert math.isfinite(test["gap"]) and test["gap"] != 0  # what is removed is gone, however the system looks
     assert all(parameter.grad is None for parameter in system.parameters())
+
+
+def test_pixels_speak_for_the_place_they_are_in() -> None:
+    """Against a system that sees one corner of the pixels: the token of that corner says all, and exactly."""
+
+    class Corner(System):
+        needs_pixels = True
+
+        def score(self, images: Any, texts: Any) -> torch.Tensor:
+            return images.pixels[:, :, :2, 4:].sum((1, 2, 3))
+
+    pairs = toy_pairs(3)
+    one, text = pairs.images.select(torch.tensor([1])), pairs.texts.select(torch.tensor([1]))
+    found = image_relevance(Corner(ToyEncoders()), one, text, torch.zeros(24))
+    assert found[2] == pytest.approx(float(one.pixels[0, :, :2, 4:].sum()), rel=1e-4)
+    assert found[[0, 1, 3, 4, 5, 6, 7, 8]].abs().max() == 0
+    rows = deletion_test(Corner(ToyEncoders()), pairs.images, pairs.texts, pairs.image_id, pairs.image_id, pairs=3)
+    assert rows["pairs"] == 3 and rows["gap"] != 0
+
+
+def test_words_are_whole_and_as_they_are_written(encoders: Path) -> None:
+    tokenizer = SharedEncoders(encoders).processor.tokenizer
+    text = "A big red circle"
+    found = whole_words(tokenizer, text, 99)
+    assert [word for word, _ in found] == text.split()
+    places = [place for _, several in found for place in several]
+    assert places == list(range(1, len(places) + 1))  # after the start token
+    assert whole_words(tokenizer, text, 3) == found[:2]
 
 
 def test_scoring_that_cannot_be() -> None:

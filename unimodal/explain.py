@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 from unimodal.data.images import load_image
@@ -55,6 +55,30 @@ class Explanation:
         colour = np.where(weight > 0, (255.0, 0.0, 0.0), (0.0, 0.0, 255.0))
         share = strength * np.abs(weight)
         return Image.fromarray(((1 - share) * grey + share * colour).round().astype(np.uint8))
+
+    def picture(self, side: int = 320) -> Image.Image:
+        """All of it in one: the picture and the heat-map side by side, `side` pixels wide each, and under them the words, each with its
+        weight, on red where it speaks for the match and on blue where it speaks against it."""
+        gap, font, small = 12, ImageFont.load_default(18), ImageFont.load_default(13)
+        height = round(side * self.image.height / self.image.width)
+        most = max((abs(weight) for _, weight in self.words), default=0) or 1
+        places, x, y = [], gap, height + 2 * gap  # of words, line by line
+        for word, weight in self.words:
+            width = round(max(font.getlength(word), small.getlength(f"{weight:+.2f}"))) + 10
+            if x > gap and x + width > 2 * side + 2 * gap:
+                x, y = gap, y + 56
+            places.append((x, y, width, word, weight))
+            x += width + 6
+        out = Image.new("RGB", (2 * side + 3 * gap, y + 56), "white")
+        for column, one in enumerate((self.image, self.overlay())):
+            out.paste(one.resize((side, height), Image.Resampling.BICUBIC), (gap + column * (side + gap), gap))
+        draw = ImageDraw.Draw(out)
+        for x, y, width, word, weight in places:
+            fade = round(255 * (1 - 0.6 * abs(weight) / most))
+            draw.rounded_rectangle((x, y, x + width, y + 28), 4, (255, fade, fade) if weight > 0 else (fade, fade, 255))
+            draw.text((x + 5, y + 3), word, "black", font)
+            draw.text((x + 5, y + 31), f"{weight:+.2f}", (90, 90, 90), small)
+        return out
 
 
 def explain(

@@ -1,6 +1,10 @@
-"""`unimodal explain PICTURE TEXT` writes why a model, or a system of the survey, matches the two: a heat-map, and word weights."""
+"""`unimodal explain PICTURE TEXT` writes why a model, or a system of the survey, matches the two: a picture of both.
+
+Beside the picture the heat-map, under it the words with their weights: red speaks for the match, blue against it.
+"""
 
 import argparse
+import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,7 +16,7 @@ from unimodal.explain import Explanation
 from unimodal.inference import Unimodal
 from unimodal.recipes import CHECKPOINT, shipped_checkpoint
 from unimodal.survey.explain import explain
-from unimodal.survey.run import load_system
+from unimodal.survey.run import RESULT, load_system
 
 
 def parse(arguments: Sequence[str]) -> argparse.Namespace:
@@ -23,7 +27,7 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     verb.add_argument("text", help="a text")
     verb.add_argument("--model", help=f"a checkpoint folder or Hub id; by default {CHECKPOINT}")
     verb.add_argument("--system", type=Path, help="in its place a system that `unimodal survey` trained: OUT/NAME")
-    verb.add_argument("--out", type=Path, default=Path("why.png"), help="the heat-map's file")
+    verb.add_argument("--out", type=Path, default=Path("why.png"), help="the picture's file")
     verb.add_argument("--steps", type=int, default=64, help="of integrated gradients")
     return verb.parse_args(arguments)
 
@@ -32,9 +36,9 @@ def run(arguments: Sequence[str]) -> int:
     """Write the heat-map and print the words; bad input becomes one line on standard error and status 1."""
     options = parse(arguments)
     try:
-        name, found = _explained(options)
+        name, found, test = _explained(options)
         options.out.parent.mkdir(parents=True, exist_ok=True)
-        found.overlay().save(options.out)
+        found.picture().save(options.out)
     except (ImportError, OSError, ValueError, TypeError) as error:
         print(f"unimodal explain: {error}", file=sys.stderr)
         return 1
@@ -43,14 +47,20 @@ def run(arguments: Sequence[str]) -> int:
         table.add_row(word, f"{weight:+.3f}")
     console = Console()
     console.print(table)
+    if test:
+        console.print(
+            f"Deletion test of this system: with the most relevant image tokens removed first its score falls {test['gap']:.2f} standard "
+            f"deviations further than at random, faster for {test['faster']:.0%} of {test['pairs']:.0f} pairs"
+        )
     console.print(f"[bold]{options.out}[/]  red speaks for the match, blue against it")
     return 0
 
 
-def _explained(options: argparse.Namespace) -> tuple[str, Explanation]:
-    """What scored the pair, and why."""
+def _explained(options: argparse.Namespace) -> tuple[str, Explanation, dict[str, float] | None]:
+    """What scored the pair, why, and of a system what its deletion test gave."""
     if options.system is None:
         model = Unimodal.from_pretrained(options.model or shipped_checkpoint())
-        return "match logit", model.explain(options.picture, options.text, steps=options.steps)
+        return "match logit", model.explain(options.picture, options.text, steps=options.steps), None
     spec, system, encoders = load_system(options.system)
-    return f"{spec.title}:", explain(system, encoders, options.picture, options.text, steps=options.steps)
+    found = explain(system, encoders, options.picture, options.text, steps=options.steps)
+    return f"{spec.title}:", found, json.loads((options.system / RESULT).read_text())["deletion"]

@@ -1,8 +1,11 @@
 """`unimodal survey` trains and scores every system of the survey alike, and writes the page of its tables."""
 
 import argparse
+import logging
 import sys
-from collections.abc import Sequence
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import cast
 
@@ -63,11 +66,26 @@ def run(arguments: Sequence[str]) -> int:
     """Run the survey; bad input becomes one line on standard error and status 1."""
     options = parse(arguments)
     try:
-        survey(options)
+        with quiet_trainer():
+            survey(options)
     except (ImportError, OSError, ValueError, TypeError) as error:
         print(f"unimodal survey: {error}", file=sys.stderr)
         return 1
     return 0
+
+
+@contextmanager
+def quiet_trainer() -> Iterator[None]:
+    """Lightning's own lines would say the same for each stage of each system."""
+    logger = logging.getLogger("pytorch_lightning")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", module=r"pytorch_lightning\.")
+            yield
+    finally:
+        logger.setLevel(level)
 
 
 def survey(options: argparse.Namespace) -> None:
@@ -99,10 +117,9 @@ def survey(options: argparse.Namespace) -> None:
         precision=options.precision,
     )
     facts = {
-        "Learned from": f"{train.name} {train.split}, {len(data.rows):,} images",
+        "Learned from": f"{train.name} {train.split}, {len(train):,} images",
         "Ranked": f"{val.name} {val.split}, {len(val):,} images",
-        "Budget of each": str(budget),
-        "Encoders": str(options.encoders or CHECKPOINT),
+        "Encoders": f"{options.encoders or CHECKPOINT}, {encoders.size / 1e6:.1f} M parameters, frozen",
         "Image tokens": str(encoders.image_tokens),
         "Seed": str(options.seed),
     }

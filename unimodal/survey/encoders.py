@@ -30,6 +30,7 @@ class SharedEncoders:
         model, self.processor = load_checkpoint(checkpoint)
         self.backbone = model.backbone.eval().requires_grad_(False)
         backbone = self.backbone
+        self.size = sum(parameter.numel() for parameter in backbone.parameters())
         if backbone.whole or not {"image", "text"} <= set(backbone.modalities):
             raise ValueError(
                 f"{checkpoint}: the survey needs a backbone that reads images and texts apart, this one reads "

@@ -1,20 +1,22 @@
 """Why did a system match these two: how much each image token and each word says for the score, and a test of the answer.
 
 Images: gradient times cross-attention where the system's words look at image tokens (Chefer et al. 2021, arXiv 2103.15679, without their
-roll-out), integrated gradients elsewhere (Sundararajan et al. 2017, arXiv 1703.01365) from the mean token of the gallery. Words: how far
-the score falls when the word is hidden. The test removes the most relevant tokens first: the score must fall faster than when tokens are
-removed at random (Samek et al. 2017, arXiv 1509.06321).
+roll-out), integrated gradients elsewhere (Sundararajan et al. 2017, arXiv 1703.01365) from the mean token of the gallery. Of a system that
+reads pixels the path starts from the mean colour, and a token stands for the pixels of its place. Words: how far the score falls when the
+word is hidden. The test removes the most relevant tokens first: the score must fall faster than when tokens are removed at random (Samek
+et al. 2017, arXiv 1509.06321).
 
-Legend: P pairs, T image tokens, L text length, C width, S steps, H attention heads, Q queries.
+Legend: P pairs, T image tokens, L text length, C width, S steps, H attention heads, Q queries, g side of the grid of image tokens.
 """
 
 import fnmatch
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
 
@@ -40,12 +42,8 @@ def explain(system: System, encoders: SharedEncoders, image: Any, text: str, *, 
         steps: of integrated gradients, from the tokens of a blank picture.
 
     Raises:
-        ValueError: a system that reads pixels, or an image encoder whose tokens are on no square grid.
+        ValueError: an image encoder whose tokens are on no square grid.
     """
-    if system.needs_pixels:
-        raise ValueError(
-            f"{type(system).__name__} reads pixels, so no token can be told from another; explain a system that reads the encoders' tokens"
-        )
     picture, processor = load_image(image), encoders.processor
     blank = Image.new("RGB", picture.size, tuple(round(255 * m) for m in processor.mean))
     both = encoders.read_images(processor.images([blank, picture]))
@@ -55,8 +53,8 @@ def explain(system: System, encoders: SharedEncoders, image: Any, text: str, *, 
     side = math.isqrt(len(tokens) - (prefix := encoders.backbone.prefix_tokens))
     if side * side != len(tokens) - prefix:
         raise ValueError(f"{len(tokens) - prefix} image tokens lie on no square grid, so there is no heat-map")
-    weights = word_relevance(system, encoders, one, texts)
-    names = encoders.processor.tokenizer.convert_ids_to_tokens(texts.ids[0].tolist())
+    words = whole_words(processor.tokenizer, text, int(texts.mask.sum()))
+    weights = word_relevance(system, encoders, one, texts, [places for _, places in words])
     with torch.no_grad():
         logits = [float(system.score(both.select(torch.tensor([row])), texts)[0]) for row in (1, 0)]
     return Explanation(
@@ -64,10 +62,20 @@ def explain(system: System, encoders: SharedEncoders, image: Any, text: str, *, 
         blank_logit=logits[1],
         tokens=tokens.numpy(),
         heatmap=tokens[prefix:].view(side, side).numpy(),
-        words=[(names[place], weight) for place, weight in weights],
+        words=[(word, weight) for (word, _), weight in zip(words, weights)],
         gap=float(tokens.sum()) - (logits[0] - logits[1]),
         image=Image.fromarray(processor.image_array(picture).permute(1, 2, 0).numpy()),
     )
+
+
+def whole_words(tokenizer: Any, text: str, length: int) -> list[tuple[str, list[int]]]:
+    """The words of a text as they are written, each with the places of its tokens among the first `length`."""
+    read = tokenizer(text)
+    places: dict[int, list[int]] = {}
+    for place, word in enumerate(read.word_ids()[:length]):
+        if word is not None:  # neither start nor end
+            places.setdefault(word, []).append(place)
+    return [(text[slice(*read.word_to_chars(word))], found) for word, found in places.items()]
 
 
 def image_relevance(system: System, images: Images, texts: Texts, blank: Tensor, *, steps: int = STEPS) -> Tensor:
@@ -82,16 +90,35 @@ def image_relevance(system: System, images: Images, texts: Texts, blank: Tensor,
     """
     if system.looks:
         return _attention_relevance(system, images, texts)
-    tokens = images.tokens[0]
-    blank = blank.expand_as(tokens)
-    points = (torch.arange(steps).to(tokens) + 0.5) / steps
-    path = (blank + points[:, None, None] * (tokens - blank)).requires_grad_()  # [S, T, C]
     rows = torch.zeros(steps, dtype=torch.long)
-    pixels = None if images.pixels is None else images.pixels[rows]
+    several, text = images.select(rows), texts.select(rows)
+    if system.needs_pixels:
+        assert images.pixels is not None
+        said = _integrated(
+            lambda path: system.score(several._replace(pixels=path), text),
+            images.pixels[0],
+            torch.zeros_like(images.pixels[0]),
+            steps,
+        )
+        return _by_place(said.sum(0), images.tokens.shape[1])
+    said = _integrated(lambda path: system.score(several._replace(tokens=path), text), images.tokens[0], blank, steps)
+    return said.sum(-1) * images.mask[0]
+
+
+def _integrated(score: Callable[[Tensor], Tensor], end: Tensor, start: Tensor, steps: int) -> Tensor:
+    """What each number of `end` says for the score, along the straight path from `start`; `score` takes the path's points as a batch."""
+    points = ((torch.arange(steps).to(end) + 0.5) / steps).view(-1, *[1] * end.ndim)
+    path = (start + points * (end - start)).requires_grad_()
     with torch.enable_grad():
-        scores = system.score(Images(path, images.mask[rows], pixels), texts.select(rows))
-        gradient = torch.autograd.grad(scores.sum(), path)[0].mean(0)
-    return ((tokens - blank) * gradient).sum(-1).detach() * images.mask[0]
+        gradient = torch.autograd.grad(score(path).sum(), path)[0].mean(0)
+    return ((end - start) * gradient).detach()
+
+
+def _by_place(said: Tensor, tokens: int) -> Tensor:
+    """What pixels [H, W] say, added up over the places of a grid; tokens without a place come first and say nothing: [T]."""
+    side = math.isqrt(tokens)
+    cells = F.adaptive_avg_pool2d(said[None], side).flatten() * said.numel() / side**2
+    return torch.cat([cells.new_zeros(tokens - side**2), cells])
 
 
 def _attention_relevance(system: System, images: Images, texts: Texts) -> Tensor:
@@ -150,17 +177,18 @@ def _watched(system: System) -> Iterator[list[dict[str, Tensor]]]:
 
 
 @torch.no_grad()
-def word_relevance(system: System, encoders: Encoders, images: Images, texts: Texts) -> list[tuple[int, float]]:
-    """How far the score of one image with one text falls when a token is hidden, by the token's place; start, end and padding have none."""
+def word_relevance(
+    system: System, encoders: Encoders, images: Images, texts: Texts, words: Sequence[Sequence[int]]
+) -> list[float]:
+    """How far the score of one image with one text falls when a word is hidden, for each word; a word is the places of its tokens."""
     ids, mask = texts.ids[0], texts.mask[0]
-    special = {encoders.pad_id, encoders.start_id, encoders.end_id}
-    places = [i for i, word in enumerate(ids.tolist()) if mask[i] and word not in special]
-    hidden = ids.repeat(len(places), 1)
-    hidden[torch.arange(len(places)), places] = encoders.mask_id
-    variants = encoders.read_texts(hidden, mask.repeat(len(places), 1))
+    hidden = ids.repeat(len(words), 1)
+    for row, places in enumerate(words):
+        hidden[row, list(places)] = encoders.mask_id
+    variants = encoders.read_texts(hidden, mask.repeat(len(words), 1))
     whole = float(system.score(images, texts)[0])
-    rows = torch.zeros(len(places), dtype=torch.long)
-    return [(place, whole - float(score)) for place, score in zip(places, system.score(images.select(rows), variants))]
+    rows = torch.zeros(len(words), dtype=torch.long)
+    return [whole - float(score) for score in system.score(images.select(rows), variants)]
 
 
 def deletion_test(
@@ -172,7 +200,7 @@ def deletion_test(
     *,
     pairs: int,
     seed: int = 0,
-) -> dict[str, float] | None:
+) -> dict[str, float]:
     """Remove tokens, the most relevant first, and at random: how much faster the score falls.
 
     Args:
@@ -181,11 +209,8 @@ def deletion_test(
 
     Returns:
         `gap`: score after random minus score after relevant removal, the mean over nine shares of the tokens and all pairs, in standard
-        deviations of the score over wrong pairs; `faster`: the share of pairs for which it is above zero. None where a system cannot go
-        by tokens, because it reads pixels.
+        deviations of the score over wrong pairs; `faster`: the share of pairs for which it is above zero.
     """
-    if system.needs_pixels:
-        return None
     system.eval()
     generator = torch.Generator().manual_seed(seed)
     blank = images.tokens[: 4 * pairs].mean((0, 1))
@@ -201,7 +226,7 @@ def deletion_test(
         real = image.mask[0].nonzero()[:, 0]
         orders = [real[torch.randperm(len(real), generator=generator)] for _ in range(ORDERS)]
         best_first = real[relevance[real].argsort(descending=True)]
-        fallen = _removed(system, image, text, [best_first, *orders])
+        fallen = _removed(system, image, text, [best_first, *orders], blank)
         gaps.append(float(fallen[1:].mean() - fallen[0]) / spread)
     return {
         "gap": sum(gaps) / len(gaps),
@@ -211,14 +236,22 @@ def deletion_test(
 
 
 @torch.no_grad()
-def _removed(system: System, image: Images, text: Texts, orders: list[Tensor]) -> Tensor:
-    """The score after the first tokens of each order are removed, the mean over the shares: [orders]."""
+def _removed(system: System, image: Images, text: Texts, orders: list[Tensor], blank: Tensor) -> Tensor:
+    """The score after the first tokens of each order are removed, the mean over the shares: [orders]. `blank` [C] stands in their place for
+    a system that looks at all places alike."""
     masks = []
     for order in orders:
         for share in SHARES:
             mask = image.mask[0].clone()
             mask[order[: min(len(order) - 1, math.ceil(share * len(order)))]] = False
             masks.append(mask)
+    kept = torch.stack(masks)
     rows = torch.zeros(len(masks), dtype=torch.long)
-    scores = system.score(Images(image.tokens[rows], torch.stack(masks)), text.select(rows))
+    several = image.select(rows)._replace(mask=kept)
+    several = several._replace(tokens=torch.where(kept[..., None], several.tokens, blank))
+    if several.pixels is not None:  # the mean colour in their place
+        side = math.isqrt(kept.shape[1])
+        places = kept[:, kept.shape[1] - side**2 :].float().unflatten(1, (1, side, side))
+        several = several._replace(pixels=several.pixels * F.interpolate(places, several.pixels.shape[-2:]))
+    scores = system.score(several, text.select(rows))
     return scores.view(len(orders), len(SHARES)).mean(1)

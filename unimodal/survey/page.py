@@ -1,6 +1,6 @@
 """The page of a survey: the two tables, and what noise and few examples do, of all results that lie in a folder.
 
-Every cell was measured in that run; published numbers stand in columns of their own, with their setting.
+Every cell was measured in that run; published numbers stand in a table of their own, with their setting.
 """
 
 import json
@@ -32,16 +32,25 @@ def write_page(out: Path, facts: dict[str, str]) -> Path:
     """
     results = read_results(out)
     plain = list(results.get("", {}).values())
-    tables = [taxonomy(plain), accuracy(plain), categories(plain), captions(plain), *settings(results)]
-    systems = {result["title"] for group in results.values() for result in group.values()}
+    tables = [
+        taxonomy(plain),
+        accuracy(plain),
+        categories(plain),
+        captions(results),
+        *settings(results),
+        published(plain),
+    ]
+    every = [result for group in results.values() for result in group.values()]
+    systems = {result["title"] for result in every}
+    budgets = sorted({result["settings"]["budget"] for result in every})
     return write_tables(
         out / "index.html",
         title="The survey, measured",
         summary=(
             f"{len(systems)} systems of vision-language retrieval on one data set, with one budget, one pair of frozen encoders "
-            "and one protocol. Every number was measured in this run; published ones stand in their own columns."
+            "and one protocol. Every number was measured in this run; published ones stand in a table of their own."
         ),
-        facts=facts,
+        facts=facts | {"Budget of each": " or ".join(budgets)},
         tables=tables,
     )
 
@@ -86,6 +95,7 @@ def taxonomy(results: Sequence[Result]) -> Grid:
             "Deletion test",
         ],
         "rows": rows,
+        "notes": [f"{r['title']}: {r['inferred']}" for r in results if r["inferred"]],
     }
 
 
@@ -99,10 +109,6 @@ def accuracy(results: Sequence[Result]) -> Grid:
         for stage, found in r["accuracy"].items():
             label = r["protocol"][stage]
             letter = protocols.setdefault(label, chr(ord("A") + len(protocols)))
-            published = "\n".join(
-                f"{_three(row['t2i'])} | {_three(row['i2t'])}: {row['setting']} ({row['source']})"
-                for row in r["published"]
-            )
             first = stage == "first"
             cells = [f"{_name(r)}\n{'first stage' if first else 'reranked'}"]
             for way in ("t2i", "i2t"):
@@ -111,15 +117,15 @@ def accuracy(results: Sequence[Result]) -> Grid:
             whole = len(both) == 2
             cells.append(f"{sum(x['mr'] for x in both) / 2:.1f}" if whole else DASH)
             cells.append(f"{sum(3 * x['mr'] for x in both):.1f}" if whole else DASH)
-            cells += [letter, (published or DASH) if first else DASH]
+            cells.append(letter)
             lines.append((found["t2i"]["r1"], cells))
     lines.sort(key=lambda line: -line[0])
-    names = ["R@1\n95 % interval", "R@5", "R@10", "MedR", "mR"]
+    names = ["R@1", "R@5", "R@10", "MedR", "mR"]
     return {
         "title": "How well each finds",
         "lead": (
-            "Recall in percent: the share of queries whose best right answer is among the first k. mR is the mean of a direction's three, "
-            "mR of six that of both, rSum their sum. Sorted by text-to-image R@1."
+            "Recall in percent: the share of queries whose best right answer is among the first k; below it its 95 % interval. mR is the "
+            "mean of a direction's three, mR of six that of both, rSum their sum. Sorted by text-to-image R@1."
         ),
         "columns": [
             "System",
@@ -128,10 +134,23 @@ def accuracy(results: Sequence[Result]) -> Grid:
             "mR of six",
             "rSum",
             "Protocol",
-            "Published: T→I | I→T R@1/5/10\nother data, encoders and budget",
         ],
         "rows": [cells for _, cells in lines],
         "notes": [f"{letter}: {label}" for label, letter in protocols.items()],
+    }
+
+
+def published(results: Sequence[Result]) -> Grid:
+    """What the literature says, in a table of its own."""
+    return {
+        "title": "Published, not measured here",
+        "lead": "R@1 / 5 / 10 in percent, on other data, with other encoders, budgets and protocols; not to be compared with the above.",
+        "columns": ["System", "Published\nT→I R@1 / 5 / 10", "Published\nI→T R@1 / 5 / 10", "Setting", "Source"],
+        "rows": [
+            [r["title"], _three(row["t2i"]), _three(row["i2t"]), row["setting"], row["source"]]
+            for r in results
+            for row in r["published"]
+        ],
     }
 
 
@@ -152,8 +171,8 @@ def categories(results: Sequence[Result]) -> Grid:
     }
 
 
-def captions(results: Sequence[Result]) -> Grid:
-    """How much the systems that write captions invent."""
+def captions(results: dict[str, dict[str, Result]]) -> Grid:
+    """How much the systems that write captions invent, under every setting."""
     return {
         "title": "Invented objects",
         "lead": (
@@ -164,66 +183,138 @@ def captions(results: Sequence[Result]) -> Grid:
         "columns": ["System", "Objects, %", "Captions, %", "Objects named in a caption"],
         "rows": [
             [
-                _name(r),
+                _name(r) + (f"\n{setting}" if setting else ""),
                 *(f"{r['captions'][key]:.1f}" for key in ("objects", "captions")),
                 f"{r['captions']['named']:.2f}",
             ]
-            for r in results
+            for setting, group in results.items()
+            for r in group.values()
             if "captions" in r
         ],
     }
 
 
 def settings(results: dict[str, dict[str, Result]]) -> list[Grid]:
-    """What special training data do to each system: noise and few examples."""
-    plain, tables = results.get("", {}), []
-    for title, start, lead in (
-        (
-            "Noise",
-            "noise",
-            "Text-to-image R@1 when a share of the training captions is corrupted; in brackets, against the clean run.",
-        ),
-        (
-            "Few examples",
-            "shots",
-            "Text-to-image R@1 when only so many images of each category, or captions of each image, are learned from.",
-        ),
-    ):
-        names = [name for name in results if name.startswith(start)]
-        systems = list(dict.fromkeys(system for name in names for system in results[name]))
-        rows = []
-        for system in systems:
-            clean = _r1(plain.get(system))
-            row = [next(results[name][system]["title"] for name in names if system in results[name]), _points(clean)]
-            for name in names:
-                value = _r1(results[name].get(system))
-                change = "" if value is None or clean is None else f"\n({value - clean:+.1f})"
-                row.append(_points(value) + change)
-            rows.append(row)
-        tables.append(Grid(title=title, lead=lead, columns=["System", "All, clean", *names], rows=rows))
+    """What wrong captions and few examples do to each system: each such run beside the one that differs from it in nothing else."""
+    noisy: dict[str, list[str]] = {}
+    few: dict[str, list[str]] = {}
+    for name in results:
+        noise, shots = _parts(name)
+        if noise:
+            noisy.setdefault(shots, []).append(name)
+        elif shots:
+            few.setdefault("", []).append(name)
+    tables = [
+        _beside(
+            results,
+            base,
+            names,
+            title=f"Noise, {base}" if base else "Noise",
+            lead="How far each falls when a share of the training captions is wrong: the caption of any other image (random), of another "
+            "image that shows the same kind of object (category), or the own one with an attribute swapped (swap).",
+            clean="clean",
+            but=("setting",),
+        )
+        for base, names in noisy.items()
+    ]
+    for base, names in few.items():
+        lead = (
+            "How far each falls when only so many images of each category, or captions of each image, are learned from."
+        )
+        but = ("setting", "train")
+        tables.append(_beside(results, base, names, title="Few examples", lead=lead, clean="all examples", but=but))
     return tables
 
 
-def _r1(result: Result | None) -> float | None:
-    if result is None or "accuracy" not in result:
-        return None
-    stages = list(result["accuracy"].values())
-    return stages[-1]["t2i"]["r1"]
+def _beside(
+    results: dict[str, dict[str, Result]],
+    base: str,
+    names: Sequence[str],
+    *,
+    title: str,
+    lead: str,
+    clean: str,
+    but: Sequence[str],
+) -> Grid:
+    """A row for each system and direction: the run under `base`, then those under `names`, each with the change; `but` are the settings in
+    which they may differ."""
+    names = sorted(names, key=lambda name: (name.split()[-1], float(name.split()[1])))
+    first = results.get(base, {})
+    rows, notes = [], []
+    for system in dict.fromkeys(system for name in names for system in results[name]):
+        runs = [first.get(system), *(results[name].get(system) for name in names)]
+        alike = [run is not None and runs[0] is not None and not _differ(runs[0], run, but) for run in runs]
+        for name, run, same in zip([base, *names], runs, alike):
+            if run is not None and runs[0] is not None and not same:
+                what = ", ".join(_differ(runs[0], run, but))
+                notes.append(f"{run['title']}, {name}: measured under other settings ({what}), so no change is given.")
+        shown = next(run for run in runs[1:] if run is not None)
+        for way, arrow in (("t2i", "T→I"), ("i2t", "I→T")):
+            scores = [None if run is None else _score(run, way) for run in runs]
+            if not any(scores):
+                continue
+            cells = [
+                _change(score, scores[0] if same and place else None)
+                for place, (score, same) in enumerate(zip(scores, alike))
+            ]
+            rows.append([f"{_name(shown)}\n{arrow} {'mAP' if 'map' in shown else _stage(shown) + ' R@1'}", *cells])
+    return {
+        "title": title,
+        "lead": f"{lead} R@1 in percent with its 95 % interval; in brackets the change against {clean}, in points.",
+        "columns": ["System", base or clean, *names],
+        "rows": rows,
+        "notes": notes,
+    }
 
 
-def _points(value: float | None) -> str:
-    return DASH if value is None else f"{value:.1f}"
+def _parts(setting: str) -> tuple[str, str]:
+    """A setting's noise and its few examples, either of which may be empty."""
+    noise, found, shots = setting.partition("shots ")
+    return noise.strip(), found + shots
+
+
+def _differ(one: Result, other: Result, but: Sequence[str]) -> list[str]:
+    mine, theirs = one["settings"], other["settings"]
+    return sorted(key for key in mine.keys() | theirs.keys() if key not in but and mine.get(key) != theirs.get(key))
+
+
+def _stage(result: Result) -> str:
+    """The last stage that was scored, in a word."""
+    return {"first": "first-stage", "reranked": "reranked"}[list(result["accuracy"])[-1]]
+
+
+def _score(result: Result, way: str) -> tuple[float, float | None, float | None] | None:
+    """R@1 of the last stage with its interval, or mean average precision; None for a direction that is not served."""
+    if "map" in result:
+        return result["map"][way], None, None
+    found = list(result["accuracy"].values())[-1][way]
+    return None if found is None else (found["r1"], found["r1_low"], found["r1_high"])
+
+
+def _change(
+    score: tuple[float, float | None, float | None] | None, clean: tuple[float, float | None, float | None] | None
+) -> str:
+    if score is None:
+        return DASH
+    value, low, high = score
+    change = "" if clean is None else f" ({value - clean[0]:+.1f})".replace("-", "−")
+    return f"{value:.1f}{change}" + ("" if low is None else f"\n{low:.1f} to {high:.1f}")
 
 
 def _name(result: Result) -> str:
-    return result["title"] + (f"\n{result['inferred']}" if result["inferred"] else "")
+    return result["title"] + ("\ninferred design" if result["inferred"] else "")
 
 
 def _direction(found: dict[str, float] | None) -> list[str]:
     if found is None:
         return [DASH] * 5
-    r1 = f"{found['r1']:.1f}\n{found['r1_low']:.1f} to {found['r1_high']:.1f}"
-    return [r1, f"{found['r5']:.1f}", f"{found['r10']:.1f}", f"{found['medr']:g}", f"{found['mr']:.1f}"]
+    recalls = [f"{found[k]:.1f}" + _interval(found, k) for k in ("r1", "r5", "r10")]
+    return [*recalls, f"{found['medr']:g}", f"{found['mr']:.1f}"]
+
+
+def _interval(found: dict[str, float], key: str) -> str:
+    low = found.get(f"{key}_low")
+    return "" if low is None else f"\n{low:.1f} to {found[f'{key}_high']:.1f}"
 
 
 def _three(values: list[float | None] | None) -> str:

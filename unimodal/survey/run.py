@@ -134,7 +134,8 @@ def run_system(name: str, config: Path, run: Run, say: Callable[[str], None] = p
     }
     result |= _accuracy(system, spec, run, ranking, protocol, images, texts, text_image_id)
     say(f"{spec.title}: explains")
-    result["deletion"] = deletion_test(system, images, texts, image_id, text_image_id, pairs=EXPLAINED, seed=run.seed)
+    explained = EXPLAINED // 2 if system.needs_pixels else EXPLAINED  # there each token removed is a picture read again
+    result["deletion"] = deletion_test(system, images, texts, image_id, text_image_id, pairs=explained, seed=run.seed)
     if type(system).write is not System.write:
         result["captions"] = hallucination_on(_captions(system, images, run), run.data.val)
     (folder / CONFIG).write_text(config.read_text())
@@ -270,8 +271,11 @@ def _directions(
             continue
         numbers = DirectionMetrics.from_ranks(found)
         groups = text_image_id if name == "t2i" else None  # captions of one image are no independent queries
-        interval = bootstrap_interval(100.0 * (found == 1).numpy(), protocol, seed=seed, groups=groups)
-        out[name] = {**asdict(numbers), "mr": numbers.mr, "r1_low": interval.low, "r1_high": interval.high}
+        values = {**asdict(numbers), "mr": numbers.mr}
+        for k in (1, 5, 10):
+            interval = bootstrap_interval(100.0 * (found <= k).numpy(), protocol, seed=seed, groups=groups)
+            values |= {f"r{k}_low": interval.low, f"r{k}_high": interval.high}
+        out[name] = values
     return out
 
 

@@ -1,5 +1,6 @@
 """A system's configuration: what it is, how it trains, how it ranks, what was published of it. One YAML file each, in `configs/systems`."""
 
+import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -59,4 +60,9 @@ def read_spec(path: str | Path) -> Spec:
         text = "spec:\n" + "".join(f"  {line}\n" for line in path.read_text().splitlines())
         return parser.instantiate(parser.parse_string(text)).spec
     except Exception as error:  # jsonargparse raises its own kinds
+        if missing := re.search(r"No module named '(\w+)'", str(error)):
+            raise ValueError(
+                f"{path}: no module named {missing[1]!r}; put the folder of {missing[1]}.py on PYTHONPATH, as in "
+                "`PYTHONPATH=. unimodal survey ...`"
+            ) from error
         raise ValueError(f"{path}: {error}") from error

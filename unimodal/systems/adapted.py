@@ -89,8 +89,11 @@ class Adapted(System):
         return self
 
     def embed_images(self, images: Images) -> Tensor:
-        tokens = self.backbone.image_features(images.pixels) if self.needs_pixels else images.tokens
-        return F.normalize(self.image_projection(masked_mean(tokens, images.mask)), dim=-1)
+        if self.needs_pixels:  # its own tokens, as fine as the encoder makes them, whatever grid the other systems see
+            mean = self.backbone.image_features(images.pixels).mean(1)
+        else:
+            mean = masked_mean(images.tokens, images.mask)
+        return F.normalize(self.image_projection(mean), dim=-1)
 
     def embed_texts(self, texts: Texts) -> Tensor:
         tokens = self.backbone.text_features(texts.ids, texts.mask)
