@@ -83,7 +83,7 @@ ROOMS: dict[str, tuple[set[str], str]] = {
         {"inference", "model", "hub", "data", "backbones", "config"},
         "another program's view of a finished model",
     ),
-    "app": ({"inference", "search", "data"}, "a page around a finished model"),
+    "app": ({"inference", "search", "data", "report"}, "a page around a finished model"),
     "lavis": ({"inference", "model", "candidates", "search", "data"}, "another program's view of a finished model"),
     "export": ({"inference", "model", "hub"}, "a finished model for machines without torch"),
     "__main__": ({"cli"}, "it starts the command line"),

@@ -2,6 +2,7 @@
 nothing from the batch to the loss, and evaluation names its numbers and protocols."""
 
 import math
+from itertools import cycle
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from toy import toy_config, toy_model
 from unimodal import stages
 from unimodal.data.module import PairData
 from unimodal.data.scenes import Scenes
-from unimodal.heads import BridgeCaptioner
+from unimodal.heads import LanguageModelCaptioner
 from unimodal.metrics import cider_d
 from unimodal.tasks import (
     ITC,
@@ -194,11 +195,11 @@ def test_rewards_make_the_better_of_two_captions_likelier() -> None:
         found = logits[:, :-1].log_softmax(-1).gather(-1, targets)[..., 0] * mask[:, 1:]
         return found.sum(1).view(2, 4).mean(1)
 
-    # What it "draws" is given: the true and the false caption of each image, in turn.
-    order = [k for pair in zip(drawn[:4], drawn[4:]) for k in pair]
+    # What it "draws" is given: the true caption of each image, then the false one.
     objective = SCST(draws=2, max_new_tokens=40)
     objective.prepare(pairs, one.processor)
-    model.caption = lambda *_, **__: order  # type: ignore[method-assign]
+    turns = cycle([drawn[:4], drawn[4:]])
+    model.caption = lambda *_, **__: next(turns)  # type: ignore[method-assign]
     before = likelihood()
     optimizer = torch.optim.SGD(model.heads["captioning"].parameters(), lr=0.1)
     for _ in range(5):
@@ -212,18 +213,19 @@ def test_rewards_make_the_better_of_two_captions_likelier() -> None:
     assert report["cider_d"] > 0 and (rewards[0] > rewards[1]).all()
 
 
-@pytest.mark.parametrize(
-    ("kind", "message"),
-    [("bridge", "SCST trains the captioning head of kind 'decoder', and this model's is BridgeCaptioner")],
-)
-def test_rewards_say_which_captioner_they_train(kind: str, message: str) -> None:
-    one = task(["scst"])
-    batch = batch_of(one)
-    one.model.heads["captioning"] = BridgeCaptioner(bos_id=2, eos_id=3)
-    with pytest.raises(ValueError, match=message):
-        one.training_forward(batch)
+def test_rewards_reach_a_bridge_that_writes_and_say_what_they_do_not_train() -> None:
+    overrides: dict[str, Any] = {"captioning": {"kind": "bridge", "bos_id": 2, "eos_id": 3}}
+    one = Joint(toy_config(**overrides), {"scst": OBJECTIVES["scst"]}, evaluation=SMALL, pretrained=False)
+    losses, report = one.training_forward(batch_of(one))
+    losses["scst"].backward()
+    assert report["scst/cider_d"] >= 0 and one.model.bridge.training
+    assert all(p.grad is not None for p in one.model.bridge.query_sets.parameters())
     with pytest.raises(ValueError, match="draws is 1; each caption is compared with the others, so give at least 2"):
         SCST(draws=1)
+    one.model.heads["captioning"] = object.__new__(LanguageModelCaptioner)
+    nn.Module.__init__(one.model.heads["captioning"])
+    with pytest.raises(ValueError, match="of kind 'decoder' or 'bridge', and this model writes by a language model"):
+        OBJECTIVES["scst"](Step(one.model, {"image_id": torch.zeros(1)}, 0.0))
 
 
 def test_matching_uses_the_false_captions_of_the_reader(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,5 +1,6 @@
 """Captioning: objectives that learn from given captions (ITG) or from rewards (SCST), and the task that trains one of them alone."""
 
+from itertools import chain
 from typing import Any
 
 import torch
@@ -10,7 +11,6 @@ from unimodal.config import ModelConfig
 from unimodal.data.batch import check_batch
 from unimodal.data.pairs import Pairs
 from unimodal.data.processor import Processor
-from unimodal.heads import CaptionDecoder
 from unimodal.losses import caption_loss, self_critical_loss
 from unimodal.metrics import CiderD
 from unimodal.tasks.base import Objective, Report, Step, Task
@@ -71,33 +71,39 @@ class SCST(Objective):
         self.row = {pairs.image_id(i): i for i in range(len(pairs))}
 
     def __call__(self, step: Step) -> tuple[Tensor, Report]:
-        model, ids = step.model, step.batch["image_id"]
-        head, image = model.head("captioning"), step.image
-        if not isinstance(head, CaptionDecoder):
+        model, image, ids = step.model, step.image, step.batch["image_id"]
+        if model.language_captioner is not None:
             raise ValueError(
-                f"SCST trains the captioning head of kind 'decoder', and this model's is {type(head).__name__}; set captioning.kind"
+                "SCST trains a captioning head of kind 'decoder' or 'bridge', and this model writes by a language model; set "
+                "captioning.kind, or learn from given captions (ITG)"
             )
-        was_training = head.training
-        head.eval()
-        rows = torch.arange(len(ids), device=ids.device).repeat_interleave(self.draws)
-        images = image.select(rows)
-        drawn = model.caption(images, do_sample=True, max_new_tokens=self.max_new_tokens)
-        rewards = [self.metric.score(self.decode(text), self.row[int(ids[row])]) for text, row in zip(drawn, rows)]
+        head = model.head("captioning")
+        writers = [part for part in (head, model.bridge) if part.training]
+        for part in writers:
+            part.eval()
+        drawn = [model.caption(image, do_sample=True, max_new_tokens=self.max_new_tokens) for _ in range(self.draws)]
+        rows = [self.row[int(i)] for i in ids]
+        rewards = [[self.metric.score(self.decode(text), row) for text, row in zip(texts, rows)] for texts in drawn]
         # A caption that was cut has no end to learn.
-        ends = [[head.eos_id] if len(text) < self.max_new_tokens else [] for text in drawn]
         texts = [
-            torch.tensor([head.bos_id, *text, *end], device=ids.device) for text, end in zip(drawn, ends, strict=True)
+            torch.tensor([head.bos_id, *text, *([head.eos_id] if len(text) < self.max_new_tokens else [])])
+            for text in chain(*drawn)
         ]
-        tokens = pad_sequence(texts, batch_first=True)  # [B * K, L]
-        lengths = torch.tensor([len(text) for text in texts], device=ids.device)
-        mask = torch.arange(1, tokens.shape[1], device=ids.device) < lengths[:, None]  # [B * K, L - 1]
-        logits = model.caption_logits(images, tokens[:, :-1])
-        head.train(was_training)
-        log_probs = logits.float().log_softmax(-1).gather(-1, head.rows_of(tokens[:, 1:].contiguous())[..., None])[..., 0]
-        reward = torch.tensor(rewards, device=ids.device) / 100
-        shape = len(ids), self.draws
-        loss = self_critical_loss(log_probs.unflatten(0, shape), mask.unflatten(0, shape), reward.view(shape))
-        return loss, {"cider_d": reward.mean()}
+        tokens = pad_sequence(texts, batch_first=True).to(ids.device).unflatten(0, (self.draws, len(ids)))  # [K, B, L]
+        lengths = torch.tensor([len(text) for text in texts], device=ids.device).view(tokens.shape[:2])
+        mask = torch.arange(tokens.shape[2], device=ids.device) < lengths[..., None]
+        log_probs = torch.stack([self._log_probs(model, image, *draw) for draw in zip(tokens, mask)], dim=1)
+        for part in writers:
+            part.train()
+        reward = torch.tensor(rewards, device=ids.device).T / 100  # [B, K]
+        return self_critical_loss(log_probs, mask[..., 1:].transpose(0, 1), reward), {"cider_d": reward.mean()}
+
+    @staticmethod
+    def _log_probs(model: Any, image: Any, ids: Tensor, mask: Tensor) -> Tensor:
+        """What the model gives each next token of captions [B, L]: [B, L - 1]."""
+        logits = model.caption_logits(image, ids, mask)[:, :-1].float()
+        targets = model.caption_targets(ids)[:, 1:]
+        return logits.log_softmax(-1).gather(-1, targets[..., None])[..., 0]
 
 
 class Captioning(Task):
