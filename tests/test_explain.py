@@ -8,7 +8,7 @@ from PIL import Image
 from toy import IMAGE_SIZE, toy_config, toy_model, toy_processor
 
 from unimodal.config import to_dict
-from unimodal.explain import explain, integrated_gradients, on_grid
+from unimodal.explain import Explanation, explain, integrated_gradients, on_grid
 from unimodal.model import ImageState, UnimodalModel
 
 TEXT = "a small red circle"
@@ -117,3 +117,23 @@ def test_bad_input_is_named(text: str, steps: int, message: str) -> None:
 def test_a_model_without_matching_head_cannot_explain() -> None:
     with pytest.raises(ValueError, match="this model has no matching head"):
         explain(toy_model(matching=None), toy_processor(), picture(), TEXT)
+
+
+def test_the_picture_holds_photograph_heat_map_and_words() -> None:
+    why = Explanation(
+        logit=1.0,
+        blank_logit=0.0,
+        tokens=np.array([1.0, -1.0]),
+        heatmap=np.array([[1.0, -1.0]]),
+        words=[("yes", 0.5), ("no", -0.5), *[("word", 0.0)] * 30],
+        gap=0.0,
+        image=Image.new("RGB", (40, 20), (0, 200, 0)),
+    )
+    shown = np.asarray(why.picture(side=100))
+    height, width, _ = shown.shape
+    assert width == 236 and height > 50 + 24 + 3 * 56  # thirty words take several lines
+    assert shown[37, 62].tolist() == [0, 200, 0]  # the photograph
+    left, right = shown[37, 126].astype(int), shown[37, 222].astype(int)
+    assert left[0] > left[2] and right[2] > right[0]  # red for, blue against
+    words = shown[74:102].reshape(-1, 3).tolist()
+    assert [255, 102, 102] in words and [102, 102, 255] in words

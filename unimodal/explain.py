@@ -64,7 +64,7 @@ class Explanation:
         most = max((abs(weight) for _, weight in self.words), default=0) or 1
         places, x, y = [], gap, height + 2 * gap  # of words, line by line
         for word, weight in self.words:
-            width = round(max(font.getlength(word), small.getlength(f"{weight:+.2f}"))) + 10
+            width = round(max(font.getlength(word), small.getlength(f"{weight:+.3f}"))) + 10
             if x > gap and x + width > 2 * side + 2 * gap:
                 x, y = gap, y + 56
             places.append((x, y, width, word, weight))
@@ -77,7 +77,7 @@ class Explanation:
             fade = round(255 * (1 - 0.6 * abs(weight) / most))
             draw.rounded_rectangle((x, y, x + width, y + 28), 4, (255, fade, fade) if weight > 0 else (fade, fade, 255))
             draw.text((x + 5, y + 3), word, "black", font)
-            draw.text((x + 5, y + 31), f"{weight:+.2f}", (90, 90, 90), small)
+            draw.text((x + 5, y + 31), f"{weight:+.3f}", (90, 90, 90), small)
         return out
 
 
