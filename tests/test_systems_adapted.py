@@ -152,3 +152,8 @@ def test_few_examples_are_so_many_of_each_class_or_captions_of_each_pair(count: 
     assert all(
         set(texts) <= set(shelf.captions(row)) and len(set(texts)) == count for row, texts in zip(rows, captions)
     )
+
+
+def test_nothing_to_learn_from_is_refused() -> None:
+    with pytest.raises(ValueError, match="shots: expected at least 1 example of each class, got 0"):
+        Shots(0)

@@ -325,6 +325,7 @@ def test_what_is_always_wrong_is_left_out_or_written_anew() -> None:
     learned = sum(words == false[i] for i, words in rewritten)
     assert learned / 32 < 0.2  # hardly a wrong caption is learned from
     assert int(system.rewritten) > 0 and 0.4 < system.acceptance <= 1
+    assert system.findings() == {"acceptance": system.acceptance}
 
 
 def test_the_noisy_stage_sends_the_teacher_no_gradient() -> None:

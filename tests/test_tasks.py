@@ -216,7 +216,8 @@ def test_rewards_make_the_better_of_two_captions_likelier() -> None:
 def test_rewards_reach_a_bridge_that_writes_and_say_what_they_do_not_train() -> None:
     overrides: dict[str, Any] = {"captioning": {"kind": "bridge", "bos_id": 2, "eos_id": 3}}
     one = Joint(toy_config(**overrides), {"scst": OBJECTIVES["scst"]}, evaluation=SMALL, pretrained=False)
-    losses, report = one.training_forward(batch_of(one))
+    batch = batch_of(one)
+    losses, report = one.training_forward(batch)
     losses["scst"].backward()
     assert report["scst/cider_d"] >= 0 and one.model.bridge.training
     assert one.model.bridge.query_sets["image"].grad.any() and one.model.bridge.token_embedding.weight.grad.any()
@@ -225,7 +226,7 @@ def test_rewards_reach_a_bridge_that_writes_and_say_what_they_do_not_train() -> 
     one.model.heads["captioning"] = object.__new__(LanguageModelCaptioner)
     nn.Module.__init__(one.model.heads["captioning"])
     with pytest.raises(ValueError, match="of kind 'decoder' or 'bridge', and this model writes by a language model"):
-        OBJECTIVES["scst"](Step(one.model, {"image_id": torch.zeros(1)}, 0.0))
+        OBJECTIVES["scst"](Step(one.model, batch, 0.0))
 
 
 def test_matching_uses_the_false_captions_of_the_reader(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -31,10 +31,17 @@ class Shots:
     Args:
         count: so many.
         of: `class`: images of each category; `pair`: captions of each image.
+
+    Raises:
+        ValueError: there would be nothing to learn from.
     """
 
     count: int
     of: Literal["class", "pair"] = "class"
+
+    def __post_init__(self) -> None:
+        if self.count < 1:
+            raise ValueError(f"shots: expected at least 1 example of each {self.of}, got {self.count}")
 
 
 class First:

@@ -95,7 +95,10 @@ def taxonomy(results: Sequence[Result]) -> Grid:
             "Deletion test",
         ],
         "rows": rows,
-        "notes": [f"{r['title']}: {r['inferred']}" for r in results if r["inferred"]],
+        "notes": [
+            *(f"{r['title']}: {r['inferred']}" for r in results if r["inferred"]),
+            *(f"{r['title']}: {name} {value:.0%}" for r in results for name, value in r.get("findings", {}).items()),
+        ],
     }
 
 
@@ -163,9 +166,17 @@ def categories(results: Sequence[Result]) -> Grid:
             "Mean average precision over the whole gallery, where every item that shares a category with the query is right. Not to be "
             "compared with recalls of the one right item."
         ),
-        "columns": ["System", "T→I mAP", "I→T mAP", "Categories"],
+        "columns": ["System", "T→I mAP", "I→T mAP", "Mean", "Categories"],
         "rows": [
-            [_name(r), f"{r['map']['t2i']:.1f}", f"{r['map']['i2t']:.1f}", str(r["map"]["categories"])] for r in found
+            [
+                _name(r),
+                *(
+                    f"{value:.1f}"
+                    for value in (r["map"]["t2i"], r["map"]["i2t"], (r["map"]["t2i"] + r["map"]["i2t"]) / 2)
+                ),
+                str(r["map"]["categories"]),
+            ]
+            for r in found
         ],
         "notes": sorted({r["map"]["protocol"] for r in found}),
     }
@@ -302,7 +313,9 @@ def _change(
 
 
 def _name(result: Result) -> str:
-    return result["title"] + ("\ninferred design" if result["inferred"] else "")
+    said = result["inferred"]
+    mark = "inferred design" if said.lower().startswith("inferred design") else "inferred in part"
+    return result["title"] + (f"\n{mark}" if said else "")
 
 
 def _direction(found: dict[str, float] | None) -> list[str]:

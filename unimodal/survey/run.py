@@ -126,6 +126,7 @@ def run_system(name: str, config: Path, run: Run, say: Callable[[str], None] = p
         "stages": stages,
         "parameters": sum(p.numel() for p in system.parameters()),
         "trained": len(spec.stages) and max(stage["trained"] for stage in stages.values()),
+        "findings": system.findings(),
         "training_seconds": trained_for,
         "ranking_seconds": ranked_for,
         "milliseconds": _milliseconds(system, spec, images, texts, shortlist),

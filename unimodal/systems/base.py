@@ -155,6 +155,10 @@ class System(nn.Module):
         pairs = self.score_pairs(tuple(x[index // others] for x in images), tuple(x[index % others] for x in texts))
         return pairs.view(count, others)
 
+    def findings(self) -> dict[str, float]:
+        """What the system learned about its training data, by name, for the results."""
+        return {}
+
     def write(self, images: Images) -> list[list[int]]:
         """A caption of each image, the likeliest word at a time: ids without start and end."""
         raise NotImplementedError(f"{type(self).__name__} writes no captions")

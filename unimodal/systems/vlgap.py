@@ -86,6 +86,9 @@ class VLGAP(FusionEncoder):
         """The share of the pairs of stage `noisy` that were learned from, with their own caption or the teacher's."""
         return float(self.kept) / max(1, int(self.seen))
 
+    def findings(self) -> dict[str, float]:
+        return {"acceptance": self.acceptance}
+
     def start_stage(self, stage: str) -> None:
         self.teacher.start(self)
 

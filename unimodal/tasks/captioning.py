@@ -71,13 +71,13 @@ class SCST(Objective):
         self.row = {pairs.image_id(i): i for i in range(len(pairs))}
 
     def __call__(self, step: Step) -> tuple[Tensor, Report]:
-        model, image, ids = step.model, step.image, step.batch["image_id"]
+        model, ids = step.model, step.batch["image_id"]
         if model.language_captioner is not None:
             raise ValueError(
                 "SCST trains a captioning head of kind 'decoder' or 'bridge', and this model writes by a language model; set "
                 "captioning.kind, or learn from given captions (ITG)"
             )
-        head = model.head("captioning")
+        head, image = model.head("captioning"), step.image
         writers = [part for part in (head, model.bridge) if part.training]
         for part in writers:
             part.eval()
