@@ -3,6 +3,7 @@ is killed in the middle of a stage, early or late, repeats the losses of an unin
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -11,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import yaml
 from toy import toy_config
 
@@ -115,6 +117,14 @@ def test_a_run_ends_in_its_report_and_page(finished: Path) -> None:
         assert "t2i_r1_reranked" in done["scores"]
     assert done["untouched_heads"] == ["embedding", "matching", "captioning"]
     assert (finished / "out" / "model" / "config.json").exists()
+    card = (finished / "out" / "model" / "README.md").read_text()
+    cost = card.split("## Cost")[1].split("## Limits")[0]
+    minutes = sum(stage["seconds"] for stage in report["stages"].values()) / 60
+    assert f"Training took {minutes:.0f} minutes on {torch.get_num_threads()} processor thread" in cost
+    stored = (finished / "out" / "model" / "model.safetensors").stat().st_size
+    assert float(re.search(r"are ([\d.]+) MB in float32", cost)[1]) == pytest.approx(stored / 1e6, rel=0.05)  # type: ignore[index]
+    speeds = re.search(r"embeds (\d+) pictures, (\d+) texts and writes (\d+) captions \(greedy\) a second", cost)
+    assert speeds and all(int(speed) > 0 for speed in speeds.groups())
 
 
 def test_scores_of_untouched_heads_do_not_change(finished: Path) -> None:

@@ -36,6 +36,7 @@ from rich.table import Table
 
 from unimodal import stages
 from unimodal.cli import between
+from unimodal.cli.cost import running_cost, training_cost
 from unimodal.cli.finish import METRICS, write_results
 from unimodal.cli.messages import ConfigError
 from unimodal.config import from_dict, nearest
@@ -229,7 +230,9 @@ def _final_scores(
     training = f"{about['summary']} Stages: " + "; ".join(
         f"{name} ({row['steps']} steps): {row['about']}" for name, row in history.items()
     )
-    said = {"name": schedule.get("name", output.name), "training": training + ".", **schedule.get("card", {})}
+    cost = training_cost(history) + " " + running_cost(model, processor, pairs, precision, settings.num_beams)
+    said = {"name": schedule.get("name", output.name), "training": training + ".", "cost": cost}
+    said |= schedule.get("card", {})
     card = from_dict(Card, said)
     save_checkpoint(model, processor, output / "model", metrics=measured, card=card, precision=precision)
     if model.config.adapters:

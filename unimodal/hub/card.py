@@ -45,6 +45,7 @@ class Card:
         name: the model's name.
         summary: what it is, in a sentence or two.
         training: data and procedure, in Markdown.
+        cost: what training and use take, and on what machine, in Markdown; empty leaves it out.
         limits: what it should not be used for, in Markdown.
         datasets: Hub ids of training data.
         license: of the weights, as an SPDX name in lower case.
@@ -55,6 +56,7 @@ class Card:
     name: str = "unimodal"
     summary: str = "One vision-language model with a shared backbone and bridge and separate heads."
     training: str = "Not described."
+    cost: str = ""
     limits: str = LIMITS
     datasets: tuple[str, ...] = ()
     license: str = "apache-2.0"
@@ -101,6 +103,7 @@ def render_card(
         "\n\n".join(_table(name, measured) for name, measured in metrics) or "Not measured.",
         "## Training data",
         card.training,
+        *(["## Cost", card.cost] if card.cost else []),
         "## Limits",
         card.limits,
     ]
