@@ -17,7 +17,7 @@ from PIL import Image
 
 from unimodal.data import images as images_module
 from unimodal.data import load_image
-from unimodal.data.images import ImageError
+from unimodal.data.images import ImageError, load_images
 from unimodal.data.module import PairData, cropped
 
 PIXELS = np.random.default_rng(0).integers(0, 256, (6, 8, 3), np.uint8)
@@ -291,3 +291,19 @@ def test_a_crop_keeps_its_share_of_the_area_and_the_size() -> None:
     ):
         with pytest.raises(ValueError, match=message):
             PairData(**data)
+
+
+def test_several_files_are_opened_side_by_side_in_their_order(tmp_path: Path) -> None:
+    paths = []
+    for i in range(20):
+        paths.append(tmp_path / f"{i}.png")
+        Image.new("RGB", (4 + i, 3), (10 * i, 0, 0)).save(paths[-1])
+    opened = load_images(paths)
+    assert [picture.size for picture in opened] == [(4 + i, 3) for i in range(20)]
+    assert [picture.getpixel((0, 0)) for picture in opened] == [(10 * i, 0, 0) for i in range(20)]
+    same = Image.open(paths[3])
+    assert [picture.size for picture in load_images([same, same, paths[5]])] == [(7, 3), (7, 3), (9, 3)]
+    for i in (15, 7):
+        paths[i].write_bytes(b"no picture")
+    with pytest.raises(ImageError, match=r"7\.png"):  # the first, whichever thread is faster
+        load_images(paths)

@@ -10,6 +10,8 @@ import io
 import stat
 import urllib.error
 import urllib.request
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -73,6 +75,18 @@ def load_image(item: Any, *, max_pixels: int = 64_000_000, timeout: float = TIME
     raise TypeError(
         f"an image is a path, URL, bytes, PIL image, array or tensor, got {type(item).__name__}: {item!r:.80}"
     )
+
+
+def load_images(items: Sequence[Any]) -> list[Image.Image]:
+    """Several pictures as `load_image` opens them, files and downloads side by side: decoding and waiting leave Python's lock.
+
+    Raises:
+        As `load_image`, for the first that cannot be opened.
+    """
+    if len(items) < 2 or not all(isinstance(item, str | Path | bytes) for item in items):
+        return [load_image(item) for item in items]  # a PIL image that two threads open at once would break
+    with ThreadPoolExecutor() as pool:
+        return list(pool.map(load_image, items))
 
 
 def picture_area(item: Any) -> int:

@@ -22,7 +22,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from unimodal.backbones import move_pixels
 from unimodal.data.conversation import DESCRIBE
-from unimodal.data.images import load_image
+from unimodal.data.images import load_images
 from unimodal.data.items import Item
 from unimodal.data.processor import Processor
 from unimodal.model import ImageState, TextState, UnimodalModel
@@ -78,7 +78,7 @@ class Encoder:
         return self.model.encode_text(*self._ids(texts))
 
     def _pixels(self, sources: Sequence[Any]) -> Any:
-        pixels = self.processor.images([load_image(source) for source in sources])
+        pixels = self.processor.images(load_images(sources))
         return move_pixels(pixels, self.device, self.model.log_scale.dtype)
 
     def _ids(self, texts: Sequence[str]) -> tuple[Tensor, Tensor]:
