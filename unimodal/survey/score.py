@@ -1,11 +1,12 @@
 """Ranking by a system's own rule: embeddings, every pair, or a shortlist of either scored again. In pieces, so that the result does not
-depend on their size.
+depend on their size; texts of a length together, so that little padding is read.
 
 Legend: I images, C captions, Q queries, k candidates, P pairs, E embedding width.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -44,25 +45,47 @@ def embeddings(system: System, images: Images, texts: Texts) -> tuple[Tensor, Te
     )
 
 
+class Piece(NamedTuple):
+    """The state of some of the texts: those in these rows [M]."""
+
+    rows: Tensor
+    state: State
+
+
 @torch.no_grad()
-def states(system: System, images: Images, texts: Texts) -> tuple[State, State]:
-    """What pair scores need of all images and texts, each read once."""
+def states(system: System, images: Images, texts: Texts) -> tuple[State, list[Piece]]:
+    """What pair scores need of all images and texts, each read once; texts of about one length in a piece, without the padding that none of
+    them needs."""
     system.eval()
     image = [system.image_state(images.select(rows)) for rows in _pieces(len(images.tokens), ITEMS)]
-    text = [system.text_state(texts.select(rows)) for rows in _pieces(len(texts.ids), ITEMS)]
-    return tuple(map(torch.cat, zip(*image))), tuple(map(torch.cat, zip(*text)))
+    lengths = ((torch.arange(texts.mask.shape[1]) + 1) * texts.mask).amax(1)
+    pieces = []
+    for rows in lengths.argsort(stable=True).split(ITEMS):
+        some = Texts(*(x[rows, : lengths[rows].max()] for x in texts))
+        pieces.append(Piece(rows, system.text_state(some)))
+    return tuple(map(torch.cat, zip(*image))), pieces
 
 
 @torch.no_grad()
 def pair_scores(
-    system: System, images: State, texts: State, image_index: Tensor, text_index: Tensor, *, size: int = PAIRS
+    system: System,
+    images: State,
+    texts: Sequence[Piece],
+    image_index: Tensor,
+    text_index: Tensor,
+    *,
+    size: int = PAIRS,
 ) -> Tensor:
     """Scores [P] of the pairs (image_index[p], text_index[p]), `size` at a time."""
-    parts = []
-    for rows in _pieces(len(image_index), size):
-        i, t = image_index[rows], text_index[rows]
-        parts.append(system.score_pairs(tuple(x[i] for x in images), tuple(x[t] for x in texts)))
-    return torch.cat(parts).float()
+    scores = torch.empty(len(image_index))
+    count = sum(len(rows) for rows, _ in texts)
+    for rows, state in texts:
+        place = torch.full((count,), -1)  # of each text in the piece
+        place[rows] = torch.arange(len(rows))
+        for pairs in (place[text_index] >= 0).nonzero()[:, 0].split(size):
+            i, t = image_index[pairs], place[text_index[pairs]]
+            scores[pairs] = system.score_pairs(tuple(x[i] for x in images), tuple(x[t] for x in state)).float()
+    return scores
 
 
 def rank(
@@ -109,19 +132,26 @@ def rank(
 
 
 @torch.no_grad()
-def all_pairs(system: System, images: State, texts: State, *, size: int = PAIRS) -> Tensor:
+def all_pairs(system: System, images: State, texts: Sequence[Piece], *, size: int = PAIRS) -> Tensor:
     """Scores [I, C] of every image with every text, in blocks of `size` pairs."""
     tall = max(1, int(size**0.5))
-    columns = list(_pieces(len(texts[0]), max(1, size // tall)))
-    rows = []
+    scores = torch.empty(len(images[0]), sum(len(rows) for rows, _ in texts))
     for i in _pieces(len(images[0]), tall):
         block = tuple(x[i] for x in images)
-        rows.append(torch.cat([system.score_matrix(block, tuple(x[t] for x in texts)) for t in columns], 1).float())
-    return torch.cat(rows)
+        for rows, state in texts:
+            for t in _pieces(len(rows), max(1, size // tall)):
+                scores[i[:, None], rows[t]] = system.score_matrix(block, tuple(x[t] for x in state)).float()
+    return scores
 
 
 def _again(
-    system: System, state: tuple[State, State], first: Candidates, scoring: Scoring, *, image_queries: bool, size: int
+    system: System,
+    state: tuple[State, list[Piece]],
+    first: Candidates,
+    scoring: Scoring,
+    *,
+    image_queries: bool,
+    size: int,
 ) -> Tensor:
     """Ranks [Q] after the candidates of each query were scored as pairs."""
     queries = torch.arange(len(first.index))[:, None].expand_as(first.index)
