@@ -9,6 +9,7 @@ import transformers
 from PIL import Image
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
 from tokenizers.processors import TemplateProcessing
+from torch import nn
 from transformers import Blip2Config, Blip2Processor, BlipImageProcessor, PreTrainedTokenizerFast
 
 WORDS = [
@@ -73,6 +74,12 @@ def writer_tokenizer() -> PreTrainedTokenizerFast:
     return _tokenizer(["<s>", "<pad>", "</s>", "<unk>"], "</s> $A", **names)
 
 
+def encoder_tokenizer() -> PreTrainedTokenizerFast:
+    """Of a language model with an encoder: text </s>, as T5's."""
+    names = {"pad_token": "<pad>", "unk_token": "<unk>", "eos_token": "</s>"}
+    return _tokenizer(["<pad>", "</s>", "<unk>"], "$A </s>", **names)
+
+
 def _lively(model: Any, seed: int) -> Any:
     """Weights that make outputs differ: transformers starts BLIP-2's vision tower at 1e-10 and its queries at zero."""
     generator = torch.Generator().manual_seed(seed)
@@ -130,6 +137,29 @@ def save_captioner(folder: Path) -> tuple[Any, Blip2Processor]:
     model = _lively(
         transformers.Blip2ForConditionalGeneration(config), 3
     )  # a seed whose captions end at different places
+    model.save_pretrained(folder)
+    processor.save_pretrained(folder)
+    return model, processor
+
+
+def t5_config(tokenizer: PreTrainedTokenizerFast, *, flan: bool) -> Any:
+    """A toy T5, or a Flan-T5 with the settings that BLIP-2's authors gave theirs."""
+    sizes = {"d_model": 32, "d_kv": 8, "d_ff": 64, "num_layers": 2, "num_heads": 4, "vocab_size": len(tokenizer) + 3}
+    ids = {"bos_token_id": tokenizer.eos_token_id, "eos_token_id": tokenizer.eos_token_id}
+    ids |= {"pad_token_id": tokenizer.pad_token_id, "decoder_start_token_id": tokenizer.pad_token_id}
+    kind = {"feed_forward_proj": "gated-gelu", "dense_act_fn": "gelu", "tie_word_embeddings": False} if flan else {}
+    return transformers.T5Config(**sizes, **ids, **kind)
+
+
+def save_t5_captioner(folder: Path, *, flan: bool) -> tuple[Any, Blip2Processor]:
+    """A `Blip2ForConditionalGeneration` with a T5, or a Flan-T5, and its processor, written to `folder`."""
+    tokenizer = encoder_tokenizer()
+    processor = _processor(tokenizer)
+    config = _config(90, t5_config(tokenizer, flan=flan), tokenizer.convert_tokens_to_ids("<image>"))
+    model = transformers.Blip2ForConditionalGeneration(config)
+    if flan:  # it writes with other vectors than it reads
+        model.language_model.lm_head.weight = nn.Parameter(torch.empty_like(model.language_model.shared.weight))
+    _lively(model, 10 if flan else 6)  # seeds whose captions end at different places
     model.save_pretrained(folder)
     processor.save_pretrained(folder)
     return model, processor

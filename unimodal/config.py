@@ -83,7 +83,8 @@ class LanguageModelConfig:
     """A published language model that writes captions.
 
     Args:
-        name: transformers model type of any decoder-only language model: `opt`, `gpt2`, `llama`, `qwen3`, ...
+        name: transformers model type of any decoder-only language model: `opt`, `gpt2`, `llama`, `qwen3`, ...; or `t5`, whose encoder
+            reads picture and prompt and whose decoder writes the caption.
         kwargs: fields of its configuration class; ignored where `source` brings its own.
         source: where weights and tokenizer come from: a Hub id or a local folder, also of a BLIP-2 that holds such a model; None starts
             from random numbers.

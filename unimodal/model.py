@@ -507,6 +507,8 @@ class UnimodalModel(nn.Module):
             assert image.cache is not None
             cache = KeyValues(list(image.cache.layers))  # a copy, for the text's keys to be added to
             return head(self.bridge, ids, cache=cache, text_mask=mask)
+        if isinstance(head, heads.LanguageModelCaptioner):
+            return head(ids, image.bridged, mask)
         return head(ids, image.bridged)
 
     @torch.no_grad()

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM, Blip2Config, Blip2VisionModel
+from transformers import Blip2Config, Blip2VisionModel
 from transformers.models.blip_2.modeling_blip_2 import Blip2PreTrainedModel
 
 from unimodal.backbones.base import Backbone, Pixels, Tokens
@@ -25,17 +25,6 @@ class Blip2Vision(Blip2PreTrainedModel):
     def __init__(self, config: Blip2Config) -> None:
         super().__init__(config)
         self.vision_model: Any = Blip2VisionModel._from_config(config.vision_config)
-        self.post_init()
-
-
-class Blip2Language(Blip2PreTrainedModel):
-    """Only the language model of a published BLIP-2."""
-
-    _keys_to_ignore_on_load_unexpected = [r"^(?!language_model\.)"]
-
-    def __init__(self, config: Blip2Config) -> None:
-        super().__init__(config)
-        self.language_model: Any = AutoModelForCausalLM.from_config(config.text_config)
         self.post_init()
 
 

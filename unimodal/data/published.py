@@ -191,6 +191,7 @@ def open_writer(folder: str | Path, settings: CaptioningConfig, captioner: Any) 
             vocab_size=captioner.vocab_size,
             start_id=captioner.bos_id,
             end_id=captioner.eos_id,
+            encoded=captioner.encodes,
             prompt=settings.prompt,
             max_length=settings.max_length,
         )

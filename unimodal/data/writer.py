@@ -25,11 +25,12 @@ class Writer:
         vocab_size: of the language model.
         start_id: token before a caption without a prompt; a prompt begins as the tokenizer begins a text.
         end_id: token after a caption.
+        encoded: the language model reads the prompt with an encoder, as a text of its own, and its decoder writes the caption.
         prompt: what stands before every caption in training.
         max_length: longest caption in tokens, without prompt, end included.
 
     Raises:
-        ValueError: the tokenizer has tokens that the language model lacks, or not its end token, or closes every text.
+        ValueError: the tokenizer has tokens that the language model lacks, or not its end token, or closes every text that is to go on.
     """
 
     def __init__(
@@ -39,6 +40,7 @@ class Writer:
         vocab_size: int,
         start_id: int,
         end_id: int,
+        encoded: bool = False,
         prompt: str = "",
         max_length: int = 40,
     ) -> None:
@@ -49,16 +51,19 @@ class Writer:
                 "belong together; give the tokenizer that was released with the model"
             )
         words, closed = (tokenizer("a", add_special_tokens=special)["input_ids"] for special in (False, True))
-        if closed[len(closed) - len(words) :] != words:
+        if not encoded and closed[len(closed) - len(words) :] != words:
             raise ValueError(
                 f"the tokenizer ends every text with {tokenizer.decode(closed[-1:])!r}, so a language model could not go on from a prompt; "
                 "give the tokenizer of a model that writes from left to right"
             )
         self.tokenizer, self.start_id, self.end_id = tokenizer, start_id, end_id
-        self.prompt, self.max_length = prompt, max_length
+        self.encoded, self.prompt, self.max_length = encoded, prompt, max_length
 
     def prompts(self, prompts: Sequence[str]) -> tuple[Tensor, Tensor]:
-        """Prompts -> ids [B, P] and their mask [B, P] (True = real token), padded on the left: writing goes on at the right end.
+        """Prompts -> ids [B, P] and their mask [B, P] (True = real token).
+
+        They are padded on the left, since writing goes on at the right end; on the right for an encoder, which knows by its place how far
+        a token is from the picture.
 
         Raises:
             TypeError: for anything but a list of strings.
@@ -66,8 +71,9 @@ class Writer:
         if isinstance(prompts, str) or not all(isinstance(prompt, str) for prompt in prompts):
             raise TypeError(f"prompts: expected a list of strings, got {prompts!r}")
         rows = [torch.tensor(self._before(prompt)) for prompt in prompts]
-        ids = pad_sequence(rows, batch_first=True, padding_value=self.end_id, padding_side="left")
-        mask = pad_sequence([torch.ones_like(row) for row in rows], batch_first=True, padding_side="left").bool()
+        side = "right" if self.encoded else "left"
+        ids = pad_sequence(rows, batch_first=True, padding_value=self.end_id, padding_side=side)
+        mask = pad_sequence([torch.ones_like(row) for row in rows], batch_first=True, padding_side=side).bool()
         return ids, mask
 
     def captions(self, captions: Sequence[str]) -> tuple[Tensor, Tensor]:
@@ -106,7 +112,7 @@ class Writer:
 
     def _after(self, caption: str, before: list[int]) -> list[int]:
         """Ids of a caption as it continues the prompt: many tokenizers put the space before a word into the word's token."""
-        if not self.prompt:
+        if self.encoded or not self.prompt:
             return list(self.tokenizer(caption, add_special_tokens=False)["input_ids"])
         space = "" if self.prompt[-1].isspace() else " "
         whole = list(self.tokenizer(self.prompt + space + caption)["input_ids"])

@@ -1,7 +1,8 @@
 """The captioning head that lets a published language model write (BLIP-2, Li et al. 2023, arXiv 2301.12597, second stage).
 
-A linear layer turns what the bridge read into embeddings that the language model finds before its text, as if they were words. The model
-itself is transformers' own, and so is the search for the caption.
+A linear layer turns what the bridge read into embeddings that the language model finds before its text, as if they were words. A model
+with an encoder (Flan-T5) finds them before the prompt there, and its decoder writes the caption. The model itself is transformers' own, and
+so is the search for the caption.
 
 Legend: B images, N bridged tokens, W bridge width, H embedding width of the language model, P prompt length, L text length, V vocabulary.
 """
@@ -11,6 +12,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from unimodal.layers import init_weights
@@ -19,15 +21,16 @@ OBJECTS = ("return_dict_in_generate", "output_scores", "output_logits", "output_
 
 
 class LanguageModelCaptioner(nn.Module):
-    """Bridged tokens, projected, before the text of a decoder-only language model.
+    """Bridged tokens, projected, before the text of a language model: prompt and caption of a decoder-only one, the prompt of one that
+    reads with an encoder.
 
     Args:
-        language_model: a transformers model with `generate`; its configuration names the end token.
+        language_model: a transformers model with `generate`; its configuration names the end token, and whether it has an encoder.
         width: W.
         sources: where the language model came from, as `Backbone.sources`.
 
     Raises:
-        ValueError: the end or the start token lies outside of the vocabulary.
+        ValueError: an end or a start token lies outside of the vocabulary.
     """
 
     def __init__(
@@ -41,21 +44,40 @@ class LanguageModelCaptioner(nn.Module):
         self.end_ids: list[int] = ends if isinstance(ends, list) else [ends]
         self.bos_id: int = self.end_ids[0] if settings.bos_token_id is None else settings.bos_token_id
         self.eos_id = self.end_ids[0]
-        if not 0 <= max(self.bos_id, *self.end_ids) < self.vocab_size:
+        self.encodes: bool = settings.is_encoder_decoder
+        starts = [self.bos_id, *([settings.decoder_start_token_id] if self.encodes else [])]
+        if not 0 <= max(*starts, *self.end_ids) < self.vocab_size:
             raise ValueError(
-                f"the language model starts with token {self.bos_id} and ends with {self.end_ids}, outside of its vocabulary of "
-                f"{self.vocab_size}; set bos_token_id and eos_token_id in captioning.language_model.kwargs"
+                f"the language model starts with {starts} and ends with {self.end_ids}, outside of its vocabulary of "
+                f"{self.vocab_size}; set bos_token_id, decoder_start_token_id of an encoder-decoder, and eos_token_id in "
+                "captioning.language_model.kwargs"
             )
         self.positions: int | None = getattr(settings, "max_position_embeddings", None)
         self.projection = nn.Linear(width, hidden)
         self.projection.apply(init_weights)
         self.language_model = language_model
 
-    def forward(self, ids: Tensor, images: Tensor) -> Tensor:
+    def forward(self, ids: Tensor, images: Tensor, mask: Tensor | None = None) -> Tensor:
         """Prompt and caption [B, L], padded on the right; bridged tokens [B, N, W] -> logits [B, L, V].
 
-        Position i predicts token i + 1. No token looks to its right, so padding needs no mask.
+        Position i predicts token i + 1. No token of a decoder looks to its right, so padding needs no mask.
+
+        Args:
+            ids: prompt and caption, as `Writer.captions` gives them.
+            images: bridged tokens.
+            mask: True from the prompt's last token on [B, L], which tells an encoder what is its own; None is a prompt of one token. Logits
+                before that token are zeros where there is an encoder: nothing writes a prompt.
+
+        Raises:
+            ValueError: prompts of several lengths, for an encoder; more tokens than positions.
         """
+        if self.encodes:
+            length = 1 if mask is None else _prompt_length(mask)
+            caption = ids[:, length - 1 :].clone()  # [B, L - P + 1]
+            caption[:, 0] = self.language_model.config.decoder_start_token_id
+            inputs = self._before(images, ids[:, :length], 0)  # [B, N + P, H]
+            logits = self.language_model(inputs_embeds=inputs, decoder_input_ids=caption, use_cache=False).logits
+            return F.pad(logits, (0, 0, length - 1, 0))
         inputs = self._before(images, ids, 0)  # [B, N + L, H]
         return self.language_model(inputs_embeds=inputs, use_cache=False).logits[:, images.shape[1] :]
 
@@ -72,10 +94,10 @@ class LanguageModelCaptioner(nn.Module):
 
         Args:
             images: bridged tokens [B, N, W].
-            prompt: ids and mask [B, P], or [1, P] for all, padded on the left (`unimodal.data.writer.Writer`); None is the start token.
+            prompt: ids and mask [B, P], or [1, P] for all, padded as `unimodal.data.writer.Writer` does; None is the start token.
             generator: what the draws follow from; None leaves them to torch's own random state.
             settings: all that transformers' `generate` takes (`max_new_tokens`, `num_beams`, `do_sample`, `repetition_penalty`, ...).
-                Penalties see the start token in the picture's place.
+                Penalties see the start token in the picture's place, or only the caption where an encoder read the rest.
 
         Raises:
             ValueError: a setting asks for more than captions.
@@ -88,19 +110,18 @@ class LanguageModelCaptioner(nn.Module):
         start = torch.tensor([[self.bos_id]], device=device)
         ids, mask = prompt or (start, torch.ones_like(start, dtype=torch.bool))
         ids, mask = ids.expand(count, -1), mask.expand(count, -1)
-        inputs = self._before(images, ids, settings.get("max_new_tokens") or 0)  # [B, N + P, H]
-        ids = torch.cat([start.expand(count, queries), ids], 1)  # [B, N + P]
-        mask = torch.cat([mask.new_ones(count, queries), mask], 1)
+        more = 0 if self.encodes else settings.get("max_new_tokens") or 0
+        read = {
+            "inputs_embeds": self._before(images, ids, more),  # [B, N + P, H]
+            "attention_mask": torch.cat([mask.new_ones(count, queries), mask], 1).long(),
+        }
+        if not self.encodes:
+            read["input_ids"] = torch.cat([start.expand(count, queries), ids], 1)  # what was written goes on from there
         with _draws(generator, device):
-            out = self.language_model.generate(
-                input_ids=ids,
-                inputs_embeds=inputs,
-                attention_mask=mask.long(),
-                **settings,
-            )
+            out = self.language_model.generate(**read, **settings)
         ends = settings.get("eos_token_id", self.end_ids)
         ends = ends if isinstance(ends, list) else [ends]
-        rows = out[:, ids.shape[1] :].tolist()
+        rows = out[:, 1 if self.encodes else queries + ids.shape[1] :].tolist()
         return [row[: next((i for i, token in enumerate(row) if token in ends), None)] for row in rows]
 
     def _before(self, images: Tensor, ids: Tensor, more: int) -> Tensor:
@@ -113,6 +134,17 @@ class LanguageModelCaptioner(nn.Module):
             )
         embedded = self.language_model.get_input_embeddings()(ids)
         return torch.cat([self.projection(images).to(embedded.dtype), embedded], 1)
+
+
+def _prompt_length(mask: Tensor) -> int:
+    """Tokens before a caption, its mask [B, L] being True from the last of them on."""
+    lengths = (mask.int().argmax(1) + 1).unique().tolist()
+    if len(lengths) > 1:
+        raise ValueError(
+            f"caption: prompts of {', '.join(map(str, lengths))} tokens in one batch; a language model with an encoder learns from one "
+            "prompt at a time: give all captions of a batch the same"
+        )
+    return int(lengths[0])
 
 
 @contextmanager

@@ -24,6 +24,8 @@ FORMAT = 1  # raised when an older version could not read a newer folder
 OPTIONAL_HEADS = ("matching", "captioning", "generation")
 TIMM_LOADING = {"pretrained", "pretrained_cfg", "pretrained_cfg_overlay", "checkpoint_path", "cache_dir"}
 NO_ARCHITECTURE = {"transformers_version", "architectures", "dtype"}
+# What a model type's configuration takes without listing it; without these a Flan-T5 would be read back as another model.
+UNLISTED = {"t5": {"bos_token_id", "decoder_start_token_id", "dense_act_fn", "scale_decoder_outputs"}}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -168,7 +170,8 @@ def _settings(name: str) -> set[str]:
     """The settings of a transformers model type; any other could make it fetch kernels, which is code, from the Hub."""
     if name not in CONFIG_MAPPING:
         raise ValueError(f"model: {name!r} is no transformers model type; {nearest(name, CONFIG_MAPPING.keys())}")
-    return set(inspect.signature(CONFIG_MAPPING[name].__init__).parameters) - {"self", "kwargs"}
+    listed = set(inspect.signature(CONFIG_MAPPING[name].__init__).parameters) - {"self", "kwargs"}
+    return listed | UNLISTED.get(name, set())
 
 
 def _architecture(values: dict[str, Any]) -> dict[str, Any]:

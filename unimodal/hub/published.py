@@ -109,11 +109,6 @@ def _open_blip2(settings: Any, published: PublishedConfig) -> UnimodalModel:
         )
     retrieves = kinds == ["Blip2ForImageTextRetrieval"]
     reader, written = settings.qformer_config, settings.text_config
-    if not retrieves and written.is_encoder_decoder:
-        raise ValueError(
-            f"its language model, a {written.model_type!r}, reads with an encoder and writes with a decoder; of BLIP-2 the releases with a "
-            "decoder-only one (OPT) can be opened, not those with Flan-T5"
-        )
     if (reader.hidden_act, reader.layer_norm_eps) != ("gelu", 1e-12):
         raise ValueError(
             f"its Q-Former has hidden_act {reader.hidden_act!r} and layer_norm_eps {reader.layer_norm_eps}; expected 'gelu' and 1e-12, "
