@@ -22,7 +22,7 @@ from unimodal.survey.explain import deletion_test, image_relevance, whole_words,
 from unimodal.survey.hallucination import drawn_objects_in, hallucination, hallucination_on
 from unimodal.survey.noise import Noise, corrupted, swaps
 from unimodal.survey.nouns import objects_in, objects_of
-from unimodal.survey.page import read_results, settings
+from unimodal.survey.page import categories, read_results, settings
 from unimodal.survey.run import Run, configs, load_system
 from unimodal.survey.specs import read_spec, systems_folder
 from unimodal.survey.train import Budget, Clock
@@ -79,6 +79,22 @@ def test_a_survey_writes_results_and_a_page_and_goes_on_where_it_stopped(
     capsys.readouterr()
     assert main(["compare", str(out / "clip"), str(out / "cca")]) == 0
     assert "8 images, 40 captions" in capsys.readouterr().out
+
+
+def test_a_system_of_categories_is_told_which_the_data_has(encoders: Path, photographs: str, tmp_path: Path) -> None:
+    """CDISA sorts by them and is judged by them alone; Qwen3-VL-Embedding reads their names."""
+    out = tmp_path / "survey"
+    assert survey(encoders, photographs, out, "--systems", "cdisa", "qwen_embedding") == 0
+    result = json.loads((out / "cdisa/result.json").read_text())
+    assert "accuracy" not in result and not (out / "cdisa/ranks.safetensors").exists()
+    assert result["map"]["categories"] == len(result["categories"]) > 0 and 0 <= result["map"]["t2i"] <= 100
+    _, system, _ = load_system(out / "cdisa")
+    assert system.classifier.out_features == len(result["categories"])
+    table = categories([result])
+    mean = (result["map"]["t2i"] + result["map"]["i2t"]) / 2
+    assert table["rows"][0][0] == "CDISA\ninferred design" and table["rows"][0][3] == f"{mean:.1f}"
+    _, reader, _ = load_system(out / "qwen_embedding")
+    assert len(reader.labels.ids) == len(result["categories"])
 
 
 def test_noise_and_few_examples_stand_beside_the_clean_run(encoders: Path, photographs: str, tmp_path: Path) -> None:

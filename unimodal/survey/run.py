@@ -9,7 +9,6 @@ A system whose result is there is not run again; a file of other data, budget or
 """
 
 import hashlib
-import inspect
 import json
 import time
 from collections.abc import Callable, Sequence
@@ -176,10 +175,10 @@ def load_system(folder: Path, encoders: SharedEncoders | None = None) -> tuple[S
 
 
 def _built(spec: Spec, encoders: SharedEncoders, categories: Sequence[str], seed: int) -> System:
-    """The system with its first weights; one that sorts by category is told which there are."""
+    """The system with its first weights; one that learns categories is told which there are."""
     torch.manual_seed(seed)
     told = {"categories": len(categories), "category_names": list(categories)}
-    accepted = inspect.signature(spec.system).parameters
+    accepted = spec.system.keywords  # type: ignore[attr-defined]  # of a partial: all that the class takes
     return spec.system(encoders, **{key: value for key, value in told.items() if key in accepted})
 
 
