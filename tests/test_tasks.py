@@ -74,8 +74,7 @@ def task(names: list[str], trainable: dict[str, float] | None = None, **settings
 def batch_of(task: Task, module: PairData | None = None) -> dict[str, torch.Tensor]:
     module = module or data()
     task.processor = module.bind(task.config, task.model.backbone)
-    for objective in task.objectives.values():
-        objective.prepare(module.train, task.processor)
+    task.prepare_objectives(module.train)
     return next(iter(module.train_dataloader()))
 
 

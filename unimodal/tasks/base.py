@@ -411,8 +411,7 @@ class Task(pl.LightningModule):
             data.require_frozen(self.model.backbone)
         self.processor = data.bind(self.config, self.model.backbone, self.model.language_captioner)
         if stage == "fit":
-            for objective in self.objectives.values():
-                objective.prepare(data.train, self.processor)
+            self.prepare_objectives(data.train)
         if stage == "fit" and self.init_from is None and self.config.captioning and self.config.captioning.vocabulary:
             self.model.head("captioning").set_vocabulary(
                 self._frequent_tokens(data.train, self.config.captioning.vocabulary)
@@ -422,6 +421,12 @@ class Task(pl.LightningModule):
             self.model.head("generation").autoencoder.fit(data.targets(min(1000, len(data.train)), size))
         if stage == "fit" and data.hard_neighbours and data.neighbours is None:
             data.neighbours = self._mined(Path(self.trainer.default_root_dir) / "neighbours.safetensors")
+
+    def prepare_objectives(self, pairs: Pairs) -> None:
+        """Show the objectives the training split, once there is a processor."""
+        assert self.processor is not None
+        for objective in self.objectives.values():
+            objective.prepare(pairs, self.processor)
 
     def _frequent_tokens(self, pairs: Pairs, size: int) -> Tensor:
         """The `size` most frequent token ids of a split's captions, special tokens among them: a decoder's subset vocabulary."""

@@ -48,8 +48,8 @@ class SCST(Objective):
     training, Rennie et al. 2017, arXiv 1612.00563; Luo 2020, arXiv 2003.09971). For a captioner that can already write: from random
     weights no draw is better than another.
 
-    Draws are scored against all captions that the training split has of the image, n-grams weighed by how rare they are in it. The
-    captioner draws and learns without dropout, so that it learns about the captions as it drew them.
+    Draws, made without dropout, are scored against all captions that the training split has of the image, n-grams weighed by how rare
+    they are in it.
 
     Args:
         weight: weight in the sum of losses.
@@ -82,6 +82,8 @@ class SCST(Objective):
         for part in writers:
             part.eval()
         drawn = [model.caption(image, do_sample=True, max_new_tokens=self.max_new_tokens) for _ in range(self.draws)]
+        for part in writers:
+            part.train()
         rows = [self.row[int(i)] for i in ids]
         rewards = [[self.metric.score(self.decode(text), row) for text, row in zip(texts, rows)] for texts in drawn]
         # A caption that was cut has no end to learn.
@@ -93,8 +95,6 @@ class SCST(Objective):
         lengths = torch.tensor([len(text) for text in texts], device=ids.device).view(tokens.shape[:2])
         mask = torch.arange(tokens.shape[2], device=ids.device) < lengths[..., None]
         log_probs = torch.stack([self._log_probs(model, image, *draw) for draw in zip(tokens, mask)], dim=1)
-        for part in writers:
-            part.train()
         reward = torch.tensor(rewards, device=ids.device).T / 100  # [B, K]
         return self_critical_loss(log_probs, mask[..., 1:].transpose(0, 1), reward), {"cider_d": reward.mean()}
 

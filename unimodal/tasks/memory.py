@@ -134,6 +134,8 @@ def forecast(
         strategy: how they share the work.
         averages: whether an `EMA` of the weights runs along.
     """
+    assert data.train is not None
+    task.prepare_objectives(data.train)
     task.train()
     size = 2 if precision == "bf16-true" else 4
     weights = whole = sum(t.numel() * (size if t.is_floating_point() else t.element_size()) for t in _tensors(task))
