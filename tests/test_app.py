@@ -58,7 +58,7 @@ def visit(browser: Any) -> Iterator[Any]:
     def visit(address: str, viewport: dict[str, int]) -> Any:
         contexts.append(browser.new_context(viewport=viewport))
         page = contexts[-1].new_page()
-        page.set_default_timeout(30_000)
+        page.set_default_timeout(120_000)  # another test may have the processor
         page.on("request", lambda request: asked.append((request.url, address)))
         page.on("pageerror", lambda error: faults.append(str(error)))
         page.goto(address)
