@@ -216,7 +216,10 @@ def test_rewards_reach_a_bridge_that_writes_and_say_what_they_do_not_train() -> 
     overrides: dict[str, Any] = {"captioning": {"kind": "bridge", "bos_id": 2, "eos_id": 3}}
     one = Joint(toy_config(**overrides), {"scst": OBJECTIVES["scst"]}, evaluation=SMALL, pretrained=False)
     batch = batch_of(one)
+    one.model.bridge.norm.eval()  # as a stage leaves what it freezes
+    modes = [module.training for module in one.model.modules()]
     losses, report = one.training_forward(batch)
+    assert [module.training for module in one.model.modules()] == modes
     losses["scst"].backward()
     assert report["scst/cider_d"] >= 0 and one.model.bridge.training
     assert one.model.bridge.query_sets["image"].grad.any() and one.model.bridge.token_embedding.weight.grad.any()

@@ -78,12 +78,12 @@ class SCST(Objective):
                 "captioning.kind, or learn from given captions (ITG)"
             )
         head, image = model.head("captioning"), step.image
-        writers = [part for part in (head, model.bridge) if part.training]
-        for part in writers:
-            part.eval()
+        modes = {module: module.training for part in (head, model.bridge) for module in part.modules()}
+        for module in modes:
+            module.training = False
         drawn = [model.caption(image, do_sample=True, max_new_tokens=self.max_new_tokens) for _ in range(self.draws)]
-        for part in writers:
-            part.train()
+        for module, mode in modes.items():  # each its own: what is frozen stays quiet
+            module.training = mode
         rows = [self.row[int(i)] for i in ids]
         rewards = [[self.metric.score(self.decode(text), row) for text, row in zip(texts, rows)] for texts in drawn]
         # A caption that was cut has no end to learn.
