@@ -27,6 +27,7 @@ from unimodal.data.items import Item, as_item, as_items, is_single, picture_key
 from unimodal.data.processor import Processor
 from unimodal.explain import Explanation, explain
 from unimodal.model import UnimodalModel
+from unimodal.onednn import inference
 from unimodal.search import Calibration, Encoder, Index, Precision, build_index, index_folder, quantise, similarity
 from unimodal.search.encoder import batches, progress
 from unimodal.search.index import require_same_model
@@ -322,7 +323,7 @@ class Unimodal:
 
     # Captioning and generation.
 
-    @torch.inference_mode()
+    @inference()
     def caption(
         self,
         images: Any,
@@ -433,7 +434,7 @@ class Unimodal:
         asked = around.format(questions) if isinstance(questions, str) else [around.format(q) for q in questions]
         return self.caption(images, max_new_tokens, num_beams, prompt=asked, length_penalty=length_penalty, **options)
 
-    @torch.inference_mode()
+    @inference()
     def generate_image(
         self,
         prompt: str | Sequence[str],

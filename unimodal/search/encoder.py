@@ -26,6 +26,7 @@ from unimodal.data.images import load_images
 from unimodal.data.items import Item
 from unimodal.data.processor import Processor
 from unimodal.model import ImageState, TextState, UnimodalModel
+from unimodal.onednn import inference
 from unimodal.search.calibrate import Calibration
 from unimodal.search.judge import Judge, plan
 from unimodal.tuning import base_name
@@ -100,7 +101,7 @@ class Encoder:
                 f"{where}this model reads {', '.join(self.model.modalities)}, got {', '.join(unread)}: {item.document!r:.200}"
             )
 
-    @torch.inference_mode()
+    @inference()
     def read(self, items: Sequence[Item], prompt: str | None = None, where: Sequence[str] | None = None) -> Encoded:
         """Read one batch of items. An item with image and text has the normalised mean of its two embeddings, unless the backbone reads
         both as one sequence.
@@ -187,7 +188,7 @@ class Encoder:
             scores[places] = judge.logits(rows)
         return scores
 
-    @torch.inference_mode()
+    @inference()
     def write(
         self,
         items: Sequence[Item],
@@ -241,7 +242,7 @@ class Encoder:
         """Match probabilities of logits [P]: calibrated, or the plain sigmoid."""
         return logits.sigmoid() if self.calibration is None else self.calibration.probability(logits)
 
-    @torch.inference_mode()
+    @inference()
     def _match(self, pairs: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
         images, image_index = _distinct([image for image, _ in pairs])
         texts, text_index = _distinct([text for _, text in pairs])

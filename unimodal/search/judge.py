@@ -10,13 +10,13 @@ from collections.abc import Callable, Sequence
 from itertools import takewhile
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from unimodal.backbones import Prefix, move_pixels
 from unimodal.data.conversation import ConversationProcessor, Row
 from unimodal.data.items import Item, picture_key
 from unimodal.model import UnimodalModel
+from unimodal.onednn import inference
 
 
 class Judge:
@@ -32,7 +32,7 @@ class Judge:
         self.keys: list[Any] = []
         self.read: Prefix | None = None
 
-    @torch.inference_mode()
+    @inference()
     def logits(self, rows: Sequence[Row]) -> Tensor:
         """Match logits [B], float32, of conversations."""
         start = common(rows) if len(rows) > 1 else common([rows[0].keys, self.keys])

@@ -31,6 +31,7 @@ from unimodal.metrics import (
 )
 from unimodal.metrics.generation import check_picture
 from unimodal.model import ImageState, TextState, UnimodalModel
+from unimodal.onednn import inference
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -92,7 +93,7 @@ class Evaluation:
         self.image_ids: list[Tensor] = []
         self.text_image_ids: list[Tensor] = []
 
-    @torch.no_grad()
+    @inference()
     def add(self, batch: Batch) -> None:
         """Read one batch of pictures with all their captions."""
         image = self.model.encode_image(**image_inputs(batch))
@@ -105,7 +106,7 @@ class Evaluation:
         self.image_ids.append(batch["image_id"])
         self.text_image_ids.append(batch["text_image_id"])
 
-    @torch.no_grad()
+    @inference()
     def results(self) -> dict[str, Any]:
         """Everything measured: metric objects by name, and the rows that a report shows."""
         out = self.retrieval() if self.embeds else {}
@@ -176,7 +177,7 @@ class Evaluation:
             out[rows] = self.model.match(self.image.select(images), text, image_index, text_index).float()
         return out
 
-    @torch.no_grad()
+    @inference()
     def retrieval(self) -> dict[str, Any]:
         """Retrieval alone: `retrieval_first` and `retrieval_reranked`, their ranks query by query, and what each query found.
 
