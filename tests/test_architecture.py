@@ -15,6 +15,7 @@ PACKAGE = Path(__file__).parent.parent / "unimodal"
 ROOMS: dict[str, tuple[set[str], str]] = {
     "config": (set(), "configuration is plain data"),
     "layers": (set(), "layers know torch only"),
+    "onednn": (set(), "it knows torch only"),
     "tuning": ({"config"}, "adapters go on any module, by name"),
     "metrics": (set(), "metrics take tensors and strings"),
     "distributed": (set(), "it knows torch.distributed only"),
@@ -34,7 +35,20 @@ ROOMS: dict[str, tuple[set[str], str]] = {
         "a system is built from layers and losses, on tokens that others read",
     ),
     "survey": (
-        {"systems", "metrics", "stages", "hub", "data", "model", "backbones", "config", "report", "layers", "explain"},
+        {
+            "systems",
+            "metrics",
+            "stages",
+            "hub",
+            "data",
+            "model",
+            "backbones",
+            "config",
+            "report",
+            "layers",
+            "explain",
+            "onednn",
+        },
         "the survey trains and scores systems, it knows no command line",
     ),
     "model": (
@@ -65,18 +79,19 @@ ROOMS: dict[str, tuple[set[str], str]] = {
             "distributed",
             "blocks",
             "sharding",
+            "onednn",
         },
         "a task trains a model, it knows no command line",
     ),
     "merge": (set(), "merging takes state dicts"),
     "chunks": (set(), "reading in chunks takes a function and tensors"),
     "search": (
-        {"model", "backbones", "hub", "data", "config", "metrics", "tuning"},
+        {"model", "backbones", "hub", "data", "config", "metrics", "tuning", "onednn"},
         "search uses a model, it does not train one",
     ),
     "explain": ({"model", "hub", "data"}, "explaining uses a model, it does not train one"),
     "inference": (
-        {"model", "hub", "data", "search", "explain", "config", "candidates"},
+        {"model", "hub", "data", "search", "explain", "config", "candidates", "onednn"},
         "inference uses a model, it does not train one",
     ),
     "adapters": (

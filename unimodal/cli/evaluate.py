@@ -23,7 +23,6 @@ from unimodal.data.module import EvaluationBatches
 from unimodal.data.pairs import Pairs
 from unimodal.hub import load_checkpoint
 from unimodal.metrics import compare, load_ranks, relevance_metrics, require_alike, save_ranks
-from unimodal.onednn import inference
 from unimodal.recipes import CHECKPOINT, shipped_checkpoint
 from unimodal.report import Hit, Search, write_misses
 from unimodal.tasks import Evaluation, EvaluationSettings
@@ -174,7 +173,7 @@ def evaluate(options: argparse.Namespace) -> None:
     print(f"{options.out}: results.json, {RANKS}, errors.jsonl, errors.html")
 
 
-@inference()
+@torch.inference_mode()
 def read(evaluation: Evaluation, batch_size: int) -> None:
     """Show the evaluation the whole of its split."""
     count, device = len(evaluation.pairs), evaluation.model.log_scale.device

@@ -28,6 +28,7 @@ from unimodal.metrics import (
     relevance_metrics,
     save_ranks,
 )
+from unimodal.onednn import inference
 from unimodal.survey.data import SurveyData
 from unimodal.survey.encoders import SharedEncoders
 from unimodal.survey.explain import deletion_test
@@ -148,7 +149,7 @@ def run_system(name: str, config: Path, run: Run, say: Callable[[str], None] = p
     return result
 
 
-@torch.no_grad()
+@inference()
 def _captions(system: System, images: Images, run: Run) -> list[str]:
     ids = [row for rows in torch.arange(len(images.tokens)).split(ITEMS) for row in system.write(images.select(rows))]
     return [run.data.encoders.processor.decode(row) for row in ids]
@@ -305,7 +306,7 @@ def _by_category(system: System, run: Run, protocol: Protocol, images: Images, t
     }
 
 
-@torch.no_grad()
+@inference()
 def _milliseconds(
     system: System, spec: Spec, images: Images, texts: Texts, shortlist: tuple[Tensor, Tensor] | None
 ) -> dict[str, float | None]:

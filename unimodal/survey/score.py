@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from unimodal.metrics import Candidates, candidates_from_scores, first_stage, rerank
+from unimodal.onednn import inference
 from unimodal.systems import Images, Scoring, System, Texts
 from unimodal.systems.base import State
 
@@ -35,7 +36,7 @@ class Ranking:
     i2t_reranked: Tensor | None = None
 
 
-@torch.no_grad()
+@inference()
 def embeddings(system: System, images: Images, texts: Texts) -> tuple[Tensor, Tensor]:
     """Image embeddings [I, E] or [I, N, E] and text embeddings [C, E]."""
     system.eval()
@@ -52,7 +53,7 @@ class Piece(NamedTuple):
     state: State
 
 
-@torch.no_grad()
+@inference()
 def states(system: System, images: Images, texts: Texts) -> tuple[State, list[Piece]]:
     """What pair scores need of all images and texts, each read once; texts of about one length in a piece, without the padding that none of
     them needs."""
@@ -66,7 +67,7 @@ def states(system: System, images: Images, texts: Texts) -> tuple[State, list[Pi
     return tuple(map(torch.cat, zip(*image))), pieces
 
 
-@torch.no_grad()
+@inference()
 def pair_scores(
     system: System,
     images: State,
@@ -131,7 +132,7 @@ def rank(
     return Ranking(first[0].rank, first[1].rank if both else None, again[0], again[1])
 
 
-@torch.no_grad()
+@inference()
 def all_pairs(system: System, images: State, texts: Sequence[Piece], *, size: int = PAIRS) -> Tensor:
     """Scores [I, C] of every image with every text, in blocks of `size` pairs."""
     tall = max(1, int(size**0.5))
