@@ -12,6 +12,16 @@ from tokenizers.processors import TemplateProcessing
 from torch import nn
 from transformers import Blip2Config, Blip2Processor, BlipImageProcessor, PreTrainedTokenizerFast
 
+# Arguments of `generate` that captions must follow.
+DECODING: list[dict[str, Any]] = [
+    {"num_beams": 1},
+    {"num_beams": 3},
+    {"num_beams": 4, "length_penalty": -1.0},
+    {"num_beams": 1, "repetition_penalty": 1.5},
+    {"num_beams": 2, "no_repeat_ngram_size": 2, "min_new_tokens": 4},
+    {"num_beams": 4, "num_return_sequences": 2},
+]
+
 WORDS = [
     "a",
     "red",

@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import unimodal
-from tests.blip2 import QUERIES, encoder_tokenizer, pictures, save_t5_captioner, t5_config
+from tests.blip2 import DECODING, QUERIES, encoder_tokenizer, pictures, save_t5_captioner, t5_config
 from tests.toy import toy_config
 from unimodal import stages
 from unimodal.backbones import load_language_model
@@ -66,18 +66,7 @@ def words(published: tuple[Any, Any, Path], ids: list[list[int]]) -> list[str]:
 # Against transformers.
 
 
-@pytest.mark.parametrize(
-    "settings",
-    [
-        {"num_beams": 1},
-        {"num_beams": 3},
-        {"num_beams": 4, "length_penalty": -1.0},
-        {"num_beams": 1, "repetition_penalty": 1.5},
-        {"num_beams": 2, "no_repeat_ngram_size": 2, "min_new_tokens": 4},
-        {"num_beams": 4, "num_return_sequences": 2},
-    ],
-    ids=str,
-)
+@pytest.mark.parametrize("settings", DECODING, ids=str)
 @pytest.mark.parametrize("prompts", [None, PROMPTS], ids=["caption", "prompts"])
 def test_captions_are_the_authors(
     published: tuple[Any, Any, Path], model: Unimodal, prompts: list[str] | None, settings: dict[str, Any]

@@ -14,7 +14,7 @@ from tokenizers import ByteLevelBPETokenizer
 from transformers import AutoTokenizer, GPT2TokenizerFast
 
 import unimodal
-from tests.blip2 import QUERIES, pictures, save_captioner, save_language_model, writer_tokenizer
+from tests.blip2 import DECODING, QUERIES, pictures, save_captioner, save_language_model, writer_tokenizer
 from tests.toy import toy_config, toy_model, toy_processor
 from unimodal import cli, stages
 from unimodal.backbones import load_language_model
@@ -88,18 +88,7 @@ def expected(published: tuple[Any, Any, Path], prompts: list[str] | None, **sett
 # Against transformers.
 
 
-@pytest.mark.parametrize(
-    "settings",
-    [
-        {"num_beams": 1},
-        {"num_beams": 3},
-        {"num_beams": 4, "length_penalty": -1.0},
-        {"num_beams": 1, "repetition_penalty": 1.5},
-        {"num_beams": 2, "no_repeat_ngram_size": 2, "min_new_tokens": 4},
-        {"num_beams": 4, "num_return_sequences": 2},
-    ],
-    ids=str,
-)
+@pytest.mark.parametrize("settings", DECODING, ids=str)
 @pytest.mark.parametrize("prompt", [None, QUESTION], ids=["caption", "question"])
 def test_captions_are_the_authors(
     published: tuple[Any, Any, Path], model: Unimodal, prompt: str | None, settings: dict[str, Any]
