@@ -15,18 +15,20 @@ from toysurvey import ToyEncoders, toy_pairs
 
 from unimodal.cli import main
 from unimodal.data import Scenes
-from unimodal.hub import save_checkpoint
+from unimodal.hub import load_checkpoint, save_checkpoint
 from unimodal.survey.data import First, Shots, SurveyData
 from unimodal.survey.encoders import SharedEncoders
 from unimodal.survey.explain import deletion_test, image_relevance, whole_words, word_relevance
 from unimodal.survey.hallucination import drawn_objects_in, hallucination, hallucination_on
-from unimodal.survey.noise import Noise, corrupted, swaps
+from unimodal.survey.noise import Noise, changed, corrupted, swaps
 from unimodal.survey.nouns import objects_in, objects_of
 from unimodal.survey.page import categories, read_results, settings
 from unimodal.survey.run import Run, configs, load_system
 from unimodal.survey.specs import read_spec, systems_folder
 from unimodal.survey.train import Budget, Clock
 from unimodal.systems import Encoders, Scoring, Stage, System
+
+WAY = ("r1", "r5", "r10", "medr", "mr")  # what is measured of a direction
 
 
 @pytest.fixture(scope="module")
@@ -62,12 +64,29 @@ def test_a_survey_writes_results_and_a_page_and_goes_on_where_it_stopped(
     out = tmp_path / "survey"
     assert survey(encoders, photographs, out, "--systems", "cca", "clip") == 0
     clip = json.loads((out / "clip/result.json").read_text())
-    found = clip["accuracy"]["first"]
+    found, cca = clip["accuracy"]["first"], json.loads((out / "cca/result.json").read_text())
     assert "8 images, 40 captions (5 per image)" in clip["protocol"]["first"]
-    for way in ("t2i", "i2t"):
-        for k in ("r1", "r5", "r10"):
+    for way, numbers in (("t2i", WAY), ("i2t", WAY), ("both", ("mr", "rsum"))):
+        for k in numbers:
             assert found[way][f"{k}_low"] <= found[way][k] <= found[way][f"{k}_high"]
+    assert (
+        found["both"]["rsum"]
+        == pytest.approx(3 * (found["t2i"]["mr"] + found["i2t"]["mr"]))
+        == pytest.approx(6 * found["both"]["mr"])
+    )
     assert clip["stages"]["contrast"]["steps"] == 3 and clip["trained"] == clip["parameters"] > 0
+    towers = load_checkpoint(encoders)[0].backbone
+    assert (
+        clip["shared"]
+        == cca["shared"]
+        == sum(p.numel() for part in (towers.vision, towers.text) for p in part.parameters())
+    )
+    width, other = (SharedEncoders(encoders).image_width, SharedEncoders(encoders).text_width)
+    d = min(width, other)
+    assert (
+        cca["trained"] == 0 and cca["parameters"] == (width + other) * (d + 1) + d
+    )  # two means, two maps, correlations
+    assert clip["regime"].startswith("tuned on ")
     assert clip["index_bytes"] == 256 * 4
     stamp = (out / "clip/result.json").stat().st_mtime_ns
     assert survey(encoders, photographs, out, "--systems", "cca", "clip", "scan_t2i_avg") == 0
@@ -117,12 +136,45 @@ def test_noise_and_few_examples_stand_beside_the_clean_run(encoders: Path, photo
     assert changed.startswith(f"{after:.1f} ({after - before:+.1f})".replace("-", "−")) and " to " in changed
 
 
+def test_other_data_is_ranked_zero_shot(
+    encoders: Path, photographs: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "survey"
+    words = [
+        "survey",
+        "--data",
+        "scenes",
+        "--train_images",
+        "16",
+        "--budget",
+        "2 steps",
+        "--encoders",
+        str(encoders),
+        "--out",
+        str(out),
+    ]
+    assert main([*words, "--ranked", photographs, "--systems", "clip"]) == 0
+    clip = json.loads((out / "clip/result.json").read_text())
+    assert clip["regime"] == "zero-shot from scenes train" and "8 images, 40 captions" in clip["protocol"]["first"]
+    told = capsys.readouterr().out
+    assert "How well each finds" in told and "What each is, and what it costs" in told
+    assert "zero-shot from scenes train" in (out / "index.html").read_text()
+
+
+def test_two_systems_of_one_name_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(
+        ValueError, match="two systems are called 'clip': .*clip.yaml and mine/clip.yaml; rename one file"
+    ):
+        configs(systems_folder(), ["clip", "mine/clip.yaml"])
+
+
 def written(title: str, setting: str, r1: float, *, budget: str = "3 steps", **more: Any) -> dict[str, Any]:
     """A result as `result.json` holds it, as far as the tables of settings read it."""
     way = {"r1": r1, "r1_low": r1 - 1, "r1_high": r1 + 1}
     return {
         "title": title,
         "inferred": "",
+        "corrupted": 0.25,
         "settings": {"budget": budget, "setting": setting, "train": "scenes"},
         "accuracy": {"first": {"t2i": way, "i2t": None}},
         **more,
@@ -154,7 +206,11 @@ def test_what_noise_costs_is_told_against_the_run_that_differs_in_nothing_else()
         ["C\nT→I mAP", "30.0", "–", "24.0 (−6.0)"],
         ["C\nI→T mAP", "20.0", "–", "21.0 (+1.0)"],
     ]
-    assert noise["notes"] == ["B, noise 0.4 random: measured under other settings (budget), so no change is given."]
+    assert noise["notes"] == [
+        "noise 0.2 random: 25.0% of the captions are no longer what they were.",
+        "noise 0.4 random: 25.0% of the captions are no longer what they were.",
+        "B, noise 0.4 random: measured under other settings (budget), so no change is given.",
+    ]
     assert both["title"] == f"Noise, {few}" and both["columns"][1] == few
     assert both["rows"][0][1:] == ["20.0\n19.0 to 21.0", "17.0 (−3.0)\n16.0 to 18.0"]
     assert shots["title"] == "Few examples" and shots["rows"][0][2].startswith("20.0 (−30.0)")
@@ -164,6 +220,7 @@ def test_what_noise_costs_is_told_against_the_run_that_differs_in_nothing_else()
     ("words", "message"),
     [
         (("--systems", "clap"), "no system 'clap'; there are adapters,"),
+        (("--budget", "30 s"), "budget: expected steps or minutes, for example '300' or '2.5 minutes', got '30 s'"),
         (("--budget", "soon"), "budget: expected steps or minutes, for example '300' or '2.5 minutes', got 'soon'"),
         (("--train_images", "99"), "got 99 images of"),
         (("--noise", "2"), "noise: expected a share of the captions between 0 and 1, got 2.0"),
@@ -322,6 +379,8 @@ def test_few_examples(encoders: Path, data: SurveyData, tmp_path: Path) -> None:
     assert {thing for row in classes.rows for thing in objects_of(data.train.captions(row))} == set(data.categories)
     pairs = few("pair", 2)
     assert len(pairs.rows) == 24 and {len(texts) for texts in pairs.captions} == {2}
+    with pytest.raises(ValueError, match="shots: got 8 captions of each image, but .* has at most 5; lower it"):
+        few("pair", 8)
 
 
 @pytest.mark.parametrize("kind", ["random", "category", "swap"])
@@ -329,14 +388,25 @@ def test_noise_corrupts_its_share_and_always_the_same(kind: Any) -> None:
     scenes = Scenes("train", count=40)
     captions = [scenes.captions(i) for i in range(40)]
     noise = Noise(0.25, kind)
-    found = corrupted(scenes, captions, range(40), noise)
-    assert found == corrupted(scenes, captions, range(40), noise)
-    changed = [(a, b) for old, new in zip(captions, found) for a, b in zip(old, new) if a != b]
-    assert 40 <= len(changed) <= 50  # of 200; a random caption may be the same by chance
+    places = [[(i, c) for c in range(5)] for i in range(40)]
+    found = corrupted(scenes, captions, places, noise)
+    assert found == corrupted(scenes, captions, places, noise)
+    changes = [(a, b) for old, new in zip(captions, found) for a, b in zip(old, new) if a != b]
+    assert 40 <= len(changes) <= 50  # of 200; a random caption may be the same by chance
+    assert changed(captions, found) == len(changes) / 200
     if kind == "category":
-        assert all(objects_in(a) & objects_in(b) for a, b in changed)
+        assert all(objects_in(a) & objects_in(b) for a, b in changes)
     if kind == "swap":
-        assert all(len(set(a.split()) ^ set(b.split())) <= 6 for a, b in changed)
+        assert all(len(set(a.split()) ^ set(b.split())) <= 6 for a, b in changes)
+
+
+def test_the_false_caption_of_a_drawn_one_is_its_own() -> None:
+    """With few captions of each image, the first that is left is not the split's first."""
+    scenes = Scenes("train", count=20)
+    places = [[(i, 3)] for i in range(20)]
+    found = corrupted(scenes, [[scenes.captions(i)[3]] for i in range(20)], places, Noise(1.0, "swap"))
+    assert all(new in scenes.negatives(i, 3) for i, (new,) in enumerate(found))
+    assert not all(new in scenes.negatives(i, 0) for i, (new,) in enumerate(found))
 
 
 def test_attributes_are_swapped_within_their_kind() -> None:

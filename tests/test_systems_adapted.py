@@ -131,6 +131,8 @@ def test_the_tower_sees_holes_in_place_of_hidden_tokens(monkeypatch: pytest.Monk
 class Shelf:
     """A split of 60 images with 20 captions each."""
 
+    name, split = "shelf", "train"
+
     def __len__(self) -> int:
         return 60
 
@@ -141,17 +143,31 @@ class Shelf:
 @pytest.mark.parametrize("count", [1, 2, 4, 8, 16])
 def test_few_examples_are_so_many_of_each_class_or_captions_of_each_pair(count: int) -> None:
     shelf, things = Shelf(), [frozenset({"abc"[row % 3]}) for row in range(60)]  # 20 images of each class
-    rows, captions = _shots(shelf, things, Shots(count, "class"), 0)  # type: ignore[arg-type]
-    assert rows == sorted(set(rows)) and captions == [shelf.captions(row) for row in rows]
-    assert [sum(name in things[row] for row in rows) for name in "abc"] == [count] * 3
-    fewer, _ = _shots(shelf, things, Shots(max(1, count // 2), "class"), 0)  # type: ignore[arg-type]
-    assert set(fewer) <= set(rows)  # more examples are those before and others
-    assert rows != _shots(shelf, things, Shots(count, "class"), 1)[0]  # type: ignore[arg-type]
-    rows, captions = _shots(shelf, things, Shots(count, "pair"), 0)  # type: ignore[arg-type]
-    assert rows == list(range(60)) and {len(texts) for texts in captions} == {count}
-    assert all(
-        set(texts) <= set(shelf.captions(row)) and len(set(texts)) == count for row, texts in zip(rows, captions)
-    )
+
+    def rows(places: list[list[tuple[int, int]]]) -> list[int]:
+        return [some[0][0] for some in places]
+
+    found = _shots(shelf, things, Shots(count, "class"), 0)  # type: ignore[arg-type]
+    assert rows(found) == sorted(set(rows(found))) and found == [[(row, c) for c in range(20)] for row in rows(found)]
+    assert [sum(name in things[row] for row in rows(found)) for name in "abc"] == [count] * 3
+    fewer = _shots(shelf, things, Shots(max(1, count // 2), "class"), 0)  # type: ignore[arg-type]
+    assert set(rows(fewer)) <= set(rows(found))  # more examples are those before and others
+    assert rows(found) != rows(_shots(shelf, things, Shots(count, "class"), 1))  # type: ignore[arg-type]
+    found = _shots(shelf, things, Shots(count, "pair"), 0)  # type: ignore[arg-type]
+    assert rows(found) == list(range(60)) and all(len(set(some)) == count for some in found)
+    assert all(row == i and 0 <= c < 20 for i, some in enumerate(found) for row, c in some)
+
+
+@pytest.mark.parametrize(
+    ("count", "of", "message"),
+    [
+        (21, "class", "shots: got 21 images of each category, but shelf train has at most 20; lower it"),
+        (32, "pair", "shots: got 32 captions of each image, but shelf train has at most 20; lower it"),
+    ],
+)
+def test_more_examples_than_there_are_are_refused(count: int, of: str, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        _shots(Shelf(), [frozenset({"abc"[row % 3]}) for row in range(60)], Shots(count, of), 0)  # type: ignore[arg-type]
 
 
 def test_nothing_to_learn_from_is_refused() -> None:

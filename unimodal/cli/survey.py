@@ -18,10 +18,28 @@ from unimodal.recipes import CHECKPOINT, shipped_checkpoint
 from unimodal.survey.data import First, Shots, SurveyData
 from unimodal.survey.encoders import SharedEncoders
 from unimodal.survey.noise import Noise
-from unimodal.survey.page import write_page
+from unimodal.survey.page import accuracy, printed, read_results, taxonomy, write_page
 from unimodal.survey.run import Run, configs, run_system
 from unimodal.survey.specs import systems_folder
 from unimodal.survey.train import Budget
+
+COSTS = (
+    "System",
+    "Interaction",
+    "Parameters",
+    "Its own",
+    "Trained\nat most, in a stage",
+    "Training",
+    "ms per query\nfirst stage",
+    "ms per query\nreranked",
+    "Bytes per image",
+)
+RECALLS = (
+    "System",
+    *(f"{way} {k}" for way in ("T→I", "I→T") for k in ("R@1", "R@5", "R@10", "MedR")),
+    "rSum",
+    "Protocol",
+)
 
 
 def parser() -> argparse.ArgumentParser:
@@ -32,6 +50,10 @@ def parser() -> argparse.ArgumentParser:
         "--data", required=True, help="a JSON file in Karpathy's format, a table, tar shards or a folder; or `scenes`"
     )
     verb.add_argument("--images", type=Path, help="folder of the pictures; by default `images` beside the file")
+    verb.add_argument(
+        "--ranked", metavar="DATA", help="other data, whose --split is ranked: zero-shot; by default that of --data"
+    )
+    verb.add_argument("--ranked_images", type=Path, help="folder of its pictures")
     verb.add_argument("--train_split", default="train", help="the split that systems learn from")
     verb.add_argument("--split", default="val", help="the split that is ranked")
     verb.add_argument("--train_images", type=int, help="learn from the first so many images; by default all")
@@ -103,7 +125,11 @@ def survey(options: argparse.Namespace) -> None:
         if part
     )
     encoders = SharedEncoders(options.encoders or shipped_checkpoint(), options.grid)
-    train, val = (open_split(options.data, split, options.images) for split in (options.train_split, options.split))
+    train = open_split(options.data, options.train_split, options.images)
+    if options.ranked is None:
+        val = open_split(options.data, options.split, options.images)
+    else:
+        val = open_split(options.ranked, options.split, options.ranked_images)
     if options.train_images is not None:
         train = cast(Pairs, First(train, options.train_images))
     cache = options.cache or options.out / "features"
@@ -119,7 +145,7 @@ def survey(options: argparse.Namespace) -> None:
     facts = {
         "Learned from": f"{train.name} {train.split}, {len(train):,} images",
         "Ranked": f"{val.name} {val.split}, {len(val):,} images",
-        "Encoders": f"{options.encoders or CHECKPOINT}, {encoders.size / 1e6:.1f} M parameters, frozen",
+        "Encoders": f"{options.encoders or CHECKPOINT}, {sum(encoders.sizes.values()) / 1e6:.1f} M parameters, frozen",
         "Image tokens": str(encoders.image_tokens),
         "Seed": str(options.seed),
     }
@@ -132,6 +158,8 @@ def survey(options: argparse.Namespace) -> None:
             failed[name] = error
             say(f"{name} failed: {error}")
         page = write_page(options.out, facts)
-    Console().print(f"[bold]{page}[/]")
+    console, measured = Console(), list(read_results(options.out).get(setting, {}).values())
+    console.print(printed(taxonomy(measured), COSTS), printed(accuracy(measured), RECALLS))
+    console.print(f"[bold]{page}[/]")
     if failed:
         raise ValueError(f"{len(failed)} of {len(chosen)} systems failed: {', '.join(failed)}; see above")

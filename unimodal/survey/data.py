@@ -17,7 +17,7 @@ from unimodal.data.features import ImageFeatures, SplitFeatures, TextFeatures
 from unimodal.data.pairs import Pairs, fingerprint, require_captions
 from unimodal.data.sampler import hard_batches, random_batches
 from unimodal.survey.encoders import SharedEncoders
-from unimodal.survey.noise import Noise, corrupted
+from unimodal.survey.noise import Noise, changed, corrupted
 from unimodal.survey.nouns import objects_of
 from unimodal.systems import Batch, Images, Stage, Texts
 
@@ -83,6 +83,14 @@ class SurveyData:
         noise: corruption of the training captions; by default none.
         shots: how few examples to learn from; by default all.
         seed: of everything that is drawn.
+
+    Attributes:
+        places: row and caption number of all captions that are learned from, a list for each image.
+        rows, captions: the rows of these images, and the captions themselves.
+        corrupted: the share of the captions that noise changed.
+
+    Raises:
+        ValueError: a split without captions; more shots than the data has.
     """
 
     def __init__(
@@ -109,9 +117,13 @@ class SurveyData:
         things = [categories_of(pairs) for pairs in (train, val)]
         self.categories = sorted(frozenset().union(*things[0]))
         self.labels, self.val_labels = (_one_hot(part, self.categories) for part in things)
-        self.rows, self.captions = _shots(train, things[0], shots, seed)
+        self.places = _shots(train, things[0], shots, seed)
+        self.rows = [places[0][0] for places in self.places]
+        self.captions = [[train.captions(row)[c] for row, c in places] for places in self.places]
+        self.corrupted = 0.0
         if noise is not None:
-            self.captions = corrupted(train, self.captions, self.rows, noise)
+            clean, self.captions = self.captions, corrupted(train, self.captions, self.places, noise)
+            self.corrupted = changed(clean, self.captions)
 
     def in_order(self) -> Iterator[Batch]:
         """The training split as it is learned from, every caption once."""
@@ -131,7 +143,7 @@ class SurveyData:
         """
         captions = self.captions
         if stage.noise:
-            captions = corrupted(self.train, captions, self.rows, Noise(stage.noise, "random", self.seed + 1))
+            captions = corrupted(self.train, captions, self.places, Noise(stage.noise, "random", self.seed + 1))
         each = stage.captions_per_image
         size = max(1, min(stage.batch_size // each, len(self.rows)))
         epoch = 0
@@ -218,16 +230,24 @@ def _one_hot(things: Sequence[frozenset[str]], categories: Sequence[str]) -> Ten
 
 def _shots(
     train: Pairs, things: Sequence[frozenset[str]], shots: Shots | None, seed: int
-) -> tuple[list[int], list[list[str]]]:
-    """The rows of the training split that are learned from, and the captions of each."""
-    rows, draw = list(range(len(train))), random.Random(f"shots-{seed}")
-    if shots is not None and shots.of == "class":
-        order = draw.sample(rows, len(rows))
-        chosen: set[int] = set()
-        for name in sorted(frozenset().union(*things)):
-            chosen |= set([i for i in order if name in things[i]][: shots.count])
-        rows = sorted(chosen)
-    captions = [train.captions(i) for i in rows]
-    if shots is not None and shots.of == "pair":
-        captions = [draw.sample(texts, min(shots.count, len(texts))) for texts in captions]
-    return rows, captions
+) -> list[list[tuple[int, int]]]:
+    """What is learned from: row and caption number of each caption, a list for each image. A category with fewer images than asked for
+    gives all it has."""
+    every = [[(row, c) for c in range(len(train.captions(row)))] for row in range(len(train))]
+    if shots is None:
+        return every
+    draw = random.Random(f"shots-{seed}")
+    if shots.of == "pair":
+        _require(shots, max(map(len, every)), "captions of each image", train)
+        return [draw.sample(places, min(shots.count, len(places))) for places in every]
+    order = draw.sample(range(len(train)), len(train))
+    showing = {name: [row for row in order if name in things[row]] for name in frozenset().union(*things)}
+    _require(shots, max(map(len, showing.values()), default=0), "images of each category", train)
+    return [every[row] for row in sorted({row for rows in showing.values() for row in rows[: shots.count]})]
+
+
+def _require(shots: Shots, most: int, what: str, train: Pairs) -> None:
+    if shots.count > most:
+        raise ValueError(
+            f"shots: got {shots.count} {what}, but {train.name} {train.split} has at most {most}; lower it"
+        )

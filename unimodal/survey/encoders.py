@@ -1,5 +1,6 @@
 """The frozen encoders of a survey: the backbone of any checkpoint, read once for every picture and caption."""
 
+import fnmatch
 import math
 from collections.abc import Sequence
 from pathlib import Path
@@ -20,6 +21,9 @@ class SharedEncoders:
         grid: side of the grid of image tokens that systems see; by default the encoder's own. A coarser one is its exact average, so that
             the mean of all tokens stays what it was; tokens without a place come before it.
 
+    Attributes:
+        sizes: parameters of the towers that read images and texts.
+
     Raises:
         ValueError: its backbone reads one of them only or both as one sequence; a grid finer than the encoder's, or of an encoder whose
             tokens are no square.
@@ -30,7 +34,6 @@ class SharedEncoders:
         model, self.processor = load_checkpoint(checkpoint)
         self.backbone = model.backbone.eval().requires_grad_(False)
         backbone = self.backbone
-        self.size = sum(parameter.numel() for parameter in backbone.parameters())
         if backbone.whole or not {"image", "text"} <= set(backbone.modalities):
             raise ValueError(
                 f"{checkpoint}: the survey needs a backbone that reads images and texts apart, this one reads "
@@ -51,6 +54,11 @@ class SharedEncoders:
             if self.coarser is not None:
                 self.image_tokens = len(self.coarser)
             self.text_width = backbone.text_features(ids, mask).shape[-1]
+        self.sizes = {kind: self._size(backbone.tower(kind)) for kind in ("image", "text")}
+
+    def _size(self, patterns: Sequence[str]) -> int:
+        named = self.backbone.named_parameters()
+        return sum(p.numel() for name, p in named if any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns))
 
     def tokenise(self, texts: Sequence[str]) -> tuple[Tensor, Tensor]:
         return self.processor.texts(texts)

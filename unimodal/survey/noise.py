@@ -49,19 +49,22 @@ class Noise:
             raise ValueError(f"noise: expected random, category or swap, got {self.kind!r}")
 
 
-def corrupted(pairs: Pairs, captions: Sequence[Sequence[str]], rows: Sequence[int], noise: Noise) -> list[list[str]]:
-    """The captions of a split with a share of them corrupted; a caption that no corruption of the kind fits stays as it is.
+def corrupted(
+    pairs: Pairs, captions: Sequence[Sequence[str]], places: Sequence[Sequence[tuple[int, int]]], noise: Noise
+) -> list[list[str]]:
+    """The captions of a split with a share of them corrupted; a caption that no corruption of the kind fits stays as it is
+    (`changed` counts those that did not).
 
     Args:
         pairs: the split; its own false captions serve `swap` where it has them.
-        captions: of each of `rows`, as they are.
-        rows: the rows of the split in use.
+        captions: of each image in use, as they are.
+        places: row and caption number in the split of each of them.
         noise: how much, which kind, which seed.
     """
     out = [list(texts) for texts in captions]
     draw = random.Random(f"noise-{noise.seed}-{noise.kind}")
-    places = [(i, c) for i, texts in enumerate(captions) for c in range(len(texts))]
-    chosen = draw.sample(places, round(noise.share * len(places)))
+    every = [(i, c) for i, texts in enumerate(captions) for c in range(len(texts))]
+    chosen = draw.sample(every, round(noise.share * len(every)))
     showing: dict[str, list[int]] = {}
     if noise.kind == "category":
         for i, texts in enumerate(captions):
@@ -70,7 +73,7 @@ def corrupted(pairs: Pairs, captions: Sequence[Sequence[str]], rows: Sequence[in
     for i, c in chosen:
         text = captions[i][c]
         if noise.kind == "swap":
-            false = pairs.negatives(rows[i], c) or swaps(text, draw)
+            false = pairs.negatives(*places[i][c]) or swaps(text, draw)
             out[i][c] = draw.choice(false) if false else text
             continue
         others: Sequence[int] = range(len(captions))
@@ -80,6 +83,12 @@ def corrupted(pairs: Pairs, captions: Sequence[Sequence[str]], rows: Sequence[in
         if others:
             out[i][c] = draw.choice(list(captions[draw.choice(others)]))
     return out
+
+
+def changed(before: Sequence[Sequence[str]], after: Sequence[Sequence[str]]) -> float:
+    """The share of captions that are no longer what they were."""
+    pairs = [pair for texts in zip(before, after, strict=True) for pair in zip(*texts, strict=True)]
+    return sum(old != new for old, new in pairs) / len(pairs)
 
 
 def swaps(text: str, draw: random.Random) -> list[str]:

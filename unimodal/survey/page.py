@@ -8,6 +8,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from rich.table import Table
+
 from unimodal.report import Grid, write_tables
 
 Result = dict[str, Any]
@@ -65,6 +67,7 @@ def taxonomy(results: Sequence[Result]) -> Grid:
             [
                 _name(r),
                 r["interaction"],
+                _count(r["parameters"] + r["shared"]),
                 _count(r["parameters"]),
                 _count(r["trained"]),
                 f"{r['training_seconds']:.0f} s\n{sum(stage['steps'] for stage in r['stages'].values())} steps",
@@ -79,14 +82,17 @@ def taxonomy(results: Sequence[Result]) -> Grid:
     return {
         "title": "What each is, and what it costs",
         "lead": (
-            "Parameters are those on top of the shared frozen encoders. Times are of one text query against the whole gallery, from the "
-            "encoder's tokens on, on the machine of this run. Bytes are what is kept of one image in memory. Deletion: how much faster the "
-            "score falls when the most relevant image tokens are removed first than at random, in standard deviations of the score."
+            "Parameters are those that images and a query are read by, the shared towers included; its own are those beside the shared "
+            "towers, with what is fitted in closed form and with its copy of a tower that it adapts. A system that scores another's first "
+            "candidates counts itself alone. Times are of one text query against the whole gallery, from its token ids on, on the machine "
+            "of this run. Bytes are what is kept of one image in memory. Deletion: how much faster the score falls when the most relevant "
+            "image tokens are removed first than at random, in standard deviations of the score."
         ),
         "columns": [
             "System",
             "Interaction",
             "Parameters",
+            "Its own",
             "Trained\nat most, in a stage",
             "Training",
             "ms per query\nfirst stage",
@@ -103,23 +109,21 @@ def taxonomy(results: Sequence[Result]) -> Grid:
 
 
 def accuracy(results: Sequence[Result]) -> Grid:
-    """Recalls both ways, first and reranked, in the order of the last rSum or text-to-image recall."""
+    """Recalls both ways, first and reranked, in the order of text-to-image R@1."""
     protocols: dict[str, str] = {}
     lines = []
     for r in results:
         if "accuracy" not in r:
             continue
         for stage, found in r["accuracy"].items():
-            label = r["protocol"][stage]
+            label = f"{r['protocol'][stage]}; {r['regime']}"
             letter = protocols.setdefault(label, chr(ord("A") + len(protocols)))
             first = stage == "first"
             cells = [f"{_name(r)}\n{'first stage' if first else 'reranked'}"]
             for way in ("t2i", "i2t"):
                 cells += _direction(found[way])
-            both = [found[way] for way in ("t2i", "i2t") if found[way]]
-            whole = len(both) == 2
-            cells.append(f"{sum(x['mr'] for x in both) / 2:.1f}" if whole else DASH)
-            cells.append(f"{sum(3 * x['mr'] for x in both):.1f}" if whole else DASH)
+            both = found["both"]
+            cells += [DASH if both is None else _with_interval(both, key) for key in ("mr", "rsum")]
             cells.append(letter)
             lines.append((found["t2i"]["r1"], cells))
     lines.sort(key=lambda line: -line[0])
@@ -127,8 +131,9 @@ def accuracy(results: Sequence[Result]) -> Grid:
     return {
         "title": "How well each finds",
         "lead": (
-            "Recall in percent: the share of queries whose best right answer is among the first k; below it its 95 % interval. mR is the "
-            "mean of a direction's three, mR of six that of both, rSum their sum. Sorted by text-to-image R@1."
+            "Recall in percent: the share of queries whose best right answer is among the first k; below each number its 95 % interval "
+            "over images. MedR is the median rank, mR the mean of a direction's three recalls, mR of six that of both, rSum their sum. "
+            "Sorted by text-to-image R@1."
         ),
         "columns": [
             "System",
@@ -141,6 +146,15 @@ def accuracy(results: Sequence[Result]) -> Grid:
         "rows": [cells for _, cells in lines],
         "notes": [f"{letter}: {label}" for label, letter in protocols.items()],
     }
+
+
+def printed(grid: Grid, columns: Sequence[str]) -> Table:
+    """The columns of these names for a terminal, without intervals."""
+    table = Table(*columns, title=grid["title"])
+    places = [grid["columns"].index(name) for name in columns]
+    for row in grid["rows"]:
+        table.add_row(row[0].replace("\n", ", "), *(row[place].partition("\n")[0] for place in places[1:]))
+    return table
 
 
 def published(results: Sequence[Result]) -> Grid:
@@ -252,6 +266,10 @@ def _beside(
     names = sorted(names, key=lambda name: (name.split()[-1], float(name.split()[1])))
     first = results.get(base, {})
     rows, notes = [], []
+    for name in names:
+        if name.startswith("noise"):
+            share = next(iter(results[name].values()))["corrupted"]
+            notes.append(f"{name}: {share:.1%} of the captions are no longer what they were.")
     for system in dict.fromkeys(system for name in names for system in results[name]):
         runs = [first.get(system), *(results[name].get(system) for name in names)]
         alike = [run is not None and runs[0] is not None and not _differ(runs[0], run, but) for run in runs]
@@ -321,13 +339,12 @@ def _name(result: Result) -> str:
 def _direction(found: dict[str, float] | None) -> list[str]:
     if found is None:
         return [DASH] * 5
-    recalls = [f"{found[k]:.1f}" + _interval(found, k) for k in ("r1", "r5", "r10")]
-    return [*recalls, f"{found['medr']:g}", f"{found['mr']:.1f}"]
+    median = "\n".join([f"{found['medr']:g}", f"{found['medr_low']:g} to {found['medr_high']:g}"])
+    return [*(_with_interval(found, key) for key in ("r1", "r5", "r10")), median, _with_interval(found, "mr")]
 
 
-def _interval(found: dict[str, float], key: str) -> str:
-    low = found.get(f"{key}_low")
-    return "" if low is None else f"\n{low:.1f} to {found[f'{key}_high']:.1f}"
+def _with_interval(found: dict[str, float], key: str) -> str:
+    return f"{found[key]:.1f}\n{found[f'{key}_low']:.1f} to {found[f'{key}_high']:.1f}"
 
 
 def _three(values: list[float | None] | None) -> str:

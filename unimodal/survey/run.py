@@ -5,7 +5,8 @@
     OUT/NAME/ranks.safetensors   the rank of every query, for `unimodal compare`
     OUT/index.html               the two tables
 
-A system whose result is there is not run again; a file of other data, budget or encoders is refused.
+Runs with corrupted captions or few examples lie in OUT/SETTING/NAME. A system whose
+result is there is not run again; a file of other data, budget or encoders is refused.
 """
 
 import hashlib
@@ -16,12 +17,14 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from unimodal.metrics import (
     DirectionMetrics,
+    Interval,
     Protocol,
     Ranks,
     bootstrap_interval,
@@ -41,6 +44,7 @@ from unimodal.systems import Images, System, Texts
 RESULT, CONFIG, WEIGHTS, RANKS = "result.json", "system.yaml", "system.safetensors", "ranks.safetensors"
 TIMED = 20  # queries whose time is taken
 EXPLAINED = 16  # pairs of the deletion test
+KS = (1, 5, 10)
 
 
 @dataclass(frozen=True)
@@ -77,7 +81,7 @@ def run_system(name: str, config: Path, run: Run, say: Callable[[str], None] = p
         ValueError: the folder holds results of the name under other settings.
     """
     spec = read_spec(config)
-    settings = _settings(config, run)
+    settings = _settings(spec, config, run)
     folder = run.out / name
     path = folder / RESULT
     if path.exists():
@@ -88,9 +92,8 @@ def run_system(name: str, config: Path, run: Run, say: Callable[[str], None] = p
                 f"{path} was measured under other settings ({', '.join(differ)}); give another --out, or move it away"
             )
         return found
-    shortlist = None
-    if spec.scoring.first not in ("embed", "pairs"):
-        shortlist = _shortlist(spec.scoring.first, config.parent / f"{spec.scoring.first}.yaml", run, say)
+    before = _before(spec, config)
+    embedder = None if before is None else _trained(before, run, say)
     folder.mkdir(parents=True, exist_ok=True)
     start = time.monotonic()
     system = _built(spec, run.data.encoders, run.data.categories, run.seed)
@@ -105,8 +108,11 @@ def run_system(name: str, config: Path, run: Run, say: Callable[[str], None] = p
     )
     trained_for = time.monotonic() - start
     say(f"{spec.title}: ranks")
-    images, texts, image_id, text_image_id = run.data.gallery(pixels=system.needs_pixels)
+    images, texts, image_id, text_image_id = run.data.gallery(
+        pixels=system.needs_pixels or embedder is not None and embedder.needs_pixels
+    )
     start = time.monotonic()
+    shortlist = None if embedder is None else embeddings(embedder, images, texts)
     ranking = rank(system, spec.scoring, images, texts, image_id, text_image_id, shortlist=shortlist)
     ranked_for = time.monotonic() - start
     protocol = _protocol(run)
@@ -117,23 +123,26 @@ def run_system(name: str, config: Path, run: Run, say: Callable[[str], None] = p
         "interaction": spec.interaction,
         "inferred": spec.inferred,
         "setting": run.setting,
+        "corrupted": run.data.corrupted,
         "settings": settings,
         "scoring": asdict(spec.scoring),
         "encoders": run.data.encoders.source,
         "grid": run.data.encoders.grid,
         "categories": run.data.categories,
+        "regime": _regime(system, spec, run),
         "protocol": {"first": protocol.label(), "reranked": None},
         "stages": stages,
-        "parameters": sum(p.numel() for p in system.parameters()),
+        "parameters": _own_size(system),
+        "shared": sum(run.data.encoders.sizes[kind] for kind in system.towers),
         "trained": len(spec.stages) and max(stage["trained"] for stage in stages.values()),
         "findings": system.findings(),
         "training_seconds": trained_for,
         "ranking_seconds": ranked_for,
-        "milliseconds": _milliseconds(system, spec, images, texts, shortlist),
-        "index_bytes": _index_bytes(system, spec, images, texts, shortlist),
+        "milliseconds": _milliseconds(system, spec, images, texts, run.data.encoders, embedder),
+        "index_bytes": _index_bytes(system, spec, images, embedder),
         "published": [asdict(row) for row in spec.published],
     }
-    result |= _accuracy(system, spec, run, ranking, protocol, images, texts, text_image_id)
+    result |= _accuracy(system, spec, run, ranking, protocol, images, texts, image_id, text_image_id)
     say(f"{spec.title}: explains")
     explained = EXPLAINED // 2 if system.needs_pixels else EXPLAINED  # there each token removed is a picture read again
     result["deletion"] = deletion_test(system, images, texts, image_id, text_image_id, pairs=explained, seed=run.seed)
@@ -194,19 +203,39 @@ def _batches(system: System, name: str, stage: str, settings: Any, run: Run) -> 
     return run.data.batches(stage, settings, pixels=system.needs_pixels, order=order)
 
 
-def _shortlist(name: str, config: Path, run: Run, say: Callable[[str], None]) -> tuple[Tensor, Tensor]:
-    """The embeddings of the ranked split of another system, which is trained first where it was not."""
-    run_system(name, config, run, say)
-    _, other, _ = load_system(run.out / name, run.data.encoders)
-    images, texts, _, _ = run.data.gallery(pixels=other.needs_pixels)
-    return embeddings(other, images, texts)
+def _before(spec: Spec, config: Path) -> Path | None:
+    """The file of the system whose first candidates this one scores; None where it ranks by itself."""
+    first = spec.scoring.first
+    return None if first in ("embed", "pairs") else config.parent / f"{first}.yaml"
 
 
-def _settings(config: Path, run: Run) -> dict[str, Any]:
+def _trained(config: Path, run: Run, say: Callable[[str], None]) -> System:
+    """Another system of the run, which is trained now where it was not."""
+    run_system(config.stem, config, run, say)
+    return load_system(run.out / config.stem, run.data.encoders)[1]
+
+
+def _own_size(system: System) -> int:
+    """The numbers of a system beside the shared towers, whether a stage trains them or not."""
+    fixed = (x for module in system.modules() if isinstance(module, System) for x in module.untrained())
+    return sum(x.numel() for some in (system.parameters(), fixed) for x in some)
+
+
+def _regime(system: System, spec: Spec, run: Run) -> str:
+    """What a system saw of the data it is asked about."""
+    train = run.data.train
+    if not spec.stages and type(system).prepare is System.prepare:
+        return "as it comes, nothing learned"
+    return f"{'tuned on' if train.name == run.data.val.name else 'zero-shot from'} {train.name} {train.split}"
+
+
+def _settings(spec: Spec, config: Path, run: Run) -> dict[str, Any]:
     """What a result depends on."""
     data = run.data
+    before = _before(spec, config)
+    files = config.read_bytes() + (b"" if before is None else before.read_bytes())
     return {
-        "system": hashlib.sha256(config.read_bytes()).hexdigest()[:16],
+        "system": hashlib.sha256(files).hexdigest()[:16],
         "budget": str(run.budget),
         "encoders": data.features.images.store.about["backbone"] if data.features.images else "",
         "image_tokens": data.encoders.image_tokens,
@@ -239,18 +268,19 @@ def _accuracy(
     protocol: Protocol,
     images: Images,
     texts: Texts,
+    image_id: Tensor,
     text_image_id: Tensor,
 ) -> dict[str, Any]:
     """Recalls with their intervals first and reranked, or mean average precision by category."""
     if spec.scoring.metric == "category":
         return {"map": _by_category(system, run, protocol, images, texts)}
     out: dict[str, Any] = {
-        "accuracy": {"first": _directions(ranking.t2i, ranking.i2t, protocol, text_image_id, run.seed)}
+        "accuracy": {"first": _recalls(ranking.t2i, ranking.i2t, protocol, image_id, text_image_id, run.seed)}
     }
     if ranking.t2i_reranked is not None:
         again = _reranked(protocol, spec)
-        out["accuracy"]["reranked"] = _directions(
-            ranking.t2i_reranked, ranking.i2t_reranked, again, text_image_id, run.seed
+        out["accuracy"]["reranked"] = _recalls(
+            ranking.t2i_reranked, ranking.i2t_reranked, again, image_id, text_image_id, run.seed
         )
         out["protocol"] = {"first": protocol.label(), "reranked": again.label()}
     return out
@@ -262,22 +292,40 @@ def _reranked(protocol: Protocol, spec: Spec) -> Protocol:
     return protocol.reranked(scoring.k, scoring.combine, scale)
 
 
-def _directions(
-    t2i: Tensor, i2t: Tensor | None, protocol: Protocol, text_image_id: Tensor, seed: int
+def _recalls(
+    t2i: Tensor, i2t: Tensor | None, protocol: Protocol, image_id: Tensor, text_image_id: Tensor, seed: int
 ) -> dict[str, dict[str, float] | None]:
-    out: dict[str, dict[str, float] | None] = {}
-    for name, found in (("t2i", t2i), ("i2t", i2t)):
+    """Of ranks [C] and [I]: recalls, median rank and mean recall of each direction, and both together (`both`), with intervals over images:
+    captions of one image are no independent queries."""
+
+    def measured(values: np.ndarray, groups: Tensor, statistic: Callable[[np.ndarray], float] = np.mean) -> Interval:
+        return bootstrap_interval(values, protocol, seed=seed, groups=groups, statistic=statistic)
+
+    out: dict[str, dict[str, float] | None] = {"t2i": None, "i2t": None, "both": None}
+    hits = {}
+    for way, found, groups in (("t2i", t2i, text_image_id), ("i2t", i2t, image_id)):
         if found is None:
-            out[name] = None
             continue
+        hits[way] = 100.0 * (found[:, None] <= torch.tensor(KS)).double()  # [queries, 3]
+        intervals = {f"r{k}": measured(column.numpy(), groups) for k, column in zip(KS, hits[way].T)}
+        intervals["mr"] = measured(hits[way].mean(1).numpy(), groups)
+        intervals["medr"] = measured(found.double().numpy(), groups, np.median)
         numbers = DirectionMetrics.from_ranks(found)
-        groups = text_image_id if name == "t2i" else None  # captions of one image are no independent queries
-        values = {**asdict(numbers), "mr": numbers.mr}
-        for k in (1, 5, 10):
-            interval = bootstrap_interval(100.0 * (found <= k).numpy(), protocol, seed=seed, groups=groups)
-            values |= {f"r{k}_low": interval.low, f"r{k}_high": interval.high}
-        out[name] = values
+        out[way] = {**asdict(numbers), "mr": numbers.mr} | _ends(intervals)
+    if i2t is not None:
+        of_texts = torch.stack([hits["t2i"][text_image_id == i].mean(0) for i in image_id])
+        together = torch.cat([of_texts, hits["i2t"]], 1)  # [I, 6]
+        intervals = {
+            "mr": measured(together.mean(1).numpy(), image_id),
+            "rsum": measured(together.sum(1).numpy(), image_id),
+        }
+        rsum = float(hits["t2i"].mean(0).sum() + hits["i2t"].mean(0).sum())
+        out["both"] = {"rsum": rsum, "mr": rsum / 6} | _ends(intervals)
     return out
+
+
+def _ends(intervals: dict[str, Interval]) -> dict[str, float]:
+    return {f"{name}_{end}": getattr(found, end) for name, found in intervals.items() for end in ("low", "high")}
 
 
 def _by_category(system: System, run: Run, protocol: Protocol, images: Images, texts: Texts) -> dict[str, Any]:
@@ -308,24 +356,27 @@ def _by_category(system: System, run: Run, protocol: Protocol, images: Images, t
 
 @inference()
 def _milliseconds(
-    system: System, spec: Spec, images: Images, texts: Texts, shortlist: tuple[Tensor, Tensor] | None
+    system: System, spec: Spec, images: Images, texts: Texts, encoders: SharedEncoders, embedder: System | None
 ) -> dict[str, float | None]:
-    """One text query at a time against all images, from its tokens: first stage and reranked, in milliseconds."""
+    """One text query at a time against all images, from its token ids: first stage and reranked, in milliseconds."""
     scoring = spec.scoring
+    first_stage = embedder or system
     needs_state = scoring.first == "pairs" or scoring.k
     image_state = states(system, images, texts.select(torch.arange(1)))[0] if needs_state else ()
-    gallery = shortlist[0] if shortlist else None
-    if scoring.first == "embed":
-        gallery = embeddings(system, images, texts.select(torch.arange(1)))[0]
+    gallery = None
+    if scoring.first != "pairs":
+        gallery = embeddings(first_stage, images, texts.select(torch.arange(1)))[0]
     first, again = 0.0, 0.0
     count = min(TIMED, len(texts.ids))
     for row in range(count):
         query = texts.select(torch.tensor([row]))
         start = time.perf_counter()
+        if "text" in {*system.towers, *first_stage.towers}:
+            query = encoders.read_texts(query.ids, query.mask)
         if scoring.first == "pairs":
             scores = system.score_matrix(image_state, system.text_state(query))[:, 0]
         else:
-            text = shortlist[1][row : row + 1] if shortlist else system.embed_texts(query)
+            text = first_stage.embed_texts(query)
             assert gallery is not None
             products = gallery @ text[0]  # [I] or [I, N]
             scores = products if products.ndim == 1 else products.amax(1)
@@ -340,16 +391,12 @@ def _milliseconds(
 
 
 @torch.no_grad()
-def _index_bytes(
-    system: System, spec: Spec, images: Images, texts: Texts, shortlist: tuple[Tensor, Tensor] | None
-) -> int:
+def _index_bytes(system: System, spec: Spec, images: Images, embedder: System | None) -> int:
     """What is kept of one image to answer queries, as it is in memory: its embedding, and its state where pairs are scored."""
     one = images.select(torch.arange(1))
     kept: list[Tensor] = []
-    if spec.scoring.first == "embed":
-        kept.append(system.embed_images(one))
-    elif shortlist is not None:
-        kept.append(shortlist[0][:1])
+    if spec.scoring.first != "pairs":
+        kept.append((embedder or system).embed_images(one))
     if spec.scoring.first == "pairs" or spec.scoring.k:
         kept.extend(system.image_state(one))
     return sum(x.numel() * x.element_size() for x in kept)
@@ -371,15 +418,20 @@ def configs(folder: Path, names: Sequence[str] | None) -> dict[str, Path]:
     """The YAML files of these systems, or of all in a folder; a name may be the path of a YAML file.
 
     Raises:
-        ValueError: there is no system of a name; the message has all there are.
+        ValueError: there is no system of a name, or there are two; the message has all there are.
     """
     known = {path.stem: path for path in sorted(folder.glob("*.yaml"))}
     if names is None:
         return known
-    out = {}
-    for name in names:
-        if name.endswith(".yaml"):
-            out[Path(name).stem] = Path(name)
+    out: dict[str, Path] = {}
+    for given in names:
+        name = Path(given).stem if given.endswith(".yaml") else given
+        if name in out:
+            raise ValueError(
+                f"two systems are called {name!r}: {out[name]} and {given}; rename one file, its name is that of its results"
+            )
+        if given.endswith(".yaml"):
+            out[name] = Path(given)
         elif name in known:
             out[name] = known[name]
         else:

@@ -36,10 +36,10 @@ class Budget:
 
     @classmethod
     def read(cls, text: str) -> "Budget":
-        """`300` or `300 steps`, `2.5 minutes` or `2.5m`."""
+        """`300` or `300 steps`, `2.5 minutes` or `2.5m`; `30 s`, which could be either, is refused."""
         number, unit = text.rstrip(" minutesp"), text.lstrip("0123456789. ")
         try:
-            if unit in ("", "s", "step", "steps"):
+            if unit in ("", "step", "steps"):
                 return cls(steps=int(number))
             if unit in ("m", "min", "minute", "minutes"):
                 return cls(minutes=float(number))

@@ -1,14 +1,15 @@
 """The generic adaptations of a pretrained pair of encoders: as they come, all weights, learned text context, adapters, LoRA.
 
 Learned context: in the spirit of CoOp (Zhou et al. 2021, arXiv 2109.01134), here before every layer of the text tower. Adapters: Houlsby et
-al. 2019 (arXiv 1902.00751). LoRA: Hu et al. 2021 (arXiv 2106.09685). These three leave the image tower frozen and its tokens cached; `full`
-reads pixels.
+al. 2019 (arXiv 1902.00751). LoRA: Hu et al. 2021 (arXiv 2106.09685). These three leave the image tower frozen and read its
+cached tokens; `full` reads pixels.
 
 Legend: B images, M texts, T tokens, C width of an encoder, E embedding width.
 """
 
 import copy
 import fnmatch
+from collections.abc import Iterator, Sequence
 from typing import Any, Literal
 
 import torch.nn.functional as F
@@ -41,6 +42,12 @@ class AsItComes(System):
                 "out, or give --encoders a checkpoint whose backbone has one"
             )
 
+    def untrained(self) -> Iterator[Tensor]:
+        backbone = self.encoders.backbone
+        return (
+            p for name, p in backbone.named_parameters() if any(fnmatch.fnmatchcase(name, own) for own in backbone.own)
+        )
+
     def embed_images(self, images: Images) -> Tensor:
         return self.encoders.backbone.image_embedding(images.tokens, images.mask)
 
@@ -49,7 +56,7 @@ class AsItComes(System):
 
 
 class Adapted(System):
-    """A copy of the shared encoders that trains with a small network on each side's mean token, by contrast.
+    """A copy of the shared text tower, or with `full` of both, that trains with a small network on each side's mean token, by contrast.
 
     Args:
         encoders: the shared ones, which stay as they are.
@@ -64,8 +71,9 @@ class Adapted(System):
     ) -> None:
         super().__init__(encoders)
         self.needs_pixels = method == "full"
+        self.towers = () if self.needs_pixels else ("image",)  # the others are copies of its own
         self.backbone = copy.deepcopy(encoders.backbone)
-        _keep_towers(self.backbone)
+        _keep_towers(self.backbone, [kind for kind in ("image", "text") if kind not in self.towers])
         if method != "full":
             target = tuple(f"backbone.{pattern}" for pattern in self.backbone.tower("text"))
             add_adapter(
@@ -107,9 +115,9 @@ class Adapted(System):
         self.scale.clamp()
 
 
-def _keep_towers(backbone: nn.Module) -> None:
-    """Make buffers of the parameters that no feature depends on (projections for a bridge), so that none is counted or trained."""
-    patterns = [pattern for kind in ("image", "text") for pattern in backbone.tower(kind)]  # type: ignore[operator]
+def _keep_towers(backbone: nn.Module, kinds: Sequence[str]) -> None:
+    """Make buffers of all parameters but those of these towers, so that none is counted or trained."""
+    patterns = [pattern for kind in kinds for pattern in backbone.tower(kind)]  # type: ignore[operator]
     for name, parameter in list(backbone.named_parameters()):
         if not any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns):
             place, _, last = name.rpartition(".")

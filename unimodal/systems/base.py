@@ -91,11 +91,13 @@ class System(nn.Module):
 
     Attributes:
         needs_pixels: whether it reads pixels beside the encoder's tokens.
+        towers: the shared encoders whose tokens it reads; one that reads ids by itself has no use for the text tower.
         looks: patterns over the names of its `Attention` layers by which texts look at image tokens, a key for each token after those
             of class tokens.
     """
 
     needs_pixels = False
+    towers: tuple[str, ...] = ("image", "text")
     looks: tuple[str, ...] = ()
 
     def __init__(self, encoders: Encoders) -> None:
@@ -108,6 +110,10 @@ class System(nn.Module):
 
     def prepare(self, batches: Iterator[Batch]) -> None:
         """What is fitted once, in closed form, before any stage: reads the training split in order, every caption once."""
+
+    def untrained(self) -> Iterator[Tensor]:
+        """Numbers that it ranks by and no stage trains: what `prepare` fitted, or what the encoders have beside their towers."""
+        return iter(())
 
     def losses(self, batch: Batch, stage: str, progress: float) -> dict[str, Tensor]:
         """The losses of a training step by name; they are summed.

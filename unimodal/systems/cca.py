@@ -137,6 +137,9 @@ class CanonicalCorrelation(System):
         for name in FITTED:
             getattr(self, name).copy_(getattr(fitted, name))
 
+    def untrained(self) -> Iterator[Tensor]:
+        return self.buffers()
+
     @property
     def fitted(self) -> CCA:
         """The maps, as they were fitted or loaded."""
