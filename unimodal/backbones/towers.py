@@ -188,7 +188,7 @@ class TwoTowers(Backbone):
                 "rebuild the feature cache with this backbone"
             )
         hidden = self.image_norm(self.vision_projection(features)) + self.image_positions
-        return Tokens(hidden, hidden.new_ones(hidden.shape[:2], dtype=torch.bool), {"image": slice(0, hidden.shape[1])})
+        return Tokens(hidden, hidden.new_ones(hidden.shape[:2], dtype=torch.bool))
 
     def text_features(self, ids: Tensor, mask: Tensor) -> Tensor:
         """Raw tokens [M, L, C] of the text tower."""
@@ -197,7 +197,7 @@ class TwoTowers(Backbone):
     def text_tokens(self, features: Tensor, mask: Tensor) -> Tokens:
         """Project raw text tokens [M, L, C] to [M, L, D]."""
         hidden = self.text_norm(self.text_projection(features))
-        return Tokens(hidden, mask, {"text": slice(0, hidden.shape[1])})
+        return Tokens(hidden, mask)
 
     def image_embedding(self, features: Tensor, mask: Tensor | None) -> Tensor:
         """Raw image tokens, pooled and projected: [B, T, C] -> unit vectors [B, E]."""
