@@ -17,6 +17,7 @@ import yaml
 from toy import toy_config
 
 from unimodal import cli
+from unimodal.cli.cost import machine
 from unimodal.config import to_dict
 
 STAGES = {"align": 5, "sharpen": 4, "generate": 6}
@@ -129,6 +130,15 @@ def test_a_run_ends_in_its_report_and_page(finished: Path) -> None:
     assert report["protocol"]["cider_d"].endswith("; greedy")
     speeds = re.search(r"embeds (\d+) pictures, (\d+) texts and writes (\d+) captions \(greedy\) a second", cost)
     assert speeds and all(int(speed) > 0 for speed in speeds.groups())
+
+
+def test_the_machine_is_what_the_model_lies_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.get_device_name", lambda device: f"GPU {device.index}")
+    assert machine(torch.device("cpu")) == f"{torch.get_num_threads()} processor thread" + (
+        "s" if torch.get_num_threads() > 1 else ""
+    )
+    assert (machine(torch.device("cuda", 1)), machine(torch.device("mps"))) == ("GPU 1", "mps")
 
 
 def test_scores_of_untouched_heads_do_not_change(finished: Path) -> None:
