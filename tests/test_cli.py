@@ -131,6 +131,15 @@ def test_missing_config_file(verb: str, capsys: pytest.CaptureFixture[str]) -> N
     assert status == 2 and "nothing.yaml" in error and len(error.splitlines()) < 3
 
 
+@pytest.mark.parametrize(
+    ("option", "advice"), [("--trainer", "a fragment, for example configs/trainer/ddp.yaml"), ("--data", "a fragment")]
+)
+def test_missing_fragment(option: str, advice: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    status, _, error = run(capsys, "fit", "--config", write(tmp_path, schedule()), option, "nothing.yaml")
+    message = f"{option} nothing.yaml: no such file; give the path of a recipe or {advice}"
+    assert status == 2 and error.strip().endswith(message), error
+
+
 def test_a_file_that_is_no_yaml(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "bad.yaml").write_text("a: [")
     status, _, error = run(capsys, "fit", "--config", tmp_path / "bad.yaml")

@@ -58,7 +58,10 @@ def test_all_else_is_left_to_torch() -> None:
     assert not convolved(lambda: layer(x[:0]))
     assert not convolved(lambda: F.linear(x.bfloat16(), layer.weight.bfloat16()))
     assert not convolved(lambda: F.linear(x.double(), layer.weight.double()))
+    assert not convolved(lambda: F.linear(x, layer.weight[0]))
     with torch.autocast("cpu", torch.bfloat16):
+        assert not convolved(lambda: layer(x))
+    with torch.backends.mkldnn.flags(enabled=False):
         assert not convolved(lambda: layer(x))
     with Calls() as calls:
         layer(x)

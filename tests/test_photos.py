@@ -14,7 +14,7 @@ from unimodal import recipes
 from unimodal.data import CsvTable, JsonLines
 from unimodal.data.scenes import Scenes
 from unimodal.inference import Unimodal
-from unimodal.search import Encoder, cache_folder, index_folder
+from unimodal.search import Encoder, build_index, cache_folder, index_folder
 
 
 @pytest.fixture
@@ -93,9 +93,36 @@ def test_another_model_has_an_index_of_its_own(encoder: Encoder, photos: Path) -
     assert mine.folder != theirs.folder and mine.folder.parent == theirs.folder.parent == cache_folder(photos)
     assert not any(path.is_relative_to(photos) for path in (mine.folder, theirs.folder))
     kept = photos.parent / "kept"
-    assert index_folder(encoder, photos, kept).note is None
-    taken = index_folder(other, photos, kept)
-    assert "was made by model" in str(taken.note) and taken.fresh == 4 and len(taken.index) == 3
+    index_folder(encoder, photos, kept)
+    with pytest.warns(UserWarning, match=f"was made by model .* All pictures in {photos} are read again"):
+        taken = index_folder(other, photos, kept)
+    assert taken.fresh == 4 and len(taken.index) == 3
+
+
+@pytest.mark.filterwarnings("ignore:.*could not be read and are not in the index")
+@pytest.mark.parametrize("whose", ["mine", "another model's", "another folder's", "of another format", "foreign"])
+def test_an_index_of_something_else_stays_as_it_is(whose: str, encoder: Encoder, photos: Path) -> None:  # noqa: F811
+    kept = photos.parent / "kept"
+    held = "something that is not the index of a folder"
+    if whose == "another folder's":
+        index_folder(encoder, photos / "more", kept)
+        held = f"the index of {photos / 'more'}"
+    elif whose == "foreign":
+        kept.mkdir()
+        (kept / "index.json").write_text("[]")
+    else:
+        maker = Encoder(toy_model(seed=1), toy_processor()) if whose == "another model's" else encoder
+        build_index(maker, ["a red circle"], folder=kept)
+    if whose == "of another format":
+        (kept / "index.json").write_text('{"format": 1}')
+    before = {path: path.read_bytes() for path in kept.rglob("*") if path.is_file()}
+    expected = f"kept holds {held}, expected the index of {photos}; choose another folder for the index, or delete it"
+    with pytest.raises(ValueError, match=expected):
+        index_folder(encoder, photos, kept)
+    assert {path: path.read_bytes() for path in kept.rglob("*") if path.is_file()} == before
+    index_folder(encoder, photos, photos.parent / "free")
+    with pytest.raises(ValueError, match="free holds another index: other .*root"):
+        build_index(encoder, ["a red circle"], folder=photos.parent / "free")
 
 
 def test_folders_of_one_name_are_told_apart_and_one_folder_by_two_names_is_not(tmp_path: Path, monkeypatch) -> None:
@@ -241,6 +268,16 @@ def test_what_was_read_is_said(model: Path, photos: Path, capsys, monkeypatch) -
     assert f"{photos}: read what is new or has changed (20), forgot what is gone or has changed (1)" in error
     assert error.count("skipped: ") == 10 and "21 of 23 pictures skipped, 10 of them named above" in error
     assert Path(output.splitlines()[-1]).read_text().count("is no image") == 21
+
+
+@pytest.mark.filterwarnings("ignore:.*could not be read and are not in the index")
+def test_another_models_index_is_made_again_and_that_is_said(model: Path, photos: Path, capsys) -> None:  # noqa: F811
+    kept = photos.parent / "kept"
+    index_folder(Encoder(toy_model(seed=1), toy_processor()), photos, kept)
+    _, _, error = run(capsys, "search", photos, "a star", "--model", model, "--top_k", 1, "--index", kept)
+    said = [line for line in error.splitlines() if line.startswith(f"{kept} was made by model ")]
+    assert len(said) == 1 and said[0].endswith(f"All pictures in {photos} are read again")
+    assert error.index(said[0]) < error.index(f"{photos}: read 3 pictures; what was read is kept in {kept}")
 
 
 def test_folder_and_query_that_changed_places(photos: Path, capsys: pytest.CaptureFixture[str]) -> None:  # noqa: F811

@@ -25,6 +25,7 @@ def test_label_says_everything_in_one_line() -> None:
     assert TOY.label() == "flickr8k test [ab12]; 2 images, 10 captions (5 per image); rule: hit; first stage"
     assert TOY.reranked(128, "sum").label().endswith("rule: hit; reranked top 128 (sum)")
     assert TOY.reranked(128, "sum", 0.02).label().endswith("reranked top 128 (sum, match x 0.02)")
+    assert replace(TOY, stage=None, rule="words", decoding="3 beams").label().endswith("rule: words; 3 beams")
 
 
 @pytest.mark.parametrize(
@@ -59,6 +60,7 @@ def test_table_prints_the_shared_protocol_once() -> None:
         (dict(fingerprint="cd34"), "fingerprint: 'ab12' / 'cd34'"),
         (dict(captions_per_image=None), "captions_per_image: 5 / None"),
         (dict(folds=5), "folds: 1 / 5"),
+        (dict(decoding="3 beams"), "decoding: None / '3 beams'"),
         (dict(stage="reranked", k=8, combine="sum"), "stage: 'first' / 'reranked'; k: None / 8; combine: None / 'sum'"),
     ],
 )

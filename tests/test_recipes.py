@@ -63,7 +63,7 @@ def test_quickstart(tmp_path: Path) -> None:
     assert done["foresee"]["untouched_heads"] == ["captioning"]
     assert done["generate"]["untouched_heads"] == ["embedding", "matching", "captioning"]
     report = json.loads((tmp_path / "out/report.json").read_text())
-    assert len(report["metrics"]) == 8 and all(0 <= value <= 1 for value in report["metrics"].values())
+    assert len(report["metrics"]) == 10 and all(0 <= value <= 1 for value in report["metrics"].values())
     assert (tmp_path / "out/index.html").exists()
 
 
@@ -92,7 +92,7 @@ def test_small(tmp_path: Path) -> None:
         "describe": ["embedding"],
     }
     report = json.loads((tmp_path / "out/report.json").read_text())
-    assert {"t2i_r1_reranked", "i2t_r1_first"} <= report["metrics"].keys() and "captions" in report["more"]
+    assert {"t2i_r1_reranked", "i2t_r1_first", "cider_d"} <= report["metrics"].keys() and "captions" in report["more"]
     before, after = (
         hub.load_checkpoint(tmp_path / "out" / stage / "model")[0].state_dict() for stage in ("align", "describe")
     )

@@ -37,7 +37,13 @@ def contents(text: str = "a red circle") -> Report:
         "wall_seconds": 3700.0,
         "peak_memory_mb": 1834.2,
         "metrics": [
-            {"name": text, "protocol": "gallery of 500", "first": 0.712, "reranked": 0.934, "aim": 0.9},
+            {
+                "name": text,
+                "protocol": "gallery of 500",
+                "first": 0.712,
+                "reranked": 0.934,
+                "aims": {"first": 0.8, "reranked": 0.9},
+            },
             {"name": "rank", "protocol": text, "value": 3.0, "unit": "number"},
         ],
         "stages": [stage],  # type: ignore[list-item]
@@ -105,12 +111,22 @@ def test_empty_lists_leave_their_sections_out(tmp_path: Path) -> None:
 
 def test_numbers_and_verdicts_are_shown(tmp_path: Path) -> None:
     text = page(tmp_path, contents())
-    for shown in ("71.2%", "93.4%", "90.0%", "gallery of 500", "1 h 1 min 40 s", "1,834 MB", "2.50 M", "1.5 k"):
+    for shown in (
+        "71.2%",
+        "93.4%",
+        "80.0%",
+        "90.0%",
+        "gallery of 500",
+        "1 h 1 min 40 s",
+        "1,834 MiB",
+        "2.50 M",
+        "1.5 k",
+    ):
         assert shown in text
     assert '<small class="down">−10.0</small>' in text  # 0.4, unknown, 0.3
     assert "the right one: #2 → #1" in text
     assert "not in the first 1" in text
-    assert text.count('aria-label="wrong"') == 2  # the embedding's swap and the caption
+    assert text.count('aria-label="wrong"') == 3  # an aim, the embedding's swap and the caption
 
 
 @pytest.mark.parametrize(

@@ -17,6 +17,7 @@ import yaml
 from toy import toy_config
 
 from unimodal import cli
+from unimodal.cli.cost import machine
 from unimodal.config import to_dict
 
 STAGES = {"align": 5, "sharpen": 4, "generate": 6}
@@ -100,6 +101,8 @@ def test_a_run_ends_in_its_report_and_page(finished: Path) -> None:
         "t2i_r1_reranked",
         "i2t_r1_first",
         "i2t_r1_reranked",
+        "cider_d",
+        "bleu_4",
         "swap_accuracy_embed",
         "swap_accuracy_match",
         "caption_exact_attributes",
@@ -123,8 +126,19 @@ def test_a_run_ends_in_its_report_and_page(finished: Path) -> None:
     assert f"Training took {minutes:.0f} minutes on {torch.get_num_threads()} processor thread" in cost
     stored = (finished / "out" / "model" / "model.safetensors").stat().st_size
     assert float(re.search(r"are ([\d.]+) MB in float32", cost)[1]) == pytest.approx(stored / 1e6, rel=0.05)  # type: ignore[index]
+    assert re.search(r"\*\*captions\*\*\. Protocol: .*; rule: caption words: .*; greedy\n", card)
+    assert report["protocol"]["cider_d"].endswith("; greedy")
     speeds = re.search(r"embeds (\d+) pictures, (\d+) texts and writes (\d+) captions \(greedy\) a second", cost)
     assert speeds and all(int(speed) > 0 for speed in speeds.groups())
+
+
+def test_the_machine_is_what_the_model_lies_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.get_device_name", lambda device: f"GPU {device.index}")
+    assert machine(torch.device("cpu")) == f"{torch.get_num_threads()} processor thread" + (
+        "s" if torch.get_num_threads() > 1 else ""
+    )
+    assert (machine(torch.device("cuda", 1)), machine(torch.device("mps"))) == ("GPU 1", "mps")
 
 
 def test_scores_of_untouched_heads_do_not_change(finished: Path) -> None:

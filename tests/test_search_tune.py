@@ -278,3 +278,13 @@ def test_calibrate_from_the_shell(data: Path, tmp_path: Path, capsys: pytest.Cap
             return
         assert "rank true pairs below wrong ones" in output.err
     raise AssertionError("no seed ranks true pairs above wrong ones")
+
+
+def test_a_calibration_is_dropped_with_its_precision_and_that_is_said() -> None:
+    model = Unimodal(toy_model(), toy_processor())
+    model.encoder.calibration = Calibration(2.0, 1.0, 4, 2, 0.1, 0.0, ((0.5, 0.9),), "any")
+    assert model.to("cpu", torch.float32).encoder.calibration is not None
+    message = "measured on weights in torch.float32, these are now torch.bfloat16: .* calibrate again"
+    with pytest.warns(UserWarning, match=message):
+        model.to(dtype=torch.bfloat16)
+    assert model.encoder.calibration is None

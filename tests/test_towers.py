@@ -9,7 +9,7 @@ import torch
 from toy import IMAGE_SIZE, toy_config, toy_model, toy_processor
 
 from unimodal import stages
-from unimodal.config import TowerEmbeddingConfig, VisionTowerConfig
+from unimodal.config import BackboneConfig, TowerEmbeddingConfig, VisionTowerConfig, from_dict
 from unimodal.hub import load_checkpoint, save_checkpoint
 from unimodal.model import UnimodalModel
 
@@ -83,23 +83,19 @@ def test_an_earlier_stage_stands_beside_the_last_features() -> None:
     torch.testing.assert_close(found, expected)
 
 
-@pytest.mark.parametrize(
-    ("vision", "message"),
-    [
-        (
-            {"also": 1, "stage": 1},
-            r"stage is 1 and also is 1; `also` stands beside the last features, so leave stage null",
-        ),
-        (
-            {"also": 1},
-            r"stage 1 \(also\) leaves features \(\d+, 8, 8\) and the last ones are \(\d+, 1, 1\); expected a conv",
-        ),
-    ],
-)
-def test_a_stage_of_another_grid_is_refused(vision: dict[str, Any], message: str) -> None:
-    tower = VisionTowerConfig(name="test_efficientnet", image_size=IMAGE_SIZE, **vision)
+@pytest.mark.parametrize("part", ["vision", "beside"])
+def test_a_stage_beside_a_stage_is_refused_by_the_configuration(part: str) -> None:
+    message = f"backbone.{part}: stage is 1 and also is 1; `also` stands beside the last features, so leave stage null"
     with pytest.raises(ValueError, match=message):
-        UnimodalModel(replace(toy_config(), backbone=replace(toy_config().backbone, vision=tower)))
+        from_dict(BackboneConfig, {part: {"also": 1, "stage": 1}})
+
+
+@pytest.mark.parametrize("part", ["vision", "beside"])
+def test_a_stage_of_another_grid_is_refused(part: str) -> None:
+    tower = VisionTowerConfig(name="test_efficientnet", also=1, image_size=IMAGE_SIZE)
+    message = rf"backbone.{part}: stage 1 \(also\) leaves features \(\d+, 8, 8\) and the last ones are \(\d+, 1, 1\); expected a conv"
+    with pytest.raises(ValueError, match=message):
+        UnimodalModel(replace(toy_config(), backbone=replace(toy_config().backbone, **{part: tower})))
 
 
 @pytest.mark.parametrize(

@@ -126,6 +126,9 @@ class BackboneConfig:
         text: the text tower.
         embedding: an embedding of the towers' own, for `embedding.kind: backbone`; None has none.
         published: a published model in place of the two towers.
+
+    Raises:
+        ValueError: an image tower has both a `stage` and an `also`.
     """
 
     width: int | None = 384
@@ -134,6 +137,14 @@ class BackboneConfig:
     text: TextTowerConfig = field(default_factory=TextTowerConfig)
     embedding: TowerEmbeddingConfig | None = None
     published: PublishedConfig | None = None
+
+    def __post_init__(self) -> None:
+        for part, tower in (("vision", self.vision), ("beside", self.beside)):
+            if tower is not None and tower.stage is not None and tower.also is not None:
+                raise ValueError(
+                    f"backbone.{part}: stage is {tower.stage} and also is {tower.also}; `also` stands beside the last features, so leave "
+                    "stage null"
+                )
 
     @property
     def label(self) -> str:

@@ -12,14 +12,13 @@ here nor in the training loop. It follows that
 Without a process group every function is the identity (or the local value), so a loss is written once.
 
 Gather with gradient: Radford et al. 2021 (CLIP). Ring exchange: Zhai et al. 2023 (SigLIP, arXiv 2303.15343).
-Legend: B local batch, R ranks, L length.
+Legend: B local batch, R ranks.
 """
 
 from collections.abc import Iterator
 
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 from torch import Tensor
 
 
@@ -58,20 +57,6 @@ def local_rows(x: Tensor) -> Tensor:
     return x[rank() * rows : (rank() + 1) * rows]
 
 
-def pad_to_longest(x: Tensor, value: float = 0) -> Tensor:
-    """Pad dimension 1 at its end to the longest length of any rank, [B, L, ...] -> [B, max L, ...].
-
-    Texts are padded to the longest of their own batch, so their lengths differ between ranks and must meet before a
-    gather. Differentiable. Use `value` = False for a mask, the pad id for token ids.
-    """
-    if world_size() == 1:
-        return x
-    longest = torch.tensor(x.shape[1], device=x.device)
-    dist.all_reduce(longest, op=dist.ReduceOp.MAX)
-    behind = [0, 0] * (x.dim() - 2)  # F.pad counts dimensions from the last one
-    return F.pad(x, [*behind, 0, int(longest) - x.shape[1]], value=value)
-
-
 @torch.no_grad()
 def sum_over_ranks(x: Tensor) -> Tensor:
     """Element-wise sum over ranks, without gradient: how many real tokens does the global batch hold?"""
@@ -79,11 +64,6 @@ def sum_over_ranks(x: Tensor) -> Tensor:
     if world_size() > 1:
         dist.all_reduce(total)
     return total
-
-
-def mean_over_ranks(x: Tensor) -> Tensor:
-    """Element-wise mean over ranks, without gradient: by the convention above, a loss on the global batch."""
-    return sum_over_ranks(x) / world_size()
 
 
 def ring_exchange(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
@@ -141,5 +121,5 @@ def _require_equal_shapes(x: Tensor) -> None:
         if shape != shapes[0]:
             raise ValueError(
                 f"Rank 0 brought shape {shapes[0]}, rank {other} brought {shape}; every rank must bring the same "
-                "shape. Drop the last uneven batch (drop_last=True); if only lengths differ, call pad_to_longest first."
+                "shape. Drop the last uneven batch (drop_last=True); if only lengths differ, pad all to one length first."
             )

@@ -639,10 +639,16 @@ class Unimodal:
 
     def to(self, device: str | torch.device | None = None, dtype: torch.dtype | None = None) -> "Unimodal":
         """Move the model to a device or convert it to a precision, with all adapters; returns itself. A calibration holds for the
-        precision that it was measured in, and is dropped with it."""
+        precision that it was measured in, and is dropped with it, with a warning."""
+        before = self.model.log_scale.dtype
         for encoder in (self.encoder, *self.encoders.values()):
-            if dtype not in (None, encoder.model.log_scale.dtype):
+            if dtype not in (None, before) and encoder.calibration is not None:
                 encoder.calibration = None
+                warnings.warn(
+                    f"the calibration was measured on weights in {before}, these are now {dtype}: match probabilities are not "
+                    "calibrated; calibrate again",
+                    stacklevel=2,
+                )
             encoder.model.to(device=device, dtype=dtype)
         return self
 

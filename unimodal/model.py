@@ -347,7 +347,7 @@ class UnimodalModel(nn.Module):
             self._use_own_adapters()
             features, mask = self.backbone.image_features(pixels), self.backbone.image_mask(pixels)
         own = self.backbone.image_embedding(features, mask) if self._uses_own_embedding else None
-        hidden, mask, _ = self.backbone.image_tokens(features, mask)
+        hidden, mask = self.backbone.image_tokens(features, mask)
         writes, judges = (
             job in self.heads and isinstance(self.heads[job], kind)
             for job, kind in (("captioning", heads.BridgeCaptioner), ("matching", heads.BridgeMatchingHead))
@@ -365,7 +365,7 @@ class UnimodalModel(nn.Module):
             self._use_own_adapters()
             features = self.backbone.text_features(ids, mask)
         own = self.backbone.text_embedding(features, ids, mask) if self._uses_own_embedding else None
-        hidden, mask, _ = self.backbone.text_tokens(features, mask)
+        hidden, mask = self.backbone.text_tokens(features, mask)
         return TextState(ids, mask, hidden, self._read("text", hidden, mask), own)
 
     def _read(self, queries: str, memory: Tensor | KeyValues, mask: Tensor, cache: KeyValues | None = None) -> Tensor:

@@ -1,8 +1,7 @@
 """Find what ships with the package: a recipe by name (`quickstart/schedule` -> the YAML file), and the small checkpoint.
 
 A recipe is a YAML file under `tasks/`, named by its path there without the suffix. The wheel carries that folder as
-`unimodal/_recipes`, beside `unimodal/configs`, so that relative includes (`../../configs/...`) hold there too. The checkpoint
-is no part of the wheel.
+`unimodal/_recipes`, beside `unimodal/configs`. The checkpoint is no part of the wheel.
 """
 
 import difflib

@@ -48,10 +48,6 @@ def paths(model: UnimodalModel) -> dict[str, tuple[str, ...]]:
     return {head: path for head, path in out.items() if head in model.jobs}
 
 
-def _matches(name: str, patterns: Iterable[str]) -> bool:
-    return any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)
-
-
 def called(name: str) -> tuple[str, ...]:
     """What a pattern may call a parameter: by its name, its name without adapters around it, and `adapters.NAME` of its adapter NAME."""
     adapter = adapter_of(name)
@@ -116,7 +112,9 @@ def moved(before: dict[str, str], after: dict[str, str]) -> list[str]:
 def untouched_heads(model: UnimodalModel) -> list[str]:
     """Heads with no trained parameter on their path."""
     trained = [name for name, p in model.named_parameters() if p.requires_grad]
-    return [head for head, path in paths(model).items() if not any(_matches(name, path) for name in trained)]
+    return [
+        head for head, path in paths(model).items() if not any(fnmatch.filter(trained, pattern) for pattern in path)
+    ]
 
 
 @torch.no_grad()

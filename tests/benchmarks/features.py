@@ -85,7 +85,8 @@ def main() -> int:
             data.bind(task.config, task.model.backbone)
             loaders[name] = data.train_dataloader()
             for images in [cache.images for cache in data.caches.values() if cache.images is not None]:
-                result[f"bytes an image, {name}"] = round(images.store.bytes_per_row)
+                size = sum(path.stat().st_size for path in images.store.folder.glob("*.bin"))
+                result[f"bytes an image, {name}"] = round(size / images.store.done)
         epoch(task, loaders["live"], optimizer)  # decodes the pictures
         seconds: dict[str, list[tuple[float, float]]] = {name: [] for name in loaders}
         for _ in range(options.runs):

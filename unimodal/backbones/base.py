@@ -22,12 +22,11 @@ def move_pixels(pixels: Pixels, device: torch.device, dtype: torch.dtype | None 
 class Tokens(NamedTuple):
     """What a backbone read from a batch of items.
 
-    `hidden` [B, T, D] are the tokens, `mask` [B, T] is True on real ones, `spans` names the slice of each part of an item.
+    `hidden` [B, T, D] are the tokens, `mask` [B, T] is True on real ones.
     """
 
     hidden: Tensor
     mask: Tensor
-    spans: dict[str, slice]
 
 
 class Backbone(nn.Module):

@@ -75,4 +75,4 @@ class Blip2Backbone(Backbone):
     def image_tokens(self, features: Tensor, mask: Tensor | None = None) -> Tokens:
         """[B, T, D] -> [B, T, D], normalised."""
         hidden = self.model.vision_model.post_layernorm(features)
-        return Tokens(hidden, hidden.new_ones(hidden.shape[:2], dtype=torch.bool), {"image": slice(0, hidden.shape[1])})
+        return Tokens(hidden, hidden.new_ones(hidden.shape[:2], dtype=torch.bool))

@@ -104,7 +104,7 @@ class PretrainedPair(Backbone):
         """[B, T, C] -> [B, T, D]."""
         hidden = self.image_projection(features) if self.projects else features
         mask = hidden.new_ones(hidden.shape[:2], dtype=torch.bool) if mask is None else mask
-        return Tokens(hidden, mask, {"image": slice(0, hidden.shape[1])})
+        return Tokens(hidden, mask)
 
     def text_features(self, ids: Tensor, mask: Tensor) -> Tensor:
         """Last hidden states [M, L, C] of the text tower. SigLIP was trained without a mask: it reads its padding, too."""
@@ -114,7 +114,7 @@ class PretrainedPair(Backbone):
     def text_tokens(self, features: Tensor, mask: Tensor) -> Tokens:
         """[M, L, C] -> [M, L, D]."""
         hidden = self.text_projection(features) if self.projects else features
-        return Tokens(hidden, mask, {"text": slice(0, hidden.shape[1])})
+        return Tokens(hidden, mask)
 
     def image_embedding(self, features: Tensor, mask: Tensor | None) -> Tensor:
         """CLIP projects the class token, SigLIP pools by attention: [B, T, C] -> unit vectors [B, E]."""

@@ -95,7 +95,7 @@ class QwenVL(Backbone):
     def image_tokens(self, features: Tensor, mask: Tensor | None = None) -> Tokens:
         """[B, L, C] -> [B, L, D]."""
         mask = features.new_ones(features.shape[:2], dtype=torch.bool) if mask is None else mask
-        return Tokens(self.projection(features), mask, {"image": slice(0, features.shape[1])})
+        return Tokens(self.projection(features), mask)
 
     def text_features(self, ids: Tensor, mask: Tensor) -> Tensor:
         """Last hidden states [M, L, C] of conversations without pictures."""
@@ -103,7 +103,7 @@ class QwenVL(Backbone):
 
     def text_tokens(self, features: Tensor, mask: Tensor) -> Tokens:
         """[M, L, C] -> [M, L, D]."""
-        return Tokens(self.projection(features), mask, {"text": slice(0, features.shape[1])})
+        return Tokens(self.projection(features), mask)
 
     def image_embedding(self, features: Tensor, mask: Tensor | None) -> Tensor:
         """The state of the last real token [B, L, C] -> unit vectors [B, E]."""

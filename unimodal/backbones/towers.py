@@ -73,7 +73,7 @@ class TwoTowers(Backbone):
         self.width = width
         self.parts = {part: f"{part}." for part in ("vision", *(() if beside is None else ("beside",)), "text")}
         self.image_size = vision.image_size
-        self.levels = [(vision.stage, vision.also)]
+        self.levels = [("vision", vision.stage, vision.also)]
         self.max_length = text.max_length
         self.sources = {}
         self.vision = self._build_vision("vision", vision, pretrained)
@@ -88,7 +88,7 @@ class TwoTowers(Backbone):
             self.vision.train()
             self.vision_width = features.shape[-1]
             if beside is not None:
-                self.levels.append((beside.stage, beside.also))
+                self.levels.append(("beside", beside.stage, beside.also))
                 same = [(tower.image_size, tower.mean, tower.std) for tower in (vision, beside)]
                 others, places = _vision_map(second.eval(), *self.levels[1], pixels)
                 second.train()
@@ -188,7 +188,7 @@ class TwoTowers(Backbone):
                 "rebuild the feature cache with this backbone"
             )
         hidden = self.image_norm(self.vision_projection(features)) + self.image_positions
-        return Tokens(hidden, hidden.new_ones(hidden.shape[:2], dtype=torch.bool), {"image": slice(0, hidden.shape[1])})
+        return Tokens(hidden, hidden.new_ones(hidden.shape[:2], dtype=torch.bool))
 
     def text_features(self, ids: Tensor, mask: Tensor) -> Tensor:
         """Raw tokens [M, L, C] of the text tower."""
@@ -197,7 +197,7 @@ class TwoTowers(Backbone):
     def text_tokens(self, features: Tensor, mask: Tensor) -> Tokens:
         """Project raw text tokens [M, L, C] to [M, L, D]."""
         hidden = self.text_norm(self.text_projection(features))
-        return Tokens(hidden, mask, {"text": slice(0, hidden.shape[1])})
+        return Tokens(hidden, mask)
 
     def image_embedding(self, features: Tensor, mask: Tensor | None) -> Tensor:
         """Raw image tokens, pooled and projected: [B, T, C] -> unit vectors [B, E]."""
@@ -213,18 +213,14 @@ class TwoTowers(Backbone):
 
 
 def _vision_map(
-    tower: Any, stage: int | None, also: int | None, pixels: Tensor
+    tower: Any, part: str, stage: int | None, also: int | None, pixels: Tensor
 ) -> tuple[Tensor, tuple[int, int] | None]:
-    """Raw tokens [B, T, C] of an image tower, and the grid they come from when it is convolutional."""
+    """Raw tokens [B, T, C] of the image tower that is this part of the backbone, and the grid they come from when it is convolutional."""
     if also is not None:
-        if stage is not None:
-            raise ValueError(
-                f"backbone.vision: stage is {stage} and also is {also}; `also` stands beside the last features, so leave stage null"
-            )
         features, (between,) = tower.forward_intermediates(pixels, indices=[also])
         if features.ndim != 4 or features.shape[-2:] != between.shape[-2:]:
             raise ValueError(
-                f"backbone.vision: stage {also} (also) leaves features {tuple(between.shape[1:])} and the last ones are "
+                f"backbone.{part}: stage {also} (also) leaves features {tuple(between.shape[1:])} and the last ones are "
                 f"{tuple(features.shape[1:])}; expected a convolutional network and a stage of the same grid, the last for example"
             )
         features = torch.cat([features, between], dim=1)

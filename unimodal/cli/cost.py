@@ -15,21 +15,23 @@ from unimodal.model import UnimodalModel
 PICTURES, TEXTS, CAPTIONS = 64, 256, 32  # read or written for the measurement
 
 
-def machine() -> str:
-    """What computes here."""
-    if torch.cuda.is_available():
-        return torch.cuda.get_device_name()
+def machine(device: torch.device) -> str:
+    """What a device is, in words."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    if device.type != "cpu":
+        return device.type
     threads = torch.get_num_threads()
     return f"{threads} processor thread{'s' if threads > 1 else ''}"
 
 
-def training_cost(history: Mapping[str, Mapping[str, Any]]) -> str:
-    """How long the stages took, and the most memory, in a sentence."""
+def training_cost(history: Mapping[str, Mapping[str, Any]], device: torch.device) -> str:
+    """How long the stages took on a device, and the most memory, in a sentence."""
     minutes = {name: row["seconds"] / 60 for name, row in history.items()}
     memory = max(row["peak_memory_mb"] for row in history.values()) / 1024
     each = ", ".join(f"{name} {spent:.0f}" for name, spent in minutes.items())
     return (
-        f"Training took {sum(minutes.values()):.0f} minutes on {machine()} ({each}; feature caches and scores after each stage "
+        f"Training took {sum(minutes.values()):.0f} minutes on {machine(device)} ({each}; feature caches and scores after each stage "
         f"are in it) and at most {memory:.1f} GiB of memory."
     )
 
@@ -53,7 +55,7 @@ def running_cost(model: UnimodalModel, processor: Processor, pairs: Pairs, preci
     if not speeds:
         return size
     *most, last = speeds
-    return f"{size} On {machine()} it {', '.join(most)}{' and ' if most else ''}{last} a second, pictures as they are opened."
+    return f"{size} On {machine(user.device)} it {', '.join(most)}{' and ' if most else ''}{last} a second, pictures as they are opened."
 
 
 def _per_second(work: Callable[[list[Any]], Any], items: list[Any]) -> float:

@@ -173,7 +173,6 @@ def evaluate(options: argparse.Namespace) -> None:
     print(f"{options.out}: results.json, {RANKS}, errors.jsonl, errors.html")
 
 
-@torch.inference_mode()
 def read(evaluation: Evaluation, batch_size: int) -> None:
     """Show the evaluation the whole of its split."""
     count, device = len(evaluation.pairs), evaluation.model.log_scale.device

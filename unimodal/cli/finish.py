@@ -18,6 +18,8 @@ METRICS = (
     "t2i_r1_reranked",
     "i2t_r1_first",
     "i2t_r1_reranked",
+    "cider_d",
+    "bleu_4",
     "swap_accuracy_embed",
     "swap_accuracy_match",
     "caption_exact_attributes",
@@ -44,15 +46,13 @@ def protocols(evaluation: Evaluation, results: dict[str, Any]) -> dict[str, str]
                 f"higher by the {judge}, ties wrong"
             )
     if "captions" in results:
-        beams = f"{settings.num_beams} beams" if settings.num_beams > 1 else "greedy"
-        if settings.candidates > 1:
-            beams += f" and {settings.candidates - 1} drawn, the best by the model's own cosine + {settings.match_scale:g} match logit"
+        captions = results["captions"].protocol
         out["caption_exact_attributes"] = (
-            f"{where}; {len(results['written'])} images, {beams}; share of captions, parsed back to symbols, with every object's shape, "
-            "colour, size and texture and the relation right and nothing invented"
+            f"{where}; {captions.images} images, {captions.decoding}; share of captions, parsed back to symbols, with every object's "
+            "shape, colour, size and texture and the relation right and nothing invented"
         )
         for name in ("cider_d", "bleu_4"):
-            out[name] = f"{results['captions'].protocol.label()}; {beams}"
+            out[name] = captions.label()
     if "checks" in results:
         out["generation_attribute_accuracy"] = (
             f"{where}; one picture for the first caption of each of {len(results['prompts'])} scenes, {settings.steps} steps, guidance "
@@ -93,7 +93,7 @@ def write_results(
         "protocol": {name: lines[name] for name in numbers},
         "wall_seconds": round(wall, 1),
         "peak_memory_mb": round(memory, 1),
-        "more": _more(numbers, results),
+        "more": _more(results),
         "stages": {
             name: {"steps": stage["steps"], "seconds": round(stage["seconds"], 1), "validation": stage["scores"]}
             for name, stage in history.items()
@@ -118,8 +118,8 @@ def write_results(
     return content
 
 
-def _more(numbers: dict[str, float], results: dict[str, Any]) -> dict[str, Any]:
-    out: dict[str, Any] = {name: value for name, value in numbers.items() if name not in METRICS}
+def _more(results: dict[str, Any]) -> dict[str, Any]:
+    out: dict[str, Any] = {}
     for stage in ("first", "reranked"):
         if f"retrieval_{stage}" in results:
             out[f"retrieval_{stage}"] = results[f"retrieval_{stage}"].scores()
@@ -167,7 +167,7 @@ def _metrics(numbers: dict[str, float], lines: dict[str, str], aims: dict[str, f
                 row[column] = numbers[key]
                 row["protocol"] = lines[key]
                 if key in aims:
-                    row["aim"] = aims[key]
+                    row.setdefault("aims", {})[column] = aims[key]
         if "protocol" in row:
             rows.append(cast(Metric, row))
     return rows

@@ -230,7 +230,8 @@ def _final_scores(
     training = f"{about['summary']} Stages: " + "; ".join(
         f"{name} ({row['steps']} steps): {row['about']}" for name, row in history.items()
     )
-    cost = training_cost(history) + " " + running_cost(model, processor, pairs, precision, settings.num_beams)
+    device = cli.trainer.strategy.root_device
+    cost = training_cost(history, device) + " " + running_cost(model, processor, pairs, precision, settings.num_beams)
     said = {"name": schedule.get("name", output.name), "training": training + ".", "cost": cost}
     said |= schedule.get("card", {})
     card = from_dict(Card, said)
@@ -243,7 +244,7 @@ def _final_scores(
     for name, line in content["protocol"].items():
         table.add_row(name, f"{evaluation.numbers(results)[name]:.3f}", line)
     console.print(table)
-    console.print(f"wall time {content['wall_seconds']:.0f} s, peak memory {content['peak_memory_mb']:.0f} MB")
+    console.print(f"wall time {content['wall_seconds']:.0f} s, peak memory {content['peak_memory_mb']:.0f} MiB")
     console.print(f"page: {output / 'index.html'}\nnumbers: {output / 'report.json'}\ncheckpoint: {output / 'model'}")
 
 

@@ -111,10 +111,9 @@ def _configs(arguments: Sequence[str]) -> tuple[list[Path], list[str]]:
 def _read(file: Path, option: str) -> dict[str, Any]:
     """The settings in a YAML file that was given to `option`."""
     if not file.is_file():
-        example = "tasks/quickstart/schedule.yaml" if option == "--config" else f"configs/{option[2:]}/..."
-        raise ConfigError(
-            f"{option} {file}: no such file; give the path of a recipe or a fragment, for example {example}"
-        )
+        examples = {"--config": "tasks/quickstart/schedule.yaml", "--trainer": "configs/trainer/ddp.yaml"}
+        example = f", for example {examples[option]}" if option in examples else ""
+        raise ConfigError(f"{option} {file}: no such file; give the path of a recipe or a fragment{example}")
     try:
         content = yaml.safe_load(file.read_text()) or {}
     except (yaml.YAMLError, UnicodeDecodeError) as error:

@@ -55,11 +55,6 @@ class TokenStore:
         return len(self.offsets) - 1
 
     @property
-    def bytes_per_row(self) -> float:
-        """Mean size of a row on disk."""
-        return sum(path.stat().st_size for path in self._files) / max(1, self.done)
-
-    @property
     def _files(self) -> list[Path]:
         names = (
             ["tokens.bin", "scales.bin", "lengths.bin"] if self.precision == "int8" else ["tokens.bin", "lengths.bin"]

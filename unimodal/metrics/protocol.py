@@ -29,6 +29,7 @@ class Protocol:
         k, combine: depth of reranking, and whether the pair score replaces the first score or is added to it.
         match_scale: what the pair score was multiplied by before it was added; None where nobody said, or it replaces.
         rule: how one answer is judged. "hit" in retrieval; caption metrics write their tokenizer here.
+        decoding: how captions were written, "greedy" or "3 beams" for example; None where nothing is written, or nobody said.
 
     Raises:
         ValueError: for sizes that contradict each other, or a depth without reranking (and the reverse).
@@ -46,6 +47,7 @@ class Protocol:
     combine: Combine | None = None
     match_scale: float | None = None
     rule: str = "hit"
+    decoding: str | None = None
 
     def __post_init__(self) -> None:
         if self.images < 1 or self.captions < 1:
@@ -93,6 +95,8 @@ class Protocol:
         elif self.stage == "reranked":
             scale = "" if self.match_scale is None else f", match x {self.match_scale:g}"
             parts.append(f"reranked top {self.k} ({self.combine}{scale})")
+        if self.decoding is not None:
+            parts.append(self.decoding)
         return "; ".join(parts)
 
 

@@ -16,7 +16,7 @@ class Metric(TypedDict):
     first: NotRequired[float]  # by the embedding alone
     reranked: NotRequired[float]  # by the matching head, on what the embedding found
     value: NotRequired[float]
-    aim: NotRequired[float]  # what was hoped for, reached when the last number is at least this
+    aims: NotRequired[dict[Literal["first", "reranked", "value"], float]]  # of each number, reached from there on
     unit: NotRequired[Literal["share", "number"]]  # a share is 0-1 and shown as a percentage (the default)
 
 

@@ -68,7 +68,7 @@ def write_report(path: str | Path, report: Report) -> Path:
     facts = {
         **report["facts"],
         "Wall time": duration(report["wall_seconds"]),
-        "Peak memory": f"{report['peak_memory_mb']:,.0f} MB",
+        "Peak memory": f"{report['peak_memory_mb']:,.0f} MiB",
     }
     parts = {title: (lead, write(report)) for title, (lead, write) in SECTIONS.items()}
     return _write(path, report["title"], report["summary"], facts, parts)

@@ -20,9 +20,8 @@ def results(metrics: Sequence[Metric]) -> str:
             cells = f'<td colspan="2">{measure(metric["value"], unit)}</td>'
         else:
             cells = f"<td>{measure(first, unit)}</td><td>{measure(reranked, unit)}</td>"
-        last = metric.get("value", first if reranked is None else reranked)
-        aim = metric.get("aim")
-        reached = "" if aim is None or last is None else f"{mark(last >= aim)} {number(aim, unit)}"
+        aims = metric.get("aims", {})
+        reached = " ".join(f"{mark(metric[column] >= aim)} {number(aim, unit)}" for column, aim in aims.items())
         name = f'<th scope="row">{escape(metric["name"])}</th>'
         rows.append(f'<tr>{name}{cells}<td class="aim">{reached}</td><td>{letters[metric["protocol"]]}</td></tr>')
     titles = "<th></th><th>First stage<small>embedding</small></th><th>Reranked<small>matching head</small></th>"

@@ -30,6 +30,7 @@ def build_index(
     folder: str | Path | None = None,
     show_progress_bar: bool | None = None,
     prompt: str | None = None,
+    root: str | Path | None = None,
 ) -> Index:
     """Read documents into an index.
 
@@ -56,6 +57,7 @@ def build_index(
         show_progress_bar: None shows one for several batches on a terminal.
         prompt: put before every text of a document; to a vision-language model the instruction by which documents are read. It is kept, so
             that documents that are added later are read by the same.
+        root: the folder whose pictures `unimodal.search.index_folder` keeps here; None where the documents are one's own.
 
     Raises:
         ValueError: ids or metadata that do not fit, an unknown precision or backend, an address with a password, a folder that holds
@@ -83,6 +85,7 @@ def build_index(
         "uri": f"{uri}#unimodal_{uuid.uuid4().hex}" if uri else None,
         "part": store.PART,
         "prompt": prompt,
+        "root": None if root is None else str(root),
     }
     home = tempfile.TemporaryDirectory(prefix="unimodal-index-") if folder is None else None
     place = Path(folder if home is None else home.name)  # type: ignore[arg-type]

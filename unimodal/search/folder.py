@@ -2,12 +2,15 @@
 
 The index lies outside the folder, which may be read-only or synchronised with other machines, in the user's cache:
 `$XDG_CACHE_HOME/unimodal/NAME-HASH/FINGERPRINT`, or under `~/.cache` where the variable is not set. NAME-HASH tells folders apart by
-their full path, FINGERPRINT models by their weights. All of it may be deleted at any time, and is made again.
+their full path, FINGERPRINT models by their weights. All of it may be deleted at any time, and is made again. The index names its folder
+(`root` in `index.json`): documents that are not in the folder are forgotten, so no index of other documents is taken for it.
 """
 
 import hashlib
+import json
 import os
 import sqlite3
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -28,7 +31,6 @@ class FolderIndex:
         stale: how many that it held are gone or have changed.
         skipped: path within the folder -> why the picture cannot be read.
         others: how many pictures are of formats that are not read, as a sentence; empty where there are none.
-        note: why an index that was there had to be made again.
     """
 
     index: Index
@@ -36,7 +38,6 @@ class FolderIndex:
     stale: int
     skipped: dict[str, str]
     others: str
-    note: str | None
 
 
 def cache_folder(folder: str | Path) -> Path:
@@ -56,6 +57,7 @@ def index_folder(
 ) -> FolderIndex:
     """The index of the pictures in a folder and the folders in it, brought up to date: new and changed pictures are read, those that
     are gone are dropped, those that cannot be read are left out and named. A picture has changed when its size or its time of change has.
+    Where another model made the index, a warning says so, and it is made again.
 
     Args:
         encoder: the model and its processor.
@@ -68,14 +70,15 @@ def index_folder(
         FileNotFoundError: no such folder of pictures.
         PermissionError: the index cannot be written.
         OSError: the index cannot be used.
-        ValueError: no picture is there, none can be read, or `kept_in` holds something else.
+        ValueError: no picture is there, none can be read, or `kept_in` holds something else, which stays as it is.
     """
     root = Path(folder).resolve()
+    require_unicode(root)
     pictures = pictures_in(Path(folder))
     place = cache_folder(root) / encoder.fingerprint() if kept_in is None else Path(kept_in)
     _require_writable(place)
     try:
-        index, note = _open(encoder, place)
+        index = _open(encoder, place, root)
         wanted: dict[Id, Document] = {}
         unnamed: dict[str, str] = {}
         for path in pictures:
@@ -110,18 +113,40 @@ def index_folder(
             f"none of the {len(pictures)} pictures in {folder} can be read: {next(iter(skipped.values()))}"
         )
     changed = sum(one.id in held for one in fresh)
-    return FolderIndex(index, len(fresh), len(gone) + changed, skipped, other_pictures_in(Path(folder)), note)
+    return FolderIndex(index, len(fresh), len(gone) + changed, skipped, other_pictures_in(Path(folder)))
 
 
-def _open(encoder: Encoder, place: Path) -> tuple[Index, str | None]:
-    """The index at a place, begun where there is none, begun anew where it is of no use; and why it is not."""
+def _open(encoder: Encoder, place: Path, root: Path) -> Index:
+    """The index of a folder at a place, begun where there is none, begun anew where it is of no use.
+
+    Raises:
+        ValueError: the place holds something else.
+    """
     if not (place / "index.json").exists():
-        return build_index(encoder, [], folder=place), None
+        return build_index(encoder, [], folder=place, root=root)
+    _require_index_of(place, root)
     try:
-        return Index.load(place, encoder), None
+        return Index.load(place, encoder)
     except ValueError as error:  # another model's, another format's, or its beginning was interrupted
-        build_index(encoder, []).save(place)
-        return Index.load(place, encoder), str(error)
+        warnings.warn(f"{error}. All pictures in {root} are read again", stacklevel=3)
+        build_index(encoder, [], root=root).save(place)
+        return Index.load(place, encoder)
+
+
+def _require_index_of(place: Path, root: Path) -> None:
+    """Raises:
+    ValueError: what is kept at a place is not the index of this folder.
+    """
+    try:
+        owner = json.loads((place / "index.json").read_text(encoding="utf-8")).get("root")
+    except (ValueError, AttributeError):  # the index.json of something else
+        owner = None
+    if owner != str(root):
+        held = "something that is not the index of a folder" if owner is None else f"the index of {owner}"
+        raise ValueError(
+            f"{place} holds {held}, expected the index of {root}; choose another folder for the index, or delete it if "
+            "nobody needs it"
+        )
 
 
 def _require_writable(place: Path) -> None:

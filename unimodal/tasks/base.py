@@ -26,7 +26,7 @@ from unimodal.config import ModelConfig
 from unimodal.data.batch import Batch, check_batch, image_inputs, text_inputs
 from unimodal.data.pairs import Pairs
 from unimodal.data.processor import Processor
-from unimodal.distributed import mean_over_ranks
+from unimodal.distributed import sum_over_ranks, world_size
 from unimodal.hub import load_checkpoint
 from unimodal.losses import Wrong
 from unimodal.model import ImageState, TextState, UnimodalModel
@@ -360,7 +360,8 @@ class Task(pl.LightningModule):
         losses, report = self.training_forward(batch)
         total = torch.stack([self.objectives[name].weight * loss for name, loss in losses.items()]).sum()
         values = [value.detach().float().to(total.device) for value in (*losses.values(), *report.values())]
-        means = mean_over_ranks(torch.stack(values)).tolist()
+        # The mean over ranks is the loss on the global batch: see `unimodal.distributed`.
+        means = (sum_over_ranks(torch.stack(values)) / world_size()).tolist()
         self.step_losses = dict(zip(losses, means))
         self.step_report = dict(zip(report, means[len(losses) :]))
         if not all(map(math.isfinite, self.step_losses.values())):

@@ -278,7 +278,8 @@ class Evaluation:
     # Captions.
 
     def _captions(self) -> dict[str, Any]:
-        count = min(self.settings.captions, len(self.pairs))
+        settings = self.settings
+        count = min(settings.captions, len(self.pairs))
         length = self.model.config.captioning.max_length if self.model.config.captioning else 0
         written: list[str] = []
         for state in self.images:
@@ -288,16 +289,18 @@ class Evaluation:
                 self.model,
                 self.processor,
                 state,
-                self.settings.candidates,
-                match_scale=self.settings.match_scale,
+                settings.candidates,
+                match_scale=settings.match_scale,
                 generator=torch.Generator(state.bridged.device).manual_seed(len(written)),
-                num_beams=self.settings.num_beams,
+                num_beams=settings.num_beams,
                 max_new_tokens=length - 2,  # with start and end it can be read again
             )
         written = written[:count]
-        protocol = replace(
-            self.protocol(), images=count, captions=sum(len(self.pairs.captions(i)) for i in range(count))
-        )
+        decoding = f"{settings.num_beams} beams" if settings.num_beams > 1 else "greedy"
+        if settings.candidates > 1:
+            decoding += f" and {settings.candidates - 1} drawn, the best by the model's own cosine + {settings.match_scale:g} match logit"
+        captions = sum(len(self.pairs.captions(i)) for i in range(count))
+        protocol = replace(self.protocol(), images=count, captions=captions, decoding=decoding)
         references = [self.pairs.captions(i) for i in range(count)]
         out: dict[str, Any] = {"captions": caption_metrics(written, references, protocol), "written": written}
         if isinstance(self.pairs, Scenes):
