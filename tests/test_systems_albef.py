@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from toysurvey import ToyEncoders, toy_pairs
 
+from unimodal.losses import matching
 from unimodal.survey.score import rank
 from unimodal.survey.specs import read_spec
 from unimodal.systems import ALBEF, Batch
@@ -48,7 +49,7 @@ def losses(system: ALBEF, pairs: Batch, progress: float, monkeypatch: pytest.Mon
         return torch.tensor([2, 3, 0, 1]), torch.tensor([3, 2, 1, 0])
 
     monkeypatch.setattr(albef_module, "hide_words", lambda *_: seen["words"])
-    monkeypatch.setattr(albef_module, "sample_hard_negatives", draw)
+    monkeypatch.setattr(matching, "sample_hard_negatives", draw)
     with torch.no_grad():
         return {name: float(loss) for name, loss in system.losses(pairs, "joint", progress).items()}, seen
 

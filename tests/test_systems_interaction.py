@@ -12,14 +12,14 @@ from torch import Tensor
 from toysurvey import END, PAD, START, ToyEncoders, part, toy_pairs
 
 from unimodal import stages
-from unimodal.losses import category_loss, gravitation_loss, masses, sigmoid_loss, triplet_loss
+from unimodal.losses import category_loss, gravitation_loss, masses, triplet_loss
 from unimodal.survey.score import rank
 from unimodal.survey.specs import Spec, read_spec
 from unimodal.systems import CDISA, CIMN, ELIPB, ELIPC, ELIPS, OSCAR, Batch, Images, NounTags, System
 from unimodal.systems import elip as elip_module
 from unimodal.systems.cdisa import Interaction
 from unimodal.systems.cimn import GraphPool, drop_nodes, neighbourhood
-from unimodal.systems.elip import every_pair, pairwise_sigmoid_loss, sample_spared_negatives, text_to_image_loss
+from unimodal.systems.elip import every_pair, sample_spared_negatives, text_to_image_loss
 from unimodal.systems.oscar import mixed_tags, random_negatives
 
 CONFIGS = Path(__file__).parent.parent / "configs/systems"
@@ -281,12 +281,6 @@ def test_the_loss_of_elip_c_by_plain_loops() -> None:
     one_image[1] += 0.3
     assert text_to_image_loss(one_text, ids, scale=5.0).item() == pytest.approx(expected / 4, abs=1e-10)
     assert abs(text_to_image_loss(one_image, ids, scale=5.0).item() - expected / 4) > 1e-3
-
-
-def test_the_loss_of_elip_s_is_siglips_on_the_prompted_matrix() -> None:
-    image, text, ids = unit(5, 6), unit(5, 6, seed=1), torch.tensor([0, 1, 1, 2, 3])
-    found = pairwise_sigmoid_loss(image @ text.T, ids, scale=10.0, bias=-3.0)
-    torch.testing.assert_close(found, sigmoid_loss(image, text, ids, scale=10.0, bias=-3.0, gather=False))
 
 
 def test_the_negatives_of_elip_b_spare_the_three_most_similar() -> None:

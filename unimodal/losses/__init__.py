@@ -9,7 +9,9 @@
 | the same, and want to store them in few bits          | `quantised` around any of these            |
 | similarities and a reranker's logits                  | `distillation_loss`                        |
 | similarities, and want wrong pairs for a matching head| `sample_hard_negatives`                    |
+| the same, and a function that scores pairs            | `in_batch_matching`                        |
 | logits of pairs and whether they match                | `matching_loss`                            |
+| scores of pairs of any kind, and want a yes or no     | `pairwise_sigmoid`                         |
 | logits of queries with their candidates               | `listwise_loss`                            |
 | text embeddings, several captions of an image         | `text_to_text_loss`                        |
 | cosines of pairs that are rated for likeness          | `cosent_loss`                              |
@@ -26,14 +28,14 @@ see `unimodal.distributed`.
 """
 
 from unimodal.losses.category import category_loss
-from unimodal.losses.contrastive import Wrong, info_nce, row_similarity, sigmoid_loss, similarity
+from unimodal.losses.contrastive import Wrong, info_nce, pairwise_sigmoid, row_similarity, sigmoid_loss, similarity
 from unimodal.losses.cosent import cosent_loss
 from unimodal.losses.distillation import distillation_loss
 from unimodal.losses.flow import conditioning_loss, flow_matching_loss
 from unimodal.losses.gravitation import gravitation_loss, masses
 from unimodal.losses.language import caption_loss
 from unimodal.losses.masked import masked_info_nce
-from unimodal.losses.matching import listwise_loss, matching_loss, sample_hard_negatives
+from unimodal.losses.matching import in_batch_matching, listwise_loss, matching_loss, sample_hard_negatives
 from unimodal.losses.matryoshka import matryoshka
 from unimodal.losses.momentum import momentum_contrast
 from unimodal.losses.quantisation import lsq, one_bit, quantised
@@ -50,6 +52,7 @@ __all__ = [
     "distillation_loss",
     "flow_matching_loss",
     "gravitation_loss",
+    "in_batch_matching",
     "info_nce",
     "listwise_loss",
     "lsq",
@@ -59,6 +62,7 @@ __all__ = [
     "matryoshka",
     "momentum_contrast",
     "one_bit",
+    "pairwise_sigmoid",
     "quantised",
     "row_similarity",
     "sample_hard_negatives",

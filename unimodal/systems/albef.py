@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from unimodal.losses import matching_loss, momentum_contrast, sample_hard_negatives
+from unimodal.losses import in_batch_matching, momentum_contrast
 from unimodal.systems.base import Batch, Encoders, Images, State, System, Texts
 from unimodal.systems.momentum import Queue, Teacher
 from unimodal.systems.towers import Fusion, Tower
@@ -76,12 +76,12 @@ class FusionEncoder(System):
         return self.itm_head(self.fusion(*texts, *images)[:, 0])[:, 0]
 
     def matching(self, image: State, text: State, similarity: Tensor, image_id: Tensor) -> Tensor:
-        """The matching loss of the true pairs, a hard wrong text for each image and a hard wrong image for each text."""
-        wrong_text, wrong_image = sample_hard_negatives(similarity, image_id, image_id)
-        true = torch.arange(len(image_id), device=image_id.device)
-        rows, columns = torch.cat([true, true, wrong_image]), torch.cat([true, wrong_text, true])
-        logits = self.score_pairs(tuple(x[rows] for x in image), tuple(x[columns] for x in text))
-        return matching_loss(logits, torch.arange(len(logits), device=logits.device) < len(true))
+        """The matching loss of a batch, hard wrong pairs drawn by `similarity` [B, B]."""
+
+        def score(i: Tensor, j: Tensor) -> Tensor:
+            return self.score_pairs(tuple(x[i] for x in image), tuple(x[j] for x in text))
+
+        return in_batch_matching(score, similarity, image_id)
 
 
 class ALBEF(FusionEncoder):

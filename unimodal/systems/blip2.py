@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from unimodal.bridge import QFormer
 from unimodal.layers import KeyValues
-from unimodal.losses import caption_loss, info_nce, matching_loss, sample_hard_negatives, similarity
+from unimodal.losses import caption_loss, in_batch_matching, info_nce, similarity
 from unimodal.systems.base import Batch, Encoders, Images, State, System, Texts
 from unimodal.systems.towers import Scale
 from unimodal.systems.words import write_words
@@ -94,11 +94,11 @@ class BLIP2(System):
         text = self.embed_texts(batch.texts)
         itc = info_nce(image, text, batch.image_id, scale=self.scale(), label_smoothing=SMOOTHING)
         scores = self.scale().detach() * similarity(image.detach(), text.detach())
-        wrong_text, wrong_image = sample_hard_negatives(scores, batch.image_id, batch.image_id)
-        true = torch.arange(len(ids))
-        rows, columns = torch.cat([true, true, wrong_image]), torch.cat([true, wrong_text, true])
-        found = self.bridge.match(QUERIES, ids[columns], mask[columns], memory.shared(rows))
-        itm = matching_loss(self.itm_head(found).mean((1, 2)), torch.arange(len(rows)) < len(true))
+
+        def match(i: Tensor, j: Tensor) -> Tensor:
+            return self.itm_head(self.bridge.match(QUERIES, ids[j], mask[j], memory.shared(i))).mean((1, 2))
+
+        itm = in_batch_matching(match, scores, batch.image_id)
         hidden = self.bridge.caption(QUERIES, self._as_caption(ids), cache=cache, text_mask=mask)
         itg = caption_loss(self.bridge.lm_logits(hidden), ids, mask, label_smoothing=SMOOTHING)
         return {"itc": itc, "itm": itm, "itg": itg}

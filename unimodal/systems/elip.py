@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from unimodal.losses import info_nce, matching_loss, sample_hard_negatives
+from unimodal.losses import in_batch_matching, info_nce, matching_loss, pairwise_sigmoid
 from unimodal.losses.numerics import at_least_float32
 from unimodal.systems.base import Batch, Encoders, Images, State, Texts
 from unimodal.systems.clip import CLIP, DualEncoder, SigLIP
@@ -80,12 +80,6 @@ def text_to_image_loss(scores: Tensor, image_id: Tensor, *, scale: Tensor | floa
     own = torch.arange(len(scores), device=scores.device)
     same = (image_id[:, None] == image_id[None]) & (own[:, None] != own[None])
     return F.cross_entropy((scale * at_least_float32(scores)).masked_fill(same, float("-inf")).T, own)
-
-
-def pairwise_sigmoid_loss(scores: Tensor, image_id: Tensor, *, scale: Tensor | float, bias: Tensor | float) -> Tensor:
-    """A yes or no for each prompted image and its text, summed over pairs, divided by B; inputs as in `text_to_image_loss`."""
-    sign = torch.where(image_id[:, None] == image_id[None], 1.0, -1.0)
-    return -F.logsigmoid(sign * (scale * at_least_float32(scores) + bias)).sum() / len(scores)
 
 
 class PromptedDualEncoder(DualEncoder):
@@ -162,7 +156,8 @@ class ELIPS(PromptedDualEncoder, SigLIP):
     """ELIP on SigLIP: pairwise sigmoid, by the base's frozen scale and a fixed bias."""
 
     def prompted_loss(self, scores: Tensor, image_id: Tensor) -> Tensor:
-        return pairwise_sigmoid_loss(scores, image_id, scale=self.scale(), bias=BIAS)
+        same = image_id[:, None] == image_id[None]
+        return pairwise_sigmoid(scores, same, scale=self.scale(), bias=BIAS) / len(scores)
 
 
 @torch.no_grad()
@@ -227,12 +222,13 @@ class ELIPB(DualEncoder):
         similarity = self.scale() * image.detach() @ text.detach().T
         true = torch.arange(len(text), device=text.device)
         if stage == "base":
-            wrong_text, wrong_image = sample_hard_negatives(similarity, batch.image_id, batch.image_id)
-            rows, columns = torch.cat([true, true, wrong_image]), torch.cat([true, wrong_text, true])
             mask = F.pad(images[1], (1, 0), value=True)
-            logits = self._judge(image_hidden[rows], mask[rows], tuple(x[columns] for x in texts))
+
+            def match(i: Tensor, j: Tensor) -> Tensor:
+                return self._judge(image_hidden[i], mask[i], tuple(x[j] for x in texts))
+
             itc = info_nce(image, text, batch.image_id, scale=self.scale())
-            return {"itc": itc, "itm": matching_loss(logits, _first(len(true), logits))}
+            return {"itc": itc, "itm": in_batch_matching(match, similarity, batch.image_id)}
         rows, columns = torch.cat([true, sample_spared_negatives(similarity, batch.image_id)]), true.repeat(2)
         logits = self.score_pairs(tuple(x[rows] for x in images), tuple(x[columns] for x in texts))
         return {"itm": matching_loss(logits, _first(len(true), logits))}

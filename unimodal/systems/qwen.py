@@ -4,6 +4,10 @@ The embedder reads an instruction and one item, and is read at the last position
 document, and answers yes or no there. Where the report trains a language model by LoRA, ours trains a small reader over the tokens of the
 shared encoders.
 
+An inferred design is what the report leaves open: how a vector becomes one bit (its signs, with the gradient passed straight through), that
+models merge by a plain average of weights, and every number of the recipe: rates, batches, temperature, the widths that are trained and
+the thresholds of mining; of the reranker, how wrong pairs are drawn.
+
 Legend: B pairs, M texts, P pairs, T item tokens, G instruction tokens, S positions of a sequence, W width, E embedding width, K candidates.
 """
 
@@ -19,12 +23,11 @@ from unimodal.layers import HIDDEN, init_weights, key_mask_to_bias
 from unimodal.losses import (
     cosent_loss,
     distillation_loss,
+    in_batch_matching,
     listwise_loss,
     masked_info_nce,
-    matching_loss,
     matryoshka,
     quantised,
-    sample_hard_negatives,
     similarity,
 )
 from unimodal.merge import merge_weights
@@ -132,12 +135,12 @@ class QwenReranker(System):
 
     def judged(self, batch: Batch, scores: Tensor) -> Tensor:
         """The loss on true pairs and on wrong ones, drawn by an embedder's scores [image, text]."""
-        wrong_text, wrong_image = sample_hard_negatives(scores, batch.image_id, batch.image_id)
-        true = torch.arange(len(scores))
-        rows, columns = torch.cat([true, true, wrong_image]), torch.cat([true, wrong_text, true])
         images, texts = self.image_state(batch.images), self.text_state(batch.texts)
-        logits = self.score_pairs(tuple(x[rows] for x in images), tuple(x[columns] for x in texts))
-        return matching_loss(logits, torch.arange(len(rows)) < len(true))
+
+        def score(i: Tensor, j: Tensor) -> Tensor:
+            return self.score_pairs(tuple(x[i] for x in images), tuple(x[j] for x in texts))
+
+        return in_batch_matching(score, scores, batch.image_id)
 
 
 class Order(NamedTuple):
