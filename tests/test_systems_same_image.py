@@ -38,7 +38,7 @@ def built(kind: type[System], **settings: Any) -> Any:
     [
         (VLMo, "joint", "itc"),
         (VLMo, "retrieval", "itc"),
-        (BLIP2, "represent", "itc"),
+        (BLIP2, "retrieve", "itc"),
         (VLGAP, "clean", "itc"),
         (OmniBridge, "alignment", "itc"),
         (CDISA, "align", "bcm"),

@@ -22,6 +22,9 @@ SMOOTHING = 0.1
 class BLIP2(System):
     """The bridge of `unimodal.bridge` on the shared encoder's image tokens; texts are read by the bridge itself, from their ids.
 
+    Stages: `represent`, all three tasks, where a pair's own partner alone is right; `retrieve`, the same, where all captions of an image
+    are right in contrast and none of them is a wrong one in matching.
+
     Args:
         encoders: the shared ones.
         width, layers, heads, dropout: of the bridge; queries look at the image in every second layer.
@@ -88,17 +91,19 @@ class BLIP2(System):
 
     def losses(self, batch: Batch, stage: str, progress: float) -> dict[str, Tensor]:
         ids, mask = batch.texts.ids, batch.texts.mask
+        # Before fine-tuning every row is an image of its own.
+        image_id = batch.image_id if stage == "retrieve" else torch.arange(len(ids), device=ids.device)
         memory = self.bridge.project_memory(self._memory(batch.images), batch.images.mask)
         cache = KeyValues()  # what the queries read, for the captions
         image = self._embed_queries(self.bridge.read(QUERIES, memory, cache=cache))
         text = self.embed_texts(batch.texts)
-        itc = info_nce(image, text, batch.image_id, scale=self.scale(), label_smoothing=SMOOTHING)
+        itc = info_nce(image, text, image_id, scale=self.scale(), label_smoothing=SMOOTHING)
         scores = self.scale().detach() * similarity(image.detach(), text.detach())
 
         def match(i: Tensor, j: Tensor) -> Tensor:
             return self.itm_head(self.bridge.match(QUERIES, ids[j], mask[j], memory.shared(i))).mean((1, 2))
 
-        itm = in_batch_matching(match, scores, batch.image_id)
+        itm = in_batch_matching(match, scores, image_id)
         hidden = self.bridge.caption(QUERIES, self._as_caption(ids), cache=cache, text_mask=mask)
         itg = caption_loss(self.bridge.lm_logits(hidden), ids, mask, label_smoothing=SMOOTHING)
         return {"itc": itc, "itm": itm, "itg": itg}
