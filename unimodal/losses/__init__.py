@@ -4,6 +4,7 @@
 |-------------------------------------------------------|--------------------------------------------|
 | image and text embeddings, image ids                  | `info_nce`, or `sigmoid_loss`              |
 | the same, and likely false negatives among them       | `masked_info_nce`                          |
+| similarities, and want wrong documents for that       | `mine_negatives`                           |
 | the same, and those of a slow teacher and its queue     | `momentum_contrast`                        |
 | the same, and want to cut embeddings later            | `matryoshka` around any of these           |
 | the same, and want to store them in few bits          | `quantised` around any of these            |
@@ -34,7 +35,7 @@ from unimodal.losses.distillation import distillation_loss
 from unimodal.losses.flow import conditioning_loss, flow_matching_loss
 from unimodal.losses.gravitation import gravitation_loss, masses
 from unimodal.losses.language import caption_loss
-from unimodal.losses.masked import masked_info_nce
+from unimodal.losses.masked import Mined, masked_info_nce, mine_negatives
 from unimodal.losses.matching import in_batch_matching, listwise_loss, matching_loss, sample_hard_negatives
 from unimodal.losses.matryoshka import matryoshka
 from unimodal.losses.momentum import momentum_contrast
@@ -44,6 +45,7 @@ from unimodal.losses.text_to_text import text_to_text_loss
 from unimodal.losses.triplet import triplet_loss
 
 __all__ = [
+    "Mined",
     "Wrong",
     "caption_loss",
     "category_loss",
@@ -60,6 +62,7 @@ __all__ = [
     "masses",
     "matching_loss",
     "matryoshka",
+    "mine_negatives",
     "momentum_contrast",
     "one_bit",
     "pairwise_sigmoid",
