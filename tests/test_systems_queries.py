@@ -111,7 +111,7 @@ def test_captions_begin_with_a_word_of_their_own_that_is_never_written() -> None
         own = system.encoders.vocab_size
         assert (ids[:, 0] == START).all() and (begun[0][:, 0] == own).all() and torch.equal(begun[0][:, 1:], ids[:, 1:])
         # From the image anew, in place of the cache of the contrast pass.
-        logits = system.bridge.lm_logits(caption("image", begun[0], *system.image_state(pairs.images)))
+        logits = system.bridge.lm_logits(caption("image", begun[0], *system.memory(pairs.images)))
         torch.testing.assert_close(found, caption_loss(logits, ids, mask, label_smoothing=0.1))
         system.bridge.lm_bias[own] = 1e4
         assert all(word < own for row in system.write(pairs.images) for word in row)

@@ -1,7 +1,7 @@
 """BLIP-2: queries that read the image, in three tasks (Li et al. 2023, arXiv 2301.12597). Contrast takes the best query, matching the mean
 over queries; captions look back at what the queries read.
 
-Legend: B pairs, M texts, P pairs, N queries, L text length, D width of the projected tokens, W width of the bridge, E embedding width.
+Legend: B pairs, M texts, P pairs, N queries, L text length, T image tokens, W width, E embedding width.
 """
 
 import torch
@@ -12,7 +12,7 @@ from unimodal.bridge import QFormer
 from unimodal.layers import KeyValues
 from unimodal.losses import caption_loss, in_batch_matching, info_nce, similarity
 from unimodal.systems.base import Batch, Encoders, Images, State, System, Texts
-from unimodal.systems.towers import Scale
+from unimodal.systems.towers import Scale, Tower
 from unimodal.systems.words import write_words
 
 QUERIES = "image"
@@ -30,6 +30,7 @@ class BLIP2(System):
         width, layers, heads, dropout: of the bridge; queries look at the image in every second layer.
         queries: N.
         dim: E.
+        tower_layers: of the image tower; with none it is a projection and the norm that the paper trains behind its frozen encoder.
     """
 
     looks = ("bridge.layers.*.cross_attention",)
@@ -43,10 +44,10 @@ class BLIP2(System):
         dropout: float = 0.1,
         queries: int = 16,
         dim: int = 256,
+        tower_layers: int = 0,
     ) -> None:
         super().__init__(encoders)
-        self.image_project = nn.Sequential(nn.LayerNorm(encoders.image_width), nn.Linear(encoders.image_width, width))
-        self.image_norm = nn.LayerNorm(width)
+        self.image_tower = Tower(encoders.image_width, width, tower_layers, heads, dropout)
         self.bridge = QFormer(
             width=width,
             layers=layers,
@@ -63,13 +64,13 @@ class BLIP2(System):
         self.itm_head = nn.Linear(width, 1)
         self.scale = Scale()
 
-    def _memory(self, images: Images) -> Tensor:
-        """The tokens that queries look at: [B, T, D]."""
-        return self.image_norm(self.image_project(images.tokens))
+    def memory(self, images: Images) -> State:
+        """What queries look at, [B, 1 + T, W], and its mask."""
+        return self.image_tower(images.tokens, images.mask)
 
     def embed_images(self, images: Images) -> Tensor:
         """One vector for each query, [B, N, E]."""
-        return self._embed_queries(self.bridge.read(QUERIES, self._memory(images), images.mask))
+        return self._embed_queries(self.bridge.read(QUERIES, *self.memory(images)))
 
     def _embed_queries(self, read: Tensor) -> Tensor:
         return F.normalize(self.image_projection(read), dim=-1)
@@ -78,8 +79,8 @@ class BLIP2(System):
         return F.normalize(self.text_projection(self.bridge.text(texts.ids, texts.mask)[:, 0]), dim=-1)
 
     def image_state(self, images: Images) -> State:
-        """Tokens [B, T, D] and their mask."""
-        return self._memory(images), images.mask
+        """As `memory`."""
+        return self.memory(images)
 
     def text_state(self, texts: Texts) -> State:
         """Ids [M, L] and their mask."""
@@ -93,7 +94,7 @@ class BLIP2(System):
         ids, mask = batch.texts.ids, batch.texts.mask
         # Before fine-tuning every row is an image of its own.
         image_id = batch.image_id if stage == "retrieve" else torch.arange(len(ids), device=ids.device)
-        memory = self.bridge.project_memory(self._memory(batch.images), batch.images.mask)
+        memory = self.bridge.project_memory(*self.memory(batch.images))
         cache = KeyValues()  # what the queries read, for the captions
         image = self._embed_queries(self.bridge.read(QUERIES, memory, cache=cache))
         text = self.embed_texts(batch.texts)
@@ -114,7 +115,7 @@ class BLIP2(System):
 
     @torch.no_grad()
     def write(self, images: Images) -> list[list[int]]:
-        memory = self.bridge.project_memory(self._memory(images), images.mask)
+        memory = self.bridge.project_memory(*self.memory(images))
 
         def next_word(ids: Tensor) -> Tensor:
             hidden = self.bridge.caption(QUERIES, self._as_caption(ids), memory)[:, -1]
