@@ -233,7 +233,7 @@ def test_gradients_of_elip_reach_the_mapper_alone(name: str) -> None:
 @pytest.mark.parametrize("name", PROMPTED)
 def test_elip_reranks_texts_candidates_and_keeps_recall_at_k(name: str) -> None:
     spec, system, pairs = spec_of(name), small(PROMPTED[name]), toy_pairs(48)
-    assert spec.stages["elip"].order == "hard"
+    assert spec.stages["elip"].order == ("random" if name == "elip_b" else "hard")
     found = rank(system, spec.scoring, pairs.images, pairs.texts, pairs.image_id, pairs.image_id)
     k = spec.scoring.k
     assert found.t2i_reranked is not None
