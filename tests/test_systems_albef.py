@@ -11,6 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from toysurvey import ToyEncoders, toy_pairs
 
+from unimodal.losses import matching
+from unimodal.stages import rates
 from unimodal.survey.score import rank
 from unimodal.survey.specs import read_spec
 from unimodal.systems import ALBEF, Batch
@@ -35,7 +37,9 @@ def student_and_teacher(queue: int = 5) -> tuple[ALBEF, ALBEF]:
     return system, teacher
 
 
-def losses(system: ALBEF, pairs: Batch, progress: float, monkeypatch: pytest.MonkeyPatch) -> tuple[Any, Any]:
+def losses(
+    system: ALBEF, pairs: Batch, progress: float, monkeypatch: pytest.MonkeyPatch, stage: str = "joint"
+) -> tuple[Any, Any]:
     """The losses, and what was drawn: hidden words, wrong pairs and the similarity that these were drawn by."""
     seen: dict[str, Any] = {}
     seen["words"] = hide_words(
@@ -44,13 +48,14 @@ def losses(system: ALBEF, pairs: Batch, progress: float, monkeypatch: pytest.Mon
 
     def draw(similarity: Tensor, image_id: Tensor, text_image_id: Tensor) -> tuple[Tensor, Tensor]:
         seen["similarity"] = similarity
-        assert torch.equal(image_id, pairs.image_id) and torch.equal(text_image_id, pairs.image_id)
+        alike = pairs.image_id if stage == "retrieval" else torch.arange(4)
+        assert torch.equal(image_id, alike) and torch.equal(text_image_id, alike)
         return torch.tensor([2, 3, 0, 1]), torch.tensor([3, 2, 1, 0])
 
     monkeypatch.setattr(albef_module, "hide_words", lambda *_: seen["words"])
-    monkeypatch.setattr(albef_module, "sample_hard_negatives", draw)
+    monkeypatch.setattr(matching, "sample_hard_negatives", draw)
     with torch.no_grad():
-        return {name: float(loss) for name, loss in system.losses(pairs, "joint", progress).items()}, seen
+        return {name: float(loss) for name, loss in system.losses(pairs, stage, progress).items()}, seen
 
 
 def dot(a: list[float], b: list[float]) -> float:
@@ -62,16 +67,17 @@ def softmax(logits: list[float]) -> list[float]:
     return [math.exp(x) / total for x in logits]
 
 
+@pytest.mark.parametrize("stage", ["joint", "retrieval"])
 @pytest.mark.parametrize(("progress", "alpha"), [(0.0, 0.0), (0.1, 0.2), (0.2, 0.4), (1.0, 0.4)])
-def test_alignment_by_plain_loops(progress: float, alpha: float, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Columns are the teacher's batch and the queue as it was before the step; equal image ids share a target; the cosine is divided by
-    the temperature; the mean of both directions."""
+def test_alignment_by_plain_loops(stage: str, progress: float, alpha: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Columns are the teacher's batch and the queue as it was before the step; the cosine is divided by the temperature; the mean of both
+    directions. A pair's own partner is the target, in `retrieval` all of equal image ids."""
     system, teacher = student_and_teacher()
     pairs = toy_pairs(2, captions=2)
     earlier = F.normalize(torch.randn(2, 5, 12, generator=torch.Generator().manual_seed(3)), dim=-1)
     queue_ids = torch.tensor([1, 9, -1, 8, -1])  # one more of image 1
     system.queue.push(*earlier, queue_ids)
-    found, _ = losses(system, pairs, progress, monkeypatch)
+    found, _ = losses(system, pairs, progress, monkeypatch, stage)
     with torch.no_grad():
         own = [system.embed_images(pairs.images).tolist(), system.embed_texts(pairs.texts).tolist()]
         slow = [teacher.embed_images(pairs.images).tolist(), teacher.embed_texts(pairs.texts).tolist()]
@@ -82,11 +88,12 @@ def test_alignment_by_plain_loops(progress: float, alpha: float, monkeypatch: py
         for i in range(4):
             log = [math.log(p) for p in softmax([dot(own[side][i], o) / 0.2 for o in others])]
             soft = softmax([dot(slow[side][i], o) / 0.2 for o in others])
-            same = [float(other == ids[i]) for other in ids]
+            same = [float(other == ids[i] if stage == "retrieval" else j == i) for j, other in enumerate(ids)]
             target = [alpha * p + (1 - alpha) * q / sum(same) for p, q in zip(soft, same)]
             expected -= dot(target, log) / 4 / 2
     assert found["ita"] == pytest.approx(expected, rel=1e-4)
-    assert found.keys() == {"ita", "itm", "mlm"}  # which training adds, each with weight 1
+    # Training adds them, each with weight 1.
+    assert found.keys() == ({"ita", "itm"} if stage == "retrieval" else {"ita", "itm", "mlm"})
     # What the teacher saw stands in the queue afterwards, five places for nine.
     torch.testing.assert_close(system.queue.image[:4], torch.tensor(slow[0]), atol=1e-5, rtol=1e-4)
     torch.testing.assert_close(system.queue.text[:4], torch.tensor(slow[1]), atol=1e-5, rtol=1e-4)
@@ -154,8 +161,17 @@ def test_the_teacher_is_all_of_the_student_and_gets_no_gradient() -> None:
 def test_the_queue_is_large_enough_to_be_a_queue() -> None:
     """A batch divides it, as the authors demand, so that no step overwrites what it has just put in."""
     system: Any = SPEC.system(ToyEncoders())
-    places, batch = len(system.queue.ids), SPEC.stages["joint"].batch_size
-    assert places > batch and places % batch == 0
+    for stage in SPEC.stages.values():
+        places, batch = len(system.queue.ids), stage.batch_size
+        assert places > batch and places % batch == 0
+
+
+def test_retrieval_is_learned_last_at_a_lower_rate_and_without_hidden_words() -> None:
+    assert list(SPEC.stages) == ["joint", "retrieval"]
+    joint, retrieval = SPEC.stages.values()
+    assert retrieval.lr < joint.lr
+    factors = rates(SPEC.system(ToyEncoders()), retrieval.trainable)
+    assert {name.split(".")[0] for name, factor in factors.items() if not factor} == {"words"}
 
 
 def test_a_batch_larger_than_the_queue_leaves_its_last_rows() -> None:

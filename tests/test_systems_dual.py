@@ -34,8 +34,9 @@ def small(system: Any, **settings: Any) -> Any:
 
 def cosines(system: Any, pairs: Any) -> list[list[float]]:
     with torch.no_grad():
-        image, text = system.embed_images(pairs.images).tolist(), system.embed_texts(pairs.texts).tolist()
-    return [[sum(a * b for a, b in zip(v, t)) for t in text] for v in image]
+        image, text = system.embed_images(pairs.images), system.embed_texts(pairs.texts).tolist()
+    vectors = image[:, None].tolist() if image.ndim == 2 else image.tolist()  # of several the best counts
+    return [[max(sum(a * b for a, b in zip(v, t)) for v in several) for t in text] for several in vectors]
 
 
 # CLIP and SigLIP
@@ -121,7 +122,8 @@ def test_layer_norms_are_float32_under_mixed_precision() -> None:
 
 def test_published_numbers_name_their_prompt() -> None:
     """Captions after "a photo of" score 1 to 2 points more: a number without its prompt compares with nothing."""
-    assert spec_of("clip").published and all('"a photo of"' in row.setting for row in spec_of("clip").published)
+    rows = spec_of("clip").published
+    assert rows and all('"a photo of"' in row.setting or "captions as they are" in row.setting for row in rows)
 
 
 @pytest.mark.parametrize(
@@ -163,7 +165,8 @@ def test_ten_prompts_and_dropout_of_elip_c_alone() -> None:
 
 
 def test_what_is_mapped_is_the_unit_embedding_that_is_compared() -> None:
-    for kind in PROMPTED.values():
+    """Of ELIP-B it is another, which has its own test."""
+    for kind in (ELIPC, ELIPS):
         system, pairs = small(kind), toy_pairs(5)
         seen: list[Tensor] = []
         system.mapper.register_forward_hook(lambda module, inputs, output, seen=seen: seen.append(inputs[0]))
@@ -294,7 +297,7 @@ def test_every_text_is_tried_on_every_image_and_frozen_parts_are_quiet(monkeypat
 
 def test_what_is_inferred_of_elip_says_so() -> None:
     assert "inferred design" in spec_of("elip_c").inferred
-    assert "inferred\ndesign" in (elip_module.__doc__ or "")
+    assert "inferred design" in " ".join((elip_module.__doc__ or "").split())
 
 
 # What all of them share

@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from toysurvey import END, PAD, START, ToyEncoders, toy_pairs
+from toysurvey import END, PAD, START, ToyEncoders, part, toy_pairs
 
 from unimodal.layers import KeyValues
 from unimodal.losses import info_nce, momentum_contrast, similarity
@@ -317,7 +317,7 @@ def test_what_is_always_wrong_is_left_out_or_written_anew() -> None:
     with system.teacher.acting(system):
         accepted = system._accepts(system.trust(batch.images, batch.texts))
     assert accepted[:32].float().mean() > 0.8 and accepted[32:].float().mean() < 0.2
-    kept = system._trusted(batch)
+    kept = part(*system._trusted(batch))
     rewritten = [
         (int(i), row[m].tolist()) for i, row, m in zip(kept.image_id, kept.texts.ids, kept.texts.mask) if int(i) >= 32
     ]

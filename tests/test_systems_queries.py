@@ -10,7 +10,7 @@ from torch import Tensor
 from toy import toy_model
 from toysurvey import START, ToyEncoders, toy_pairs
 
-from unimodal.losses import caption_loss, info_nce
+from unimodal.losses import caption_loss, info_nce, matching
 from unimodal.stages import rates
 from unimodal.survey.score import rank
 from unimodal.survey.specs import read_spec
@@ -69,6 +69,32 @@ def test_matching_judges_queries_and_no_word() -> None:
     assert [tuple(x.shape) for x in judged] == [(4, 3, 16), (4, 3, 16), (12, 3, 16)]
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("stage", ["represent", "retrieve"])
+def test_only_fine_tuning_knows_which_captions_are_of_one_image(stage: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Contrast by plain loops, smoothed by 0.1: targets are a row's own partner, or uniform over equal ids; wrong pairs likewise."""
+    system, pairs = blip2(), toy_pairs(3, captions=2)
+    alike = [i // 2 if stage == "retrieve" else i for i in range(6)]
+    drawn: list[list[int]] = []
+
+    def draw(scores: Tensor, image_id: Tensor, text_image_id: Tensor) -> tuple[Tensor, Tensor]:
+        drawn.extend([image_id.tolist(), text_image_id.tolist()])
+        return torch.arange(6).roll(2), torch.arange(6).roll(2)
+
+    monkeypatch.setattr(matching, "sample_hard_negatives", draw)
+    found = float(system.losses(pairs, stage, 0.0)["itc"])
+    assert drawn == [alike, alike]
+    image, text = system.embed_images(pairs.images).double(), system.embed_texts(pairs.texts).double()
+    scores = [[max(float(read @ told) for read in row) / 0.07 for told in text] for row in image]
+    expected = 0.0
+    for rows in (scores, list(zip(*scores))):
+        for i, row in enumerate(rows):
+            norm = math.log(sum(map(math.exp, row)))
+            right = [row[j] for j in range(6) if alike[j] == alike[i]]
+            expected -= (0.9 * (sum(right) / len(right) - norm) + 0.1 * (sum(row) / 6 - norm)) / 12
+    assert found == pytest.approx(expected, rel=1e-4)
+
+
 def test_captions_begin_with_a_word_of_their_own_that_is_never_written() -> None:
     system, pairs = blip2(), toy_pairs(3)
     begun: list[Tensor] = []
@@ -85,7 +111,7 @@ def test_captions_begin_with_a_word_of_their_own_that_is_never_written() -> None
         own = system.encoders.vocab_size
         assert (ids[:, 0] == START).all() and (begun[0][:, 0] == own).all() and torch.equal(begun[0][:, 1:], ids[:, 1:])
         # From the image anew, in place of the cache of the contrast pass.
-        logits = system.bridge.lm_logits(caption("image", begun[0], *system.image_state(pairs.images)))
+        logits = system.bridge.lm_logits(caption("image", begun[0], *system.memory(pairs.images)))
         torch.testing.assert_close(found, caption_loss(logits, ids, mask, label_smoothing=0.1))
         system.bridge.lm_bias[own] = 1e4
         assert all(word < own for row in system.write(pairs.images) for word in row)

@@ -8,11 +8,11 @@ import torch
 import torch.nn.functional as F
 from toysurvey import ToyEncoders, endless, toy_pairs
 
-from unimodal.losses import cosent_loss, masked_info_nce, matryoshka, text_to_text_loss
+from unimodal.losses import Mined, cosent_loss, masked_info_nce, matryoshka, mine_negatives, text_to_text_loss
 from unimodal.stages import rates
 from unimodal.survey.specs import read_spec
 from unimodal.survey.train import Budget, train
-from unimodal.systems import OmniBridge, QwenEmbedding, QwenReranker, Stage
+from unimodal.systems import OmniBridge, QwenEmbedding, QwenReranker, Stage, qwen
 from unimodal.systems.qwen import Reader
 
 SMALL = {"width": 16, "heads": 2, "dropout": 0.0}
@@ -114,28 +114,28 @@ def test_padding_counts_only_where_the_authors_code_is_followed() -> None:
 def test_a_reader_does_not_see_padding(side: str) -> None:
     torch.manual_seed(0)
     encoders, pairs = ToyEncoders(), toy_pairs(4)
-    reader = Reader(encoders, 16, 2, 2, 0.0, "find it").eval()
+    reader = Reader(encoders, 16, 2, 2, 0.0, {"query": "find it"}).eval()
     extra = (3, 0) if side == "left" else (0, 3)
     tokens, mask = F.pad(pairs.texts.tokens, (0, 0, *extra), value=7.0), F.pad(pairs.texts.mask, extra)
     with torch.no_grad():
-        plain = reader(reader.item("text", pairs.texts.tokens, pairs.texts.mask))
-        torch.testing.assert_close(reader(reader.item("text", tokens, mask)), plain, atol=1e-5, rtol=1e-4)
+        plain = reader("query", reader.item("text", pairs.texts.tokens, pairs.texts.mask))
+        torch.testing.assert_close(reader("query", reader.item("text", tokens, mask)), plain, atol=1e-5, rtol=1e-4)
 
 
 def test_a_reader_sees_the_instruction_and_its_last_position_everything() -> None:
     torch.manual_seed(0)
     encoders, pairs = ToyEncoders(), toy_pairs(4)
-    reader = Reader(encoders, 16, 2, 2, 0.0, "find it").eval()
+    reader = Reader(encoders, 16, 2, 2, 0.0, {"query": "find it"}).eval()
     with torch.no_grad():
         item = reader.item("text", pairs.texts.tokens, pairs.texts.mask)
-        plain = reader(item)
-        reader.get_buffer("instruction").mul_(-1)
-        assert not torch.allclose(reader(item), plain)
-        reader.get_buffer("instruction").mul_(-1)
+        plain = reader("query", item)
+        reader.get_buffer("query").mul_(-1)
+        assert not torch.allclose(reader("query", item), plain)
+        reader.get_buffer("query").mul_(-1)
         for place in range(3):
             other = pairs.texts.tokens.clone()
             other[:, place] = torch.randn_like(other[:, place])
-            assert not torch.allclose(reader(reader.item("text", other, pairs.texts.mask)), plain)
+            assert not torch.allclose(reader("query", reader.item("text", other, pairs.texts.mask)), plain)
 
 
 def test_the_row_of_the_answer_is_the_difference_of_two_logits() -> None:
@@ -146,10 +146,10 @@ def test_the_row_of_the_answer_is_the_difference_of_two_logits() -> None:
         system.answer.weight.copy_((yes - no)[None])
         assert system.answer.bias is None
         state = system.image_state(pairs.images), system.text_state(pairs.texts)
-        hidden = system.reader(state[1], state[0])  # the query first, then the document
+        hidden = system.reader("rerank", state[1], state[0])  # the query first, then the document
         two = torch.stack([hidden @ yes, hidden @ no], 1).softmax(1)[:, 0]
         torch.testing.assert_close(system.score_pairs(*state).sigmoid(), two)
-        swapped = system.answer(system.reader(state[0], state[1]))[:, 0]
+        swapped = system.answer(system.reader("rerank", state[0], state[1]))[:, 0]
         assert not torch.allclose(swapped, system.score_pairs(*state))
     assert read_spec(CONFIGS / "qwen_reranker.yaml").scoring.first == "qwen_embedding"
 
@@ -160,12 +160,11 @@ def test_stages_differ_by_what_is_pushed_apart() -> None:
     found = {stage: system.losses(pairs, stage, 0.0) for stage in ("pretrain", "finetune")}
     assert found["pretrain"].keys() == {"t2i", "i2t"} and found["finetune"].keys() == {"t2i", "i2t", "answer", "sts"}
     image, text = system.embed_images(pairs.images), system.embed_texts(pairs.texts)
-    for stage, within in (("pretrain", True), ("finetune", False)):
 
-        def contrast(a: torch.Tensor, b: torch.Tensor, within: bool = within) -> torch.Tensor:
-            return masked_info_nce(a, b, pairs.image_id, scale=system.scale(), within=within)
+    def contrast(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+        return masked_info_nce(a, b, pairs.image_id, scale=system.scale(), within=True)
 
-        torch.testing.assert_close(found[stage]["t2i"], system._every_form(contrast, text, image))
+    torch.testing.assert_close(found["pretrain"]["t2i"], system._every_form(contrast, text, image))
     assert found["pretrain"]["t2i"] > found["finetune"]["t2i"]
     named = QwenEmbedding(ToyEncoders(), dims=(), category_names=["dog", "cat", "man", "ball"], **SMALL)
     assert float(named.losses(pairs, "finetune", 0.0)["classification"]) > 0
@@ -236,15 +235,15 @@ def test_a_score_does_not_depend_on_padding(side: str) -> None:
 def test_a_reader_looks_back_and_never_ahead() -> None:
     torch.manual_seed(0)
     encoders, pairs = ToyEncoders(), toy_pairs(4)
-    reader = Reader(encoders, 16, 2, 2, 0.0, "find it").eval()
+    reader = Reader(encoders, 16, 2, 2, 0.0, {"query": "find it"}).eval()
     states: list[torch.Tensor] = []
     reader.layers[-1].register_forward_hook(lambda layer, inputs, output: states.append(output))
-    told = reader.get_buffer("instruction").shape[1]
+    told = reader.get_buffer("query").shape[1]
     with torch.no_grad():
         for factor in (1.0, -1.0):
             tokens = pairs.texts.tokens.clone()
             tokens[:, 2] *= factor
-            reader(reader.item("text", tokens, pairs.texts.mask))
+            reader("query", reader.item("text", tokens, pairs.texts.mask))
     first, second = states
     assert torch.equal(first[:, : told + 2], second[:, : told + 2])
     assert not torch.allclose(first[:, told + 2], second[:, told + 2])
@@ -253,12 +252,31 @@ def test_a_reader_looks_back_and_never_ahead() -> None:
 
 def test_the_instructions_are_the_reports() -> None:
     system = QwenEmbedding(ToyEncoders(), **SMALL)
-    for reader, words in (
-        (system.reader, "Represent the user's input."),
-        (system.reranker.reader, "Given a search query, retrieve relevant candidates that answer the query."),
+    for reader, name, words in (
+        (system.reader, "document", "Represent the user's input."),
+        (system.reranker.reader, "rerank", "Given a search query, retrieve relevant candidates that answer the query."),
     ):
         told = system.encoders.read_texts(*system.encoders.tokenise([words])).tokens
-        assert torch.equal(reader.get_buffer("instruction"), told)
+        assert torch.equal(reader.get_buffer(name), told)
+
+
+@torch.no_grad()
+def test_queries_are_told_a_task_and_documents_the_default() -> None:
+    """Texts are queries; images are documents, and so is the text of a label."""
+    torch.manual_seed(0)
+    system = QwenEmbedding(ToyEncoders(), category_names=["dog", "cat"], **SMALL).eval()
+    pairs = toy_pairs(3)
+    asked: list[str] = []
+    system.reader.register_forward_pre_hook(lambda reader, args: asked.append(args[0]))
+    text, image = system.embed_texts(pairs.texts), system.embed_images(pairs.images)
+    system._classified(image, torch.eye(2)[[0, 1, 0]])
+    assert asked == ["query", "document", "document"]
+    for name, vectors, others in (("query", text, image), ("document", image, text)):
+        system.reader.get_buffer(name).mul_(-1)
+        after = {"query": system.embed_texts(pairs.texts), "document": system.embed_images(pairs.images)}
+        assert not torch.allclose(after[name], vectors)
+        assert torch.equal(after["document" if name == "query" else "query"], others)
+        system.reader.get_buffer(name).mul_(-1)
 
 
 def forms(x: torch.Tensor, dims: tuple[int, ...], step: float) -> list[torch.Tensor]:
@@ -269,6 +287,67 @@ def forms(x: torch.Tensor, dims: tuple[int, ...], step: float) -> list[torch.Ten
         ratio = cut * math.sqrt(dim)
         out += [cut, F.normalize((ratio / step).round().clamp(-127, 127), dim=-1), F.normalize(ratio.sign(), dim=-1)]
     return out
+
+
+def test_the_mining_rule_by_plain_loops() -> None:
+    """A query stays if one of its documents scores above a threshold; what is wrong scores below the mean of its documents and a margin."""
+    scores = torch.randn(6, 8, dtype=torch.float64).tanh()
+    right = torch.rand(6, 8) < 0.3
+    right[:, 0] = True
+    pool = torch.rand(6, 8) < 0.7
+    found = mine_negatives(scores, right, pool, count=3, above=0.4, margin=0.2)
+    for i in range(6):
+        own = [float(scores[i, j]) for j in range(8) if right[i, j]]
+        assert bool(found.kept[i]) == (max(own) > 0.4)
+        limit = sum(own) / len(own) + 0.2
+        wrong = [j for j in range(8) if pool[i, j] and not right[i, j] and float(scores[i, j]) < limit]
+        best = sorted(wrong, key=lambda j: -float(scores[i, j]))[:3]
+        assert found.documents[i][found.given[i]].tolist() == best
+    assert 0 < int(found.kept.sum()) < 6 and not found.given.all()
+
+
+@torch.no_grad()
+def test_finetuning_contrasts_halves_with_what_was_mined_from_the_other(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In every form, by plain loops: the documents of a query's own half, and the two of the other that the full embedding finds most
+    like it. Queries that miss their documents take no part, nor do their documents."""
+    torch.manual_seed(0)
+    system, pairs = QwenEmbedding(ToyEncoders(), dim=8, dims=(3,), **SMALL).eval(), toy_pairs(4, captions=2)
+    image, text, ids = system.embed_images(pairs.images), system.embed_texts(pairs.texts), pairs.image_id.tolist()
+    best = sorted(max(float(image[i] @ text[j]) for j in (i, i ^ 1)) for i in range(8))
+    above = (best[1] + best[2]) / 2  # some pairs are found, some are not
+
+    def mine(*args: torch.Tensor, count: int) -> Mined:
+        assert count == 7
+        return mine_negatives(*args, count=2, above=above)
+
+    monkeypatch.setattr(qwen, "mine_negatives", mine)
+    found = system.losses(pairs, "finetune", 0.0)
+    for name, queries, documents in (("t2i", text, image), ("i2t", image, text)):
+        cosine = (queries @ documents.T).tolist()
+        right = [[j for j in range(8) if ids[j] == ids[i]] for i in range(8)]
+        kept = [i for i in range(8) if max(cosine[i][j] for j in right[i]) > above]
+        assert name == "t2i" or 0 < len(kept) < 8
+        losses = []
+        for q, d in zip(forms(queries.double(), (3, 8), 0.1), forms(documents.double(), (3, 8), 0.1)):
+            for i in kept:
+                limit = sum(cosine[i][j] for j in right[i]) / len(right[i]) + 0.1
+                pool = [j for j in range(8) if (j < 4) != (i < 4) and j not in right[i] and cosine[i][j] < limit]
+                mined = sorted(pool, key=lambda j: -cosine[i][j])[:2]
+                beside = [j for j in kept if (j < 4) == (i < 4) and j not in right[i]]
+                own = float(q[i] @ d[i])
+                others = [s for s in (float(q[i] @ d[j]) for j in beside + mined) if s <= own + 0.1]
+                losses.append(math.log(sum(math.exp(20 * s) for s in [own, *others])) - 20 * own)
+        assert float(found[name]) == pytest.approx(sum(losses) / len(losses), rel=1e-4)
+
+
+def test_a_batch_of_which_no_query_finds_its_document_teaches_nothing() -> None:
+    torch.manual_seed(0)
+    system, pairs = QwenEmbedding(ToyEncoders(), dims=(), **SMALL), toy_pairs(4)
+    image, text = system.embed_images(pairs.images), system.embed_texts(pairs.texts)
+    nobody = Mined(torch.zeros(4).bool(), torch.zeros(4, 1).long(), torch.ones(4, 1).bool())
+    loss = system._half_by_half(text, image, ids=pairs.image_id, mined=nobody)
+    loss.backward()
+    assert loss.item() == 0 and all(p.grad is None or not p.grad.any() for p in system.parameters())
 
 
 @torch.no_grad()
@@ -311,7 +390,8 @@ def test_labels_are_documents_and_only_wrong_labels_their_negatives(monkeypatch:
     assert right.shape == (3, 1) and wrong.shape == (3, 2)  # as many as each picture has
     for row, own, others in zip(rows, right, wrong):
         assert labels[row, own].all() and not labels[row, others].any() and len(set(others.tolist())) == 2
-    documents = system.embed_texts(system.encoders.read_texts(*system.encoders.tokenise(names))).double()
+    told = system.encoders.read_texts(*system.encoders.tokenise(names))
+    documents = system._embed("document", system.reader.item("text", told.tokens, told.mask)).double()
     losses = []
     for pictures, words in zip(forms(image.double(), (3, 8), 0.1), forms(documents, (3, 8), 0.1)):
         for row, own, others in zip(rows, right, wrong):
@@ -364,6 +444,7 @@ def test_stages_train_embedder_and_reranker_as_the_report_does() -> None:
     """The reranker beside the second stage of the embedder, and fixed where it teaches."""
     stages = read_spec(CONFIGS / "qwen_embedding.yaml").stages
     assert list(stages) == ["pretrain", "finetune", "distil"]
+    assert stages["finetune"].order == "hard"  # mined with the embedder of the first
     system = QwenEmbedding(ToyEncoders(), **SMALL)
     assert system.scale().item() == pytest.approx(20)  # a temperature of 0.05
     for name, stage in stages.items():

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from toysurvey import ToyEncoders, toy_pairs
 
-from unimodal.losses import sample_hard_negatives, similarity
+from unimodal.losses import matching, sample_hard_negatives, similarity
 from unimodal.systems import (
     BLIP2,
     CDISA,
@@ -38,7 +38,7 @@ def built(kind: type[System], **settings: Any) -> Any:
     [
         (VLMo, "joint", "itc"),
         (VLMo, "retrieval", "itc"),
-        (BLIP2, "represent", "itc"),
+        (BLIP2, "retrieve", "itc"),
         (VLGAP, "clean", "itc"),
         (OmniBridge, "alignment", "itc"),
         (CDISA, "align", "bcm"),
@@ -62,17 +62,17 @@ def test_captions_of_an_image_may_change_places_in_contrast(kind: type[System], 
 
 
 @pytest.mark.parametrize(
-    ("kind", "stage", "module"),
+    ("kind", "stage"),
     [
-        (VLMo, "joint", "vlmo"),
-        (BLIP2, "retrieve", "blip2"),
-        (VLGAP, "clean", "albef"),
-        (QwenReranker, "answer", "qwen"),
-        (QwenEmbedding, "finetune", "qwen"),
+        (VLMo, "joint"),
+        (BLIP2, "retrieve"),
+        (VLGAP, "clean"),
+        (QwenReranker, "answer"),
+        (QwenEmbedding, "finetune"),
     ],
 )
 def test_wrong_pairs_are_drawn_by_likeness_and_judged_as_wrong(
-    kind: type[System], stage: str, module: str, monkeypatch: pytest.MonkeyPatch
+    kind: type[System], stage: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     system, pairs = built(kind), toy_pairs(4, captions=2)
     asked: list[tuple[Tensor, Tensor, Tensor]] = []
@@ -86,8 +86,8 @@ def test_wrong_pairs_are_drawn_by_likeness_and_judged_as_wrong(
         judged.append(labels)
         return logits.sum()
 
-    monkeypatch.setattr(f"unimodal.systems.{module}.sample_hard_negatives", sample)
-    monkeypatch.setattr(f"unimodal.systems.{module}.matching_loss", judge)
+    monkeypatch.setattr(matching, "sample_hard_negatives", sample)
+    monkeypatch.setattr(matching, "matching_loss", judge)
     system.losses(pairs, stage, 0.0)
     (scores, image_id, text_image_id), (labels,) = asked[0], judged
     assert torch.equal(image_id, pairs.image_id) and torch.equal(text_image_id, pairs.image_id)
@@ -100,13 +100,12 @@ def test_wrong_pairs_are_drawn_by_likeness_and_judged_as_wrong(
         torch.testing.assert_close(scores, (system.scale() * alike).detach(), atol=1e-5, rtol=1e-4)
 
 
-def loop_masked(query: Tensor, document: Tensor, ids: Tensor, scale: float, within: bool) -> float:
+def loop_masked(query: Tensor, document: Tensor, ids: Tensor, scale: float) -> float:
     total = 0.0
     for i in range(len(ids)):
         own = float(query[i] @ document[i])
         others = [float(query[i] @ document[j]) for j in range(len(ids)) if ids[j] != ids[i]]
-        if within:
-            others += [float(x[i] @ x[j]) for x in (query, document) for j in range(len(ids)) if ids[j] != ids[i]]
+        others += [float(x[i] @ x[j]) for x in (query, document) for j in range(len(ids)) if ids[j] != ids[i]]
         kept = [own, *(s for s in others if s <= own + 0.1)]
         total += math.log(sum(math.exp(scale * s) for s in kept)) - scale * own
     return total / len(ids)
@@ -124,14 +123,13 @@ def forms(x: Tensor, dims: list[int], step: float) -> list[Tensor]:
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("within", [True, False])
-def test_the_contrast_of_qwen_in_every_form_is_that_of_a_loop(within: bool) -> None:
+def test_the_contrast_of_qwen_in_every_form_is_that_of_a_loop() -> None:
     system, pairs = built(QwenEmbedding, dims=(3,)), toy_pairs(4, captions=2)
-    found = system.losses(pairs, "pretrain" if within else "finetune", 0.0)
+    found = system.losses(pairs, "pretrain", 0.0)
     image, text = (system.embed_images(pairs.images).double(), system.embed_texts(pairs.texts).double())
     images, texts = (forms(x, [3, 8], 0.1) for x in (image, text))
     for name, queries, documents in (("t2i", texts, images), ("i2t", images, texts)):
-        losses = [loop_masked(q, d, pairs.image_id, 20.0, within) for q, d in zip(queries, documents)]
+        losses = [loop_masked(q, d, pairs.image_id, 20.0) for q, d in zip(queries, documents)]
         assert float(found[name]) == pytest.approx(sum(losses) / 6, rel=1e-4)
 
 

@@ -153,8 +153,13 @@ def test_the_ensemble_is_the_one_of_the_papers_headline() -> None:
     assert (both.i2t.direction, both.i2t.pool, both.i2t.sharpness, both.i2t.pool_sharpness) == ("i2t", "lse", 4, 5)
 
 
-def test_an_ensemble_is_the_mean_of_its_matrices() -> None:
-    both = SCANEnsemble(ToyEncoders(), 16).eval()
+@pytest.mark.parametrize(("t2i", "i2t"), [("avg", "lse"), ("lse", "avg")])
+def test_an_ensemble_is_the_mean_of_its_matrices(t2i: Any, i2t: Any) -> None:
+    both = SCANEnsemble(ToyEncoders(), 16, t2i, i2t, pool_sharpness=20.0).eval()
+    assert [(part.direction, part.pool, part.pool_sharpness) for part in (both.t2i, both.i2t)] == [
+        ("t2i", t2i, 6.0),
+        ("i2t", i2t, 20.0),
+    ]
     pairs = toy_pairs(4)
     with torch.no_grad():
         images, texts = both.image_state(pairs.images), both.text_state(pairs.texts)

@@ -157,12 +157,18 @@ def sigmoid_loss(
             total = total - F.logsigmoid(-logits).sum()
 
     def pairs(others: Tensor, other_id: Tensor, part: slice) -> Tensor:
-        sign = torch.where(image_id[part, None] == other_id[None, :], 1.0, -1.0)  # [rows, T]
-        return -F.logsigmoid(sign * (scale * similarity(image[part], others) + bias)).sum()
+        same = image_id[part, None] == other_id[None, :]  # [rows, T]
+        return pairwise_sigmoid(similarity(image[part], others), same, scale=scale, bias=bias)
 
     for others, other_id in distributed.ring_exchange(text, text_id) if gather else [(text, text_id)]:
         total = total + _by_rows(partial(pairs, others, other_id), len(image), rows)
     return total / image.shape[0]
+
+
+def pairwise_sigmoid(scores: Tensor, same: Tensor, *, scale: Tensor | float, bias: Tensor | float) -> Tensor:
+    """`-log sigmoid(z (scale s + bias))`, summed over pairs, z = +1 where `same`, else -1: scores and `same` of equal shape -> a scalar."""
+    sign = torch.where(same, 1.0, -1.0)
+    return -F.logsigmoid(sign * (scale * at_least_float32(scores) + bias)).sum()
 
 
 def _by_rows(block: Callable[[slice], Tensor], count: int, rows: int | None) -> Tensor:

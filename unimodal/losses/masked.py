@@ -1,8 +1,12 @@
 """One-way contrast of queries and documents in which likely false negatives are left out: the loss of Qwen3-VL-Embedding.
 
-Its report (arXiv 2601.04720, 2026, section 3.3) trains the first stage with `within`, the later ones without.
-Legend: B local pairs, R ranks, K wrong documents per query, E embedding dim. Across ranks: see `unimodal.distributed`.
+Its report (arXiv 2601.04720, 2026, section 3.3) trains the first stage with `within`, the later ones without. Wrong documents that are
+mined for each query follow its rule, whose thresholds are not published.
+Legend: B local pairs, R ranks, Q queries, D documents, K wrong documents per query, E embedding dim. Across ranks: see
+`unimodal.distributed`.
 """
+
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -10,6 +14,36 @@ from torch import Tensor
 from unimodal import distributed
 from unimodal.losses.contrastive import Wrong, row_similarity, similarity
 from unimodal.losses.numerics import at_least_float32
+
+
+class Mined(NamedTuple):
+    """Which queries [Q] are worth learning from, wrong documents of each [Q, K], the most similar first, and which are there [Q, K]."""
+
+    kept: Tensor
+    documents: Tensor
+    given: Tensor
+
+
+@torch.no_grad()
+def mine_negatives(
+    scores: Tensor, right: Tensor, pool: Tensor, *, count: int, above: float = 0.1, margin: float = 0.1
+) -> Mined:
+    """The most similar wrong documents of each query.
+
+    | Inputs | Shape  | Meaning                                                                                       |
+    |--------|--------|-----------------------------------------------------------------------------------------------|
+    | scores | [Q, D] | cosines                                                                                       |
+    | right  | [Q, D] | which documents answer a query, at least one                                                  |
+    | pool   | [Q, D] | which may be mined                                                                            |
+    | count  | number | K, or D where that is fewer                                                                   |
+    | above  | number | a query is kept if one of its right documents scores more than this                           |
+    | margin | number | a document is taken for a false negative unless it scores less than the mean right one + this |
+    """
+    best = scores.masked_fill(~right, float("-inf")).amax(1)
+    mean = scores.masked_fill(~right, 0).sum(1) / right.sum(1)
+    wrong = pool & ~right & (scores < mean[:, None] + margin)
+    documents = scores.masked_fill(~wrong, float("-inf")).topk(min(count, scores.shape[1]), 1).indices
+    return Mined(best > above, documents, wrong.gather(1, documents))
 
 
 def masked_info_nce(

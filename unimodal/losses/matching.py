@@ -13,6 +13,8 @@ With a generator seeded alike on all ranks this draws what one process would dra
 valid draws: a rank only reads its own.
 """
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -82,6 +84,23 @@ def matching_loss(logits: Tensor, labels: Tensor) -> Tensor:
         raise ValueError(f"Got logits {tuple(logits.shape)} and labels {tuple(labels.shape)}; expected [P] for both.")
     logits = at_least_float32(logits)
     return F.binary_cross_entropy_with_logits(logits, labels.to(logits.dtype))
+
+
+def in_batch_matching(score: Callable[[Tensor, Tensor], Tensor], similarity: Tensor, image_id: Tensor) -> Tensor:
+    """`matching_loss` of a batch's true pairs, with a hard wrong text for each image and a hard wrong image for each text; a scalar.
+
+    | Inputs     | Shape    | Meaning                                                                              |
+    |------------|----------|--------------------------------------------------------------------------------------|
+    | score      | function | image rows [P] and text rows [P] -> logits [P]; asked once, for the 3 B pairs         |
+    | similarity | [B, B]   | as in `sample_hard_negatives`                                                         |
+    | image_id   | [B]      | rows of equal ids are never drawn as wrong                                            |
+
+    Raises ValueError as `sample_hard_negatives` does.
+    """
+    wrong_text, wrong_image = sample_hard_negatives(similarity, image_id, image_id)
+    true = torch.arange(len(image_id), device=image_id.device)
+    logits = score(torch.cat([true, true, wrong_image]), torch.cat([true, wrong_text, true]))
+    return matching_loss(logits, torch.arange(len(logits), device=logits.device) < len(true))
 
 
 def _require_negatives(same: Tensor, ids: Tensor, row: str, column: str, count: int) -> None:

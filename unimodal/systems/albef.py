@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from unimodal.losses import matching_loss, momentum_contrast, sample_hard_negatives
+from unimodal.losses import in_batch_matching, momentum_contrast
 from unimodal.systems.base import Batch, Encoders, Images, State, System, Texts
 from unimodal.systems.momentum import Queue, Teacher
 from unimodal.systems.towers import Fusion, Tower
@@ -76,16 +76,19 @@ class FusionEncoder(System):
         return self.itm_head(self.fusion(*texts, *images)[:, 0])[:, 0]
 
     def matching(self, image: State, text: State, similarity: Tensor, image_id: Tensor) -> Tensor:
-        """The matching loss of the true pairs, a hard wrong text for each image and a hard wrong image for each text."""
-        wrong_text, wrong_image = sample_hard_negatives(similarity, image_id, image_id)
-        true = torch.arange(len(image_id), device=image_id.device)
-        rows, columns = torch.cat([true, true, wrong_image]), torch.cat([true, wrong_text, true])
-        logits = self.score_pairs(tuple(x[rows] for x in image), tuple(x[columns] for x in text))
-        return matching_loss(logits, torch.arange(len(logits), device=logits.device) < len(true))
+        """The matching loss of a batch, hard wrong pairs drawn by `similarity` [B, B]."""
+
+        def score(i: Tensor, j: Tensor) -> Tensor:
+            return self.score_pairs(tuple(x[i] for x in image), tuple(x[j] for x in text))
+
+        return in_batch_matching(score, similarity, image_id)
 
 
 class ALBEF(FusionEncoder):
     """Contrast with a momentum teacher and queues, matching with hard negatives, masked words with the image at hand.
+
+    Stages: `joint`, all three, where a pair's own partner alone is right, as among web pairs; `retrieval`, contrast and matching, where all
+    captions of an image are right, those in the queue too.
 
     Args:
         encoders: the shared ones.
@@ -127,12 +130,12 @@ class ALBEF(FusionEncoder):
 
     def losses(self, batch: Batch, stage: str, progress: float) -> dict[str, Tensor]:
         alpha = self.alpha * min(1.0, progress / self.ramp)
-        holes, asked = hide_words(batch.texts.ids, batch.texts.mask, self.encoders)
-        hidden = self.encoders.read_texts(holes, batch.texts.mask)
+        ids, queue_ids = batch.image_id, self.queue.ids
+        if stage == "joint":  # every row an image of its own
+            ids, queue_ids = torch.arange(len(ids), device=ids.device), torch.full_like(queue_ids, -1)
         with self.teacher.acting(self):
             slow = self.image_state(batch.images)
             slow_image, slow_text = self.image_embedding(slow), self.embed_texts(batch.texts)
-            soft_words = self._word_logits(slow, hidden, asked).softmax(-1)
         image, text = self.image_state(batch.images), self.text_state(batch.texts)
         image_embedding, text_embedding = self.image_embedding(image), self.text_embedding(text)
         ita = momentum_contrast(
@@ -142,18 +145,27 @@ class ALBEF(FusionEncoder):
             slow_text,
             self.queue.image,
             self.queue.text,
-            batch.image_id,
-            self.queue.ids,
+            ids,
+            queue_ids,
             temperature=self.temperature,
             alpha=alpha,
         )
         similarity = (image_embedding @ text_embedding.T).detach() / self.temperature.detach()
-        itm = self.matching(image, text, similarity, batch.image_id)
-        logits = self._word_logits(image, hidden, asked)
-        mlm = (1 - alpha) * F.cross_entropy(logits, asked[asked != NOT_ASKED])
-        mlm = mlm - alpha * (soft_words * logits.log_softmax(-1)).sum(-1).mean()
+        out = {"ita": ita, "itm": self.matching(image, text, similarity, ids)}
+        if stage == "joint":
+            out["mlm"] = self._hidden_words(batch.texts, image, slow, alpha)
         self.queue.push(slow_image, slow_text, batch.image_id)
-        return {"ita": ita, "itm": itm, "mlm": mlm}
+        return out
+
+    def _hidden_words(self, texts: Texts, image: State, slow: State, alpha: float) -> Tensor:
+        """What it costs to miss hidden words, `alpha` of it against the teacher's guess from its own image state `slow`."""
+        holes, asked = hide_words(texts.ids, texts.mask, self.encoders)
+        hidden = self.encoders.read_texts(holes, texts.mask)
+        with self.teacher.acting(self):
+            soft = self._word_logits(slow, hidden, asked).softmax(-1)
+        logits = self._word_logits(image, hidden, asked)
+        hard = F.cross_entropy(logits, asked[asked != NOT_ASKED])
+        return (1 - alpha) * hard - alpha * (soft * logits.log_softmax(-1)).sum(-1).mean()
 
     def _word_logits(self, image: State, holes: Texts, asked: Tensor) -> Tensor:
         """Logits [words asked for, V] of hidden words, of the image at hand."""

@@ -1,7 +1,7 @@
 """BLIP-2: queries that read the image, in three tasks (Li et al. 2023, arXiv 2301.12597). Contrast takes the best query, matching the mean
 over queries; captions look back at what the queries read.
 
-Legend: B pairs, M texts, P pairs, N queries, L text length, D width of the projected tokens, W width of the bridge, E embedding width.
+Legend: B pairs, M texts, P pairs, N queries, L text length, T image tokens, W width, E embedding width.
 """
 
 import torch
@@ -10,9 +10,9 @@ from torch import Tensor, nn
 
 from unimodal.bridge import QFormer
 from unimodal.layers import KeyValues
-from unimodal.losses import caption_loss, info_nce, matching_loss, sample_hard_negatives, similarity
+from unimodal.losses import caption_loss, in_batch_matching, info_nce, similarity
 from unimodal.systems.base import Batch, Encoders, Images, State, System, Texts
-from unimodal.systems.towers import Scale
+from unimodal.systems.towers import Scale, Tower
 from unimodal.systems.words import write_words
 
 QUERIES = "image"
@@ -22,11 +22,15 @@ SMOOTHING = 0.1
 class BLIP2(System):
     """The bridge of `unimodal.bridge` on the shared encoder's image tokens; texts are read by the bridge itself, from their ids.
 
+    Stages: `represent`, all three tasks, where a pair's own partner alone is right; `retrieve`, the same, where all captions of an image
+    are right in contrast and none of them is a wrong one in matching.
+
     Args:
         encoders: the shared ones.
         width, layers, heads, dropout: of the bridge; queries look at the image in every second layer.
         queries: N.
         dim: E.
+        tower_layers: of the image tower; with none it is a projection and the norm that the paper trains behind its frozen encoder.
     """
 
     looks = ("bridge.layers.*.cross_attention",)
@@ -40,10 +44,10 @@ class BLIP2(System):
         dropout: float = 0.1,
         queries: int = 16,
         dim: int = 256,
+        tower_layers: int = 0,
     ) -> None:
         super().__init__(encoders)
-        self.image_project = nn.Sequential(nn.LayerNorm(encoders.image_width), nn.Linear(encoders.image_width, width))
-        self.image_norm = nn.LayerNorm(width)
+        self.image_tower = Tower(encoders.image_width, width, tower_layers, heads, dropout)
         self.bridge = QFormer(
             width=width,
             layers=layers,
@@ -60,13 +64,13 @@ class BLIP2(System):
         self.itm_head = nn.Linear(width, 1)
         self.scale = Scale()
 
-    def _memory(self, images: Images) -> Tensor:
-        """The tokens that queries look at: [B, T, D]."""
-        return self.image_norm(self.image_project(images.tokens))
+    def memory(self, images: Images) -> State:
+        """What queries look at, [B, 1 + T, W], and its mask."""
+        return self.image_tower(images.tokens, images.mask)
 
     def embed_images(self, images: Images) -> Tensor:
         """One vector for each query, [B, N, E]."""
-        return self._embed_queries(self.bridge.read(QUERIES, self._memory(images), images.mask))
+        return self._embed_queries(self.bridge.read(QUERIES, *self.memory(images)))
 
     def _embed_queries(self, read: Tensor) -> Tensor:
         return F.normalize(self.image_projection(read), dim=-1)
@@ -75,8 +79,8 @@ class BLIP2(System):
         return F.normalize(self.text_projection(self.bridge.text(texts.ids, texts.mask)[:, 0]), dim=-1)
 
     def image_state(self, images: Images) -> State:
-        """Tokens [B, T, D] and their mask."""
-        return self._memory(images), images.mask
+        """As `memory`."""
+        return self.memory(images)
 
     def text_state(self, texts: Texts) -> State:
         """Ids [M, L] and their mask."""
@@ -88,17 +92,19 @@ class BLIP2(System):
 
     def losses(self, batch: Batch, stage: str, progress: float) -> dict[str, Tensor]:
         ids, mask = batch.texts.ids, batch.texts.mask
-        memory = self.bridge.project_memory(self._memory(batch.images), batch.images.mask)
+        # Before fine-tuning every row is an image of its own.
+        image_id = batch.image_id if stage == "retrieve" else torch.arange(len(ids), device=ids.device)
+        memory = self.bridge.project_memory(*self.memory(batch.images))
         cache = KeyValues()  # what the queries read, for the captions
         image = self._embed_queries(self.bridge.read(QUERIES, memory, cache=cache))
         text = self.embed_texts(batch.texts)
-        itc = info_nce(image, text, batch.image_id, scale=self.scale(), label_smoothing=SMOOTHING)
+        itc = info_nce(image, text, image_id, scale=self.scale(), label_smoothing=SMOOTHING)
         scores = self.scale().detach() * similarity(image.detach(), text.detach())
-        wrong_text, wrong_image = sample_hard_negatives(scores, batch.image_id, batch.image_id)
-        true = torch.arange(len(ids))
-        rows, columns = torch.cat([true, true, wrong_image]), torch.cat([true, wrong_text, true])
-        found = self.bridge.match(QUERIES, ids[columns], mask[columns], memory.shared(rows))
-        itm = matching_loss(self.itm_head(found).mean((1, 2)), torch.arange(len(rows)) < len(true))
+
+        def match(i: Tensor, j: Tensor) -> Tensor:
+            return self.itm_head(self.bridge.match(QUERIES, ids[j], mask[j], memory.shared(i))).mean((1, 2))
+
+        itm = in_batch_matching(match, scores, image_id)
         hidden = self.bridge.caption(QUERIES, self._as_caption(ids), cache=cache, text_mask=mask)
         itg = caption_loss(self.bridge.lm_logits(hidden), ids, mask, label_smoothing=SMOOTHING)
         return {"itc": itc, "itm": itm, "itg": itg}
@@ -109,7 +115,7 @@ class BLIP2(System):
 
     @torch.no_grad()
     def write(self, images: Images) -> list[list[int]]:
-        memory = self.bridge.project_memory(self._memory(images), images.mask)
+        memory = self.bridge.project_memory(*self.memory(images))
 
         def next_word(ids: Tensor) -> Tensor:
             hidden = self.bridge.caption(QUERIES, self._as_caption(ids), memory)[:, -1]

@@ -4,10 +4,9 @@ A small network maps a text's embedding to a few tokens, which stand between cla
 candidates of a text are read again with its prompts. On a dual encoder (ELIP-C on CLIP, ELIP-S on SigLIP) the score is the cosine with the
 prompted image; on a matching model (ELIP-B on BLIP-2) it is the logit of a match.
 
-Ours differ from the paper in two things. The mapper has the cheaper form of the authors' code, one hidden width for all prompts. The base
-of ELIP-B is two towers and a fusion, not a Q-Former, and its prompts are made of the text's embedding, not of a query's output. An inferred
-design: that ELIP-C has prompts at the tower's input alone, as the paper describes them; the public code does not tell whether its released
-weights have others at every layer.
+Ours differ from the paper in two things: the mapper has the cheaper form of the authors' code, one hidden width for all prompts, and the
+batches of ELIP-B are random, not mined. An inferred design: that ELIP-C has prompts at the tower's input alone, as the paper describes
+them; the public code does not tell whether its released weights have others at every layer.
 
 Legend: B pairs, I images, M texts, P pairs, m prompts, T image tokens, L text length, E embedding width, W width.
 """
@@ -19,11 +18,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from unimodal.losses import info_nce, matching_loss, sample_hard_negatives
+from unimodal.layers import key_mask_to_bias
+from unimodal.losses import matching_loss, pairwise_sigmoid, similarity
 from unimodal.losses.numerics import at_least_float32
 from unimodal.systems.base import Batch, Encoders, Images, State, Texts
+from unimodal.systems.blip2 import BLIP2, QUERIES
 from unimodal.systems.clip import CLIP, DualEncoder, SigLIP
-from unimodal.systems.towers import Fusion
 
 BIAS = -10.0  # of ELIP-S, fixed, whatever the base has learned
 AT_ONCE = 1024  # prompted images read at a time in training
@@ -80,12 +80,6 @@ def text_to_image_loss(scores: Tensor, image_id: Tensor, *, scale: Tensor | floa
     own = torch.arange(len(scores), device=scores.device)
     same = (image_id[:, None] == image_id[None]) & (own[:, None] != own[None])
     return F.cross_entropy((scale * at_least_float32(scores)).masked_fill(same, float("-inf")).T, own)
-
-
-def pairwise_sigmoid_loss(scores: Tensor, image_id: Tensor, *, scale: Tensor | float, bias: Tensor | float) -> Tensor:
-    """A yes or no for each prompted image and its text, summed over pairs, divided by B; inputs as in `text_to_image_loss`."""
-    sign = torch.where(image_id[:, None] == image_id[None], 1.0, -1.0)
-    return -F.logsigmoid(sign * (scale * at_least_float32(scores) + bias)).sum() / len(scores)
 
 
 class PromptedDualEncoder(DualEncoder):
@@ -162,7 +156,8 @@ class ELIPS(PromptedDualEncoder, SigLIP):
     """ELIP on SigLIP: pairwise sigmoid, by the base's frozen scale and a fixed bias."""
 
     def prompted_loss(self, scores: Tensor, image_id: Tensor) -> Tensor:
-        return pairwise_sigmoid_loss(scores, image_id, scale=self.scale(), bias=BIAS)
+        same = image_id[:, None] == image_id[None]
+        return pairwise_sigmoid(scores, same, scale=self.scale(), bias=BIAS) / len(scores)
 
 
 @torch.no_grad()
@@ -189,76 +184,67 @@ def sample_spared_negatives(similarity: Tensor, image_id: Tensor, *, spared: int
     return torch.multinomial(logits.softmax(1), 1)[:, 0]
 
 
-class ELIPB(DualEncoder):
-    """ELIP on a matching model: prompts lead the image tower, are taken out of what it hands on, and a fusion judges the pair.
+class ELIPB(BLIP2):
+    """ELIP on BLIP-2: prompts lead the image tower, are taken out of what it hands on, and the Q-Former judges the pair.
+
+    Stages: those of the base, and `elip`, matching alone, of each text with its image and one wrong one.
 
     Args:
         encoders: the shared ones.
-        width, layers, heads, dropout, dim: of the dual encoder that ranks first.
+        width, layers, heads, dropout, queries, dim, tower_layers: of the base, whose image tower attends, or prompts would lead nothing.
         prompts: m.
         hidden: of the mapper.
-        fusion_layers: of the fusion.
     """
-
-    looks = ("fusion.layers.*.cross_attention",)
 
     def __init__(
         self,
         encoders: Encoders,
         width: int = 256,
-        layers: int = 1,
+        layers: int = 2,
         heads: int = 8,
         dropout: float = 0.1,
+        queries: int = 16,
         dim: int = 256,
+        tower_layers: int = 1,
         prompts: int = 10,
         hidden: int = 512,
-        fusion_layers: int = 1,
     ) -> None:
-        super().__init__(encoders, width=width, layers=layers, heads=heads, dropout=dropout, dim=dim)
-        self.fusion = Fusion(width, fusion_layers, heads, dropout)
-        self.itm_head = nn.Linear(width, 1)
+        super().__init__(encoders, width, layers, heads, dropout, queries, dim, tower_layers)
         self.mapper = Mapper(dim, width, prompts, hidden)
 
     def losses(self, batch: Batch, stage: str, progress: float) -> dict[str, Tensor]:
+        if stage != "elip":
+            return super().losses(batch, stage, progress)
+        with torch.no_grad():
+            alike = self.scale() * similarity(self.embed_images(batch.images), self.embed_texts(batch.texts))
+        true = torch.arange(len(alike), device=alike.device)
+        rows, columns = torch.cat([true, sample_spared_negatives(alike, batch.image_id)]), true.repeat(2)
         images, texts = self.image_state(batch.images), self.text_state(batch.texts)
-        text = texts[0]
-        image_hidden, _ = self.image_tower.read(images[0], images[1])
-        image = F.normalize(self.image_projection(image_hidden[:, 0]), dim=-1)
-        similarity = self.scale() * image.detach() @ text.detach().T
-        true = torch.arange(len(text), device=text.device)
-        if stage == "base":
-            wrong_text, wrong_image = sample_hard_negatives(similarity, batch.image_id, batch.image_id)
-            rows, columns = torch.cat([true, true, wrong_image]), torch.cat([true, wrong_text, true])
-            mask = F.pad(images[1], (1, 0), value=True)
-            logits = self._judge(image_hidden[rows], mask[rows], tuple(x[columns] for x in texts))
-            itc = info_nce(image, text, batch.image_id, scale=self.scale())
-            return {"itc": itc, "itm": matching_loss(logits, _first(len(true), logits))}
-        rows, columns = torch.cat([true, sample_spared_negatives(similarity, batch.image_id)]), true.repeat(2)
         logits = self.score_pairs(tuple(x[rows] for x in images), tuple(x[columns] for x in texts))
-        return {"itm": matching_loss(logits, _first(len(true), logits))}
+        return {"itm": matching_loss(logits, torch.arange(len(logits), device=logits.device) < len(true))}
 
     def image_state(self, images: Images) -> State:
         """Projected tokens [B, T, W], before any prompt, and their mask."""
         return self.image_tower.project(images.tokens), images.mask
 
     def text_state(self, texts: Texts) -> State:
-        """Embeddings [M, E], of which prompts are made, hidden states [M, 1 + L, W] and their mask."""
-        hidden, mask = self.text_tower(texts.tokens, texts.mask)
-        return F.normalize(self.text_projection(hidden[:, 0]), dim=-1), hidden, mask
+        """Ids [M, L], their mask, and the vectors [M, E] of which prompts are made."""
+        return texts.ids, texts.mask, self.condition(texts)
+
+    def condition(self, texts: Texts) -> Tensor:
+        """Unit vectors [M, E]: the Q-Former's first position where it reads queries and text and no image, which is the first query's."""
+        queries = self.bridge.query_sets[QUERIES].expand(len(texts.ids), -1, -1)
+        seen = torch.cat([texts.mask.new_ones(queries.shape[:2]), texts.mask], 1)
+        read, _ = self.bridge._encode(
+            queries, self.bridge.embed_text(texts.ids), texts.mask, key_mask_to_bias(seen), None, None
+        )
+        assert read is not None
+        return F.normalize(self.text_projection(read[:, 0]), dim=-1)
 
     def score_pairs(self, images: State, texts: State) -> Tensor:
-        """Logits [P] of a match, each image read again with its text's prompts."""
-        hidden, mask = self.image_tower.read(images[0], images[1], self.mapper(texts[0]))
+        """Logits [P] of a match, each image read again with its text's prompts, which the Q-Former does not see."""
+        *text, condition = texts
+        hidden, mask = self.image_tower.read(*images, self.mapper(condition))
         kept = torch.ones(hidden.shape[1], dtype=torch.bool)
         kept[1 : 1 + self.mapper.prompts] = False
-        return self._judge(hidden[:, kept], mask[:, kept], texts)
-
-    def _judge(self, image: Tensor, image_mask: Tensor, texts: State) -> Tensor:
-        """Hidden states of images [P, 1 + T, W] with texts -> logits [P]."""
-        _, text, mask = texts
-        return self.itm_head(self.fusion(text, mask, image, image_mask)[:, 0])[:, 0]
-
-
-def _first(count: int, logits: Tensor) -> Tensor:
-    """Labels [P] of pairs of which so many, at the front, are true."""
-    return torch.arange(len(logits), device=logits.device) < count
+        return super().score_pairs((hidden[:, kept], mask[:, kept]), tuple(text))

@@ -3,6 +3,9 @@
 Only the retrieval branch. The frozen encoders stand in the place of the frozen language model; where that has one width for images and
 texts, they have two, and so the down-projection is two as well.
 
+The two stages are the paper's, their recipe (learning rate, batch, length) is an inferred design, as no training script is public. So is
+that the cross-attention trains in the first: the authors' figure draws the whole bridge frozen there, but untrained it would read nothing.
+
 Legend: B items, T tokens, C width of the encoder's tokens, N queries, W width, which is that of the embedding.
 """
 

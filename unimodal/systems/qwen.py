@@ -4,10 +4,14 @@ The embedder reads an instruction and one item, and is read at the last position
 document, and answers yes or no there. Where the report trains a language model by LoRA, ours trains a small reader over the tokens of the
 shared encoders.
 
+An inferred design is what the report leaves open: how a vector becomes one bit (its signs, with the gradient passed straight through), that
+models merge by a plain average of weights, and every number of the recipe: rates, batches, temperature, the widths that are trained and
+the thresholds of mining; of the reranker, how wrong pairs are drawn.
+
 Legend: B pairs, M texts, P pairs, T item tokens, G instruction tokens, S positions of a sequence, W width, E embedding width, K candidates.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import NamedTuple
 
@@ -17,14 +21,16 @@ from torch import Tensor, nn
 
 from unimodal.layers import HIDDEN, init_weights, key_mask_to_bias
 from unimodal.losses import (
+    Mined,
+    Wrong,
     cosent_loss,
     distillation_loss,
+    in_batch_matching,
     listwise_loss,
     masked_info_nce,
-    matching_loss,
     matryoshka,
+    mine_negatives,
     quantised,
-    sample_hard_negatives,
     similarity,
 )
 from unimodal.merge import merge_weights
@@ -33,6 +39,7 @@ from unimodal.systems.momentum import Teacher
 from unimodal.systems.towers import Layer, Scale
 
 DEFAULT = "Represent the user's input."
+FIND = "Find the image that the text describes."
 RERANK = "Given a search query, retrieve relevant candidates that answer the query."
 FIRST_STEP = 0.1  # of int8, in units of the root mean square coordinate
 NEGATIVES = 7  # candidates beside the right one
@@ -47,12 +54,19 @@ class Reader(nn.Module):
     Args:
         encoders: the shared ones.
         width, layers, heads, dropout: of the transformer.
-        instruction: what stands before every item.
+        instructions: what may stand before items, by a name.
         parts: how many items a sequence may hold.
     """
 
     def __init__(
-        self, encoders: Encoders, width: int, layers: int, heads: int, dropout: float, instruction: str, parts: int = 1
+        self,
+        encoders: Encoders,
+        width: int,
+        layers: int,
+        heads: int,
+        dropout: float,
+        instructions: Mapping[str, str],
+        parts: int = 1,
     ) -> None:
         super().__init__()
         self.project = nn.ModuleDict(
@@ -61,10 +75,12 @@ class Reader(nn.Module):
                 for side, c in (("image", encoders.image_width), ("text", encoders.text_width))
             }
         )
-        told = encoders.read_texts(*encoders.tokenise([instruction]))
-        self.register_buffer("instruction", told.tokens.detach().clone())  # [1, G, C]
+        for name, words in instructions.items():
+            told = encoders.read_texts(*encoders.tokenise([words]))
+            self.register_buffer(name, told.tokens.detach().clone())  # [1, G, C]
         self.end = nn.Parameter(torch.zeros(width))
-        places = told.ids.shape[1] + parts * max(encoders.image_tokens, encoders.max_length) + 1
+        longest = max(self.get_buffer(name).shape[1] for name in instructions)
+        places = longest + parts * max(encoders.image_tokens, encoders.max_length) + 1
         self.places = nn.Embedding(places, width)
         self.layers = nn.ModuleList(Layer(width, heads, dropout=dropout) for _ in range(layers))
         self.norm = nn.LayerNorm(width)
@@ -74,10 +90,10 @@ class Reader(nn.Module):
         """The encoder's tokens of one side as a part."""
         return self.project[side](tokens), mask
 
-    def forward(self, *items: Part) -> Tensor:
-        """Instruction, items, end token -> the state there, [B, W]."""
+    def forward(self, instruction: str, *items: Part) -> Tensor:
+        """The instruction of that name, items, end token -> the state there, [B, W]."""
         rows = len(items[0][0])
-        led = self.project["text"](self.get_buffer("instruction")).expand(rows, -1, -1)
+        led = self.project["text"](self.get_buffer(instruction)).expand(rows, -1, -1)
         x = torch.cat([led, *(states for states, _ in items), self.end.expand(rows, 1, -1)], 1)  # [B, S, W]
         mask = torch.cat([mask.new_ones(rows, led.shape[1]) for mask in (items[0][1],)] + [m for _, m in items], 1)
         mask = F.pad(mask, (0, 1), value=True)
@@ -112,7 +128,7 @@ class QwenReranker(System):
         instruction: str = RERANK,
     ) -> None:
         super().__init__(encoders)
-        self.reader = Reader(encoders, width, layers, heads, dropout, instruction, parts=2)
+        self.reader = Reader(encoders, width, layers, heads, dropout, {"rerank": instruction}, parts=2)
         self.answer = nn.Linear(width, 1, bias=False)
 
     def image_state(self, images: Images) -> State:
@@ -124,7 +140,7 @@ class QwenReranker(System):
         return self.reader.item("text", texts.tokens, texts.mask)
 
     def score_pairs(self, images: State, texts: State) -> Tensor:
-        return self.answer(self.reader((texts[0], texts[1]), (images[0], images[1])))[:, 0]
+        return self.answer(self.reader("rerank", (texts[0], texts[1]), (images[0], images[1])))[:, 0]
 
     def losses(self, batch: Batch, stage: str, progress: float) -> dict[str, Tensor]:
         """Wrong pairs are drawn at random: alone it has no embedder that could mine them."""
@@ -132,12 +148,12 @@ class QwenReranker(System):
 
     def judged(self, batch: Batch, scores: Tensor) -> Tensor:
         """The loss on true pairs and on wrong ones, drawn by an embedder's scores [image, text]."""
-        wrong_text, wrong_image = sample_hard_negatives(scores, batch.image_id, batch.image_id)
-        true = torch.arange(len(scores))
-        rows, columns = torch.cat([true, true, wrong_image]), torch.cat([true, wrong_text, true])
         images, texts = self.image_state(batch.images), self.text_state(batch.texts)
-        logits = self.score_pairs(tuple(x[rows] for x in images), tuple(x[columns] for x in texts))
-        return matching_loss(logits, torch.arange(len(rows)) < len(true))
+
+        def score(i: Tensor, j: Tensor) -> Tensor:
+            return self.score_pairs(tuple(x[i] for x in images), tuple(x[j] for x in texts))
+
+        return in_batch_matching(score, scores, batch.image_id)
 
 
 class Order(NamedTuple):
@@ -151,16 +167,22 @@ class Order(NamedTuple):
 class QwenEmbedding(System):
     """The embedder, with the reranker that teaches it in its last stage.
 
-    Stages: `pretrain`, contrast that also pushes queries from queries and documents from documents; `finetune`, contrast without that,
-    labels as documents, graded likeness of captions by shared categories, and the reranker beside, on wrong pairs that the embedder finds
-    likely; `distil`, the order that the reranker gives; when it is over, the weights before and after it are averaged. Every loss of the
-    embedder is taken on every width and in every precision.
+    Stages: `pretrain`, contrast that also pushes queries from queries and documents from documents; `finetune`, contrast without that and
+    with mined negatives, labels as documents, graded likeness of captions by shared categories, and the reranker beside, on wrong pairs
+    that the embedder finds likely; `distil`, the order that the reranker gives; when it is over, the weights before and after it are
+    averaged. Every loss of the embedder is taken on every width and in every precision.
+
+    Texts are queries, told what to find, images and labels are documents. A search by image compares the same two vectors.
+
+    Negatives are mined in the batch, which the configuration makes a group of images that the embedder of the first stage finds alike. Its
+    halves are each other's pool: a query meets the documents of its own half, and of the other those that were mined for it, so that none
+    counts twice.
 
     Args:
         encoders: the shared ones.
         width, layers, heads, dropout: of both readers.
         dim: E.
-        instruction: what the embedder is told; the default for queries as well, since every item here is also a document.
+        query_instruction, instruction: what the embedder is told of queries, and of documents.
         dims: widths that are trained besides E; those below it count.
         category_names: documents of the labels, where the data has any.
     """
@@ -173,13 +195,15 @@ class QwenEmbedding(System):
         heads: int = 8,
         dropout: float = 0.1,
         dim: int = 256,
+        query_instruction: str = FIND,
         instruction: str = DEFAULT,
         dims: Sequence[int] = (64, 128),
         category_names: Sequence[str] = (),
     ) -> None:
         super().__init__(encoders)
         self.dims = [*(d for d in dims if d < dim), dim]
-        self.reader = Reader(encoders, width, layers, heads, dropout, instruction)
+        told = {"query": query_instruction, "document": instruction}
+        self.reader = Reader(encoders, width, layers, heads, dropout, told)
         self.projection = nn.Linear(width, dim)
         self.scale = Scale(20.0)
         self.step = nn.Parameter(torch.tensor(FIRST_STEP))
@@ -193,13 +217,13 @@ class QwenEmbedding(System):
         return nn.ModuleList([self.reader, self.projection])
 
     def embed_images(self, images: Images) -> Tensor:
-        return self._embed(self.reader.item("image", images.tokens, images.mask))
+        return self._embed("document", self.reader.item("image", images.tokens, images.mask))
 
     def embed_texts(self, texts: Texts) -> Tensor:
-        return self._embed(self.reader.item("text", texts.tokens, texts.mask))
+        return self._embed("query", self.reader.item("text", texts.tokens, texts.mask))
 
-    def _embed(self, item: Part) -> Tensor:
-        return F.normalize(self.projection(self.reader(item)), dim=-1)
+    def _embed(self, role: str, item: Part) -> Tensor:
+        return F.normalize(self.projection(self.reader(role, item)), dim=-1)
 
     def start_stage(self, stage: str) -> None:
         if stage == "distil":
@@ -222,10 +246,9 @@ class QwenEmbedding(System):
         if stage == "distil":
             order = self._order(batch, text, image)
             return {"distil": self._every_form(partial(self._distilled, order=order), text, image)}
-        contrast = partial(masked_info_nce, ids=batch.image_id, scale=self.scale(), within=stage == "pretrain")
         out = {
-            "t2i": self._every_form(contrast, text, image),
-            "i2t": self._every_form(contrast, image, text),
+            name: self._every_form(self._contrast(query, document, batch.image_id, stage), query, document)
+            for name, query, document in (("t2i", text, image), ("i2t", image, text))
         }
         if stage == "finetune":
             likely = self.scale().detach() * similarity(image.detach(), text.detach())
@@ -235,6 +258,26 @@ class QwenEmbedding(System):
                 if self.labels is not None:
                     out["classification"] = self._classified(image, batch.labels)
         return out
+
+    def _contrast(self, query: Tensor, document: Tensor, ids: Tensor, stage: str) -> Callable[..., Tensor]:
+        """What the stage asks of queries and their documents, as a function of both in any form."""
+        if stage == "pretrain":
+            return partial(masked_info_nce, ids=ids, scale=self.scale(), within=True)
+        half = _first_half(ids)
+        right, pool = ids[:, None] == ids[None], half[:, None] != half[None]
+        mined = mine_negatives(similarity(query, document), right, pool, count=NEGATIVES)
+        return partial(self._half_by_half, ids=ids, mined=mined)
+
+    def _half_by_half(self, query: Tensor, document: Tensor, *, ids: Tensor, mined: Mined) -> Tensor:
+        """Contrast within each half of the batch, with what was mined for each query from the other; the mean over the queries kept."""
+        half, total = _first_half(ids), query.sum() * 0.0
+        for part in (half, ~half):
+            rows = (part & mined.kept).nonzero()[:, 0]
+            if len(rows):
+                wrong = Wrong(document[mined.documents[rows]], mined.given[rows])
+                loss = masked_info_nce(query[rows], document[rows], ids[rows], scale=self.scale(), wrong=wrong)
+                total = total + len(rows) * loss
+        return total / mined.kept.sum().clamp(min=1)
 
     def _every_form(self, loss: Callable[..., Tensor], *embeddings: Tensor) -> Tensor:
         """A loss on every width and in every precision."""
@@ -249,7 +292,8 @@ class QwenEmbedding(System):
     def _classified(self, image: Tensor, labels: Tensor) -> Tensor:
         """Each picture finds one of its own labels among labels that are wrong for it, and no other item of the batch."""
         assert self.labels is not None
-        documents = self.embed_texts(self.labels)  # [categories, E]
+        label = self.reader.item("text", self.labels.tokens, self.labels.mask)
+        documents = self._embed("document", label)  # [categories, E]
         wrong = (1 - labels).sum(1)
         known = (labels.sum(1) > 0) & (wrong >= 1)
         count = int(wrong[known].min().clamp(max=NEGATIVES)) if known.any() else 0
@@ -283,3 +327,8 @@ class QwenEmbedding(System):
     def _distilled(self, text: Tensor, image: Tensor, *, order: Order) -> Tensor:
         student = self.scale() * torch.einsum("be,bke->bk", text, image[order.candidates])
         return distillation_loss(student, order.teacher, order.given)
+
+
+def _first_half(ids: Tensor) -> Tensor:
+    """Which rows [B] are in the first half of a batch."""
+    return torch.arange(len(ids), device=ids.device) < (len(ids) + 1) // 2

@@ -2,7 +2,8 @@
 says of it, in the lineage of ALBEF (arXiv 2107.07651) and BLIP (arXiv 2201.12086).
 
 Stage `clean` learns contrast, matching and captions together. Stage `noisy` learns the same from captions that may be wrong: a slow teacher
-says how much it trusts each pair, writes a caption of its own where it does not, and what neither convinces is left out.
+says how much it trusts each pair, writes a caption of its own where it does not, and what neither convinces is left out of matching and
+captions. Contrast keeps every pair, as its targets are soft. No pair of the clean stage comes back in the noisy one.
 
 Legend: B pairs, L text length, W width, V vocabulary, K places of the buffer.
 """
@@ -83,7 +84,7 @@ class VLGAP(FusionEncoder):
 
     @property
     def acceptance(self) -> float:
-        """The share of the pairs of stage `noisy` that were learned from, with their own caption or the teacher's."""
+        """The share of the pairs of stage `noisy` that matching and captions learned from, with their own caption or the teacher's."""
         return float(self.kept) / max(1, int(self.seen))
 
     def findings(self) -> dict[str, float]:
@@ -99,32 +100,39 @@ class VLGAP(FusionEncoder):
 
     def losses(self, batch: Batch, stage: str, progress: float) -> dict[str, Tensor]:
         if stage == "clean":
-            return self._learn(batch, 0.0)
-        batch = self._trusted(batch)
-        if len(batch.image_id.unique()) < 2:  # nothing to tell apart
-            nothing = torch.stack([p.sum() for p in self.parameters()]).sum() * 0.0
-            return {"itc": nothing, "itm": nothing, "lm": nothing}
-        return self._learn(batch, self.alpha * min(1.0, progress / 0.2))
+            return self._learn(batch, torch.arange(len(batch.image_id)), 0.0)
+        return self._learn(*self._trusted(batch), self.alpha * min(1.0, progress / 0.2))
 
-    def _learn(self, batch: Batch, alpha: float) -> dict[str, Tensor]:
-        """Contrast, matching and captions; `alpha` is the teacher's share in the targets."""
+    def _learn(self, batch: Batch, rows: Tensor, alpha: float) -> dict[str, Tensor]:
+        """Contrast of all pairs, matching and captions of `rows`; `alpha` is the teacher's share in the targets."""
         image, text = self.image_state(batch.images), self.text_state(batch.texts)
         image_embedding, text_embedding = self.image_embedding(image), self.text_embedding(text)
         itc = info_nce(image_embedding, text_embedding, batch.image_id, scale=self.scale())
-        logits = self._word_logits(image, batch.texts.ids, batch.texts.mask)
-        lm = caption_loss(logits, batch.texts.ids, batch.texts.mask, label_smoothing=SMOOTHING)
+        ours = self.scale() * similarity(image_embedding, text_embedding)
+        slow: State = ()
         if alpha:
-            ours = self.scale() * similarity(image_embedding, text_embedding)
             with self.teacher.acting(self):
                 slow = self.image_state(batch.images)
                 theirs = self.scale() * similarity(self.image_embedding(slow), self.embed_texts(batch.texts))
-                soft = self._word_logits(slow, batch.texts.ids, batch.texts.mask).softmax(-1)
             apart = (distillation_loss(ours, theirs) + distillation_loss(ours.T, theirs.T)) / 2
-            real = batch.texts.mask[:, 1:]
-            soft_lm = -(soft * logits.log_softmax(-1)).sum(-1)[:, :-1][real].mean()
-            itc, lm = (1 - alpha) * itc + alpha * apart, (1 - alpha) * lm + alpha * soft_lm
-        scores = self.scale().detach() * similarity(image_embedding, text_embedding).detach()
-        return {"itc": itc, "itm": self.matching(image, text, scores, batch.image_id), "lm": lm}
+            itc = (1 - alpha) * itc + alpha * apart
+        ids = batch.image_id[rows]
+        if len(ids.unique()) < 2:  # nothing to tell apart
+            return {"itc": itc, "itm": itc * 0.0, "lm": itc * 0.0}
+        image, text, slow = (tuple(x[rows] for x in state) for state in (image, text, slow))
+        itm = self.matching(image, text, ours.detach()[rows][:, rows], ids)
+        return {"itc": itc, "itm": itm, "lm": self._captions(batch.texts.select(rows), image, slow, alpha)}
+
+    def _captions(self, texts: Texts, image: State, slow: State, alpha: float) -> Tensor:
+        """What it costs to miss the words of captions, `alpha` of it against the teacher's guess from its own image state `slow`."""
+        logits = self._word_logits(image, texts.ids, texts.mask)
+        lm = caption_loss(logits, texts.ids, texts.mask, label_smoothing=SMOOTHING)
+        if not alpha:
+            return lm
+        with self.teacher.acting(self):
+            soft = self._word_logits(slow, texts.ids, texts.mask).softmax(-1)
+        soft_lm = -(soft * logits.log_softmax(-1)).sum(-1)[:, :-1][texts.mask[:, 1:]].mean()
+        return (1 - alpha) * lm + alpha * soft_lm
 
     # Trust.
 
@@ -137,8 +145,9 @@ class VLGAP(FusionEncoder):
         return Trust(match, (words.sum(1) / texts.mask[:, 1:].sum(1)).exp())
 
     @torch.no_grad()
-    def _trusted(self, batch: Batch) -> Batch:
-        """The pairs that the teacher trusts; in place of a caption that it does not trust its own, if it trusts that one."""
+    def _trusted(self, batch: Batch) -> tuple[Batch, Tensor]:
+        """The batch, where the teacher's own captions replace those that it does not trust, if it trusts its own; and the rows [P] of
+        the pairs that it then trusts."""
         with self.teacher.acting(self):
             found = self.trust(batch.images, batch.texts)
             self.seen += len(found.match)
@@ -154,9 +163,7 @@ class VLGAP(FusionEncoder):
                 accepted[doubtful[better]] = True
                 self.rewritten += int(better.sum())
         self.kept += int(accepted.sum())
-        rows = accepted.nonzero()[:, 0]
-        labels = None if batch.labels is None else batch.labels[rows]
-        return Batch(batch.images.select(rows), texts.select(rows), batch.image_id[rows], labels)
+        return batch._replace(texts=texts), accepted.nonzero()[:, 0]
 
     def _remember(self, found: Trust) -> None:
         count = self.buffer.shape[1]

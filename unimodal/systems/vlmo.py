@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from unimodal.layers import MLP, Attention, init_weights, key_mask_to_bias
-from unimodal.losses import info_nce, matching_loss, sample_hard_negatives
+from unimodal.losses import in_batch_matching, info_nce
 from unimodal.systems.base import Batch, Encoders, Images, System, Texts
 from unimodal.systems.mim import Restorer
 from unimodal.systems.towers import Scale
@@ -185,11 +185,11 @@ class VLMo(System):
         own = info_nce(image, text, ids, scale=self.scale())
         itc = (own + info_nce(top_image, top_text, ids, scale=self.top_scale())) / 2
         scores = self.scale().detach() * image.detach() @ text.detach().T
-        wrong_text, wrong_image = sample_hard_negatives(scores, ids, ids)
-        true = torch.arange(len(image))
-        rows, columns = torch.cat([true, true, wrong_image]), torch.cat([true, wrong_text, true])
-        logits = self.itm_head(self.read(batch.images.select(rows), batch.texts.select(columns))[:, 0])[:, 0]
-        itm = matching_loss(logits, torch.arange(len(rows)) < len(true))
+
+        def match(i: Tensor, j: Tensor) -> Tensor:
+            return self.itm_head(self.read(batch.images.select(i), batch.texts.select(j))[:, 0])[:, 0]
+
+        itm = in_batch_matching(match, scores, ids)
         return {"itc": itc, "itm": itm, "mlm": MLM_WEIGHT * self._masked_words(batch.images, batch.texts)}
 
     def _masked_words(self, images: Images | None, texts: Texts) -> Tensor:
