@@ -197,7 +197,7 @@ class QFormer(nn.Module):
         name: str,
         ids: Tensor,
         text_mask: Tensor | None,
-        memory: Tensor | KeyValues,
+        memory: Tensor | KeyValues | None,
         memory_mask: Tensor | None = None,
     ) -> Tensor:
         """Queries and text of P pairs together, each sees everything: -> what the queries found, [P, N, W].
@@ -206,14 +206,14 @@ class QFormer(nn.Module):
             name: which query set.
             ids: [P, L], row p belongs to row p of the memory.
             text_mask: [P, L], True = real token.
-            memory: [P, T, D], or its keys and values.
+            memory: [P, T, D], or its keys and values; None where queries read the text alone.
             memory_mask: [P, T], True = real token.
 
         Raises:
             ValueError: texts and memory are not as many.
         """
-        memory = self._projected(memory, memory_mask)
-        if memory.rows != len(ids):
+        memory = None if memory is None else self._projected(memory, memory_mask)
+        if memory is not None and memory.rows != len(ids):
             raise ValueError(
                 f"match: {len(ids)} texts but {memory.rows} memories; pairs are row by row, "
                 "so say which memory each text goes with: memory.shared(index)"

@@ -19,6 +19,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -199,6 +200,8 @@ def _batches(system: System, name: str, stage: str, settings: Any, run: Run) -> 
         system.eval()
         with torch.no_grad():
             found = torch.cat([system.embed_images(images) for images in run.data.training_images()])
+        if found.ndim == 3:  # of several vectors of an image their mean
+            found = F.normalize(found.mean(1), dim=-1)
         run.data.write_hard_batches(order, found, settings.batch_size)
     return run.data.batches(stage, settings, pixels=system.needs_pixels, order=order)
 

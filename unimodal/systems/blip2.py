@@ -33,6 +33,7 @@ class BLIP2(System):
         tower_layers: of the image tower; with none it is a projection and the norm that the paper trains behind its frozen encoder.
     """
 
+    towers = ("image",)  # texts are read from their ids
     looks = ("bridge.layers.*.cross_attention",)
 
     def __init__(

@@ -18,7 +18,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from unimodal.layers import key_mask_to_bias
 from unimodal.losses import matching_loss, pairwise_sigmoid, similarity
 from unimodal.losses.numerics import at_least_float32
 from unimodal.systems.base import Batch, Encoders, Images, State, Texts
@@ -233,12 +232,7 @@ class ELIPB(BLIP2):
 
     def condition(self, texts: Texts) -> Tensor:
         """Unit vectors [M, E]: the Q-Former's first position where it reads queries and text and no image, which is the first query's."""
-        queries = self.bridge.query_sets[QUERIES].expand(len(texts.ids), -1, -1)
-        seen = torch.cat([texts.mask.new_ones(queries.shape[:2]), texts.mask], 1)
-        read, _ = self.bridge._encode(
-            queries, self.bridge.embed_text(texts.ids), texts.mask, key_mask_to_bias(seen), None, None
-        )
-        assert read is not None
+        read = self.bridge.match(QUERIES, texts.ids, texts.mask, None)
         return F.normalize(self.text_projection(read[:, 0]), dim=-1)
 
     def score_pairs(self, images: State, texts: State) -> Tensor:
