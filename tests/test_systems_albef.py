@@ -48,8 +48,7 @@ def losses(
 
     def draw(similarity: Tensor, image_id: Tensor, text_image_id: Tensor) -> tuple[Tensor, Tensor]:
         seen["similarity"] = similarity
-        alike = pairs.image_id if stage == "retrieval" else torch.arange(4)
-        assert torch.equal(image_id, alike) and torch.equal(text_image_id, alike)
+        assert torch.equal(image_id, pairs.image_id) and torch.equal(text_image_id, pairs.image_id)
         return torch.tensor([2, 3, 0, 1]), torch.tensor([3, 2, 1, 0])
 
     monkeypatch.setattr(albef_module, "hide_words", lambda *_: seen["words"])
@@ -70,8 +69,8 @@ def softmax(logits: list[float]) -> list[float]:
 @pytest.mark.parametrize("stage", ["joint", "retrieval"])
 @pytest.mark.parametrize(("progress", "alpha"), [(0.0, 0.0), (0.1, 0.2), (0.2, 0.4), (1.0, 0.4)])
 def test_alignment_by_plain_loops(stage: str, progress: float, alpha: float, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Columns are the teacher's batch and the queue as it was before the step; the cosine is divided by the temperature; the mean of both
-    directions. A pair's own partner is the target, in `retrieval` all of equal image ids."""
+    """Columns are the teacher's batch and the queue as it was before the step; equal image ids share a target; the cosine is divided by
+    the temperature; the mean of both directions."""
     system, teacher = student_and_teacher()
     pairs = toy_pairs(2, captions=2)
     earlier = F.normalize(torch.randn(2, 5, 12, generator=torch.Generator().manual_seed(3)), dim=-1)
@@ -88,7 +87,7 @@ def test_alignment_by_plain_loops(stage: str, progress: float, alpha: float, mon
         for i in range(4):
             log = [math.log(p) for p in softmax([dot(own[side][i], o) / 0.2 for o in others])]
             soft = softmax([dot(slow[side][i], o) / 0.2 for o in others])
-            same = [float(other == ids[i] if stage == "retrieval" else j == i) for j, other in enumerate(ids)]
+            same = [float(other == ids[i]) for other in ids]
             target = [alpha * p + (1 - alpha) * q / sum(same) for p, q in zip(soft, same)]
             expected -= dot(target, log) / 4 / 2
     assert found["ita"] == pytest.approx(expected, rel=1e-4)

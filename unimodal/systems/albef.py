@@ -87,8 +87,9 @@ class FusionEncoder(System):
 class ALBEF(FusionEncoder):
     """Contrast with a momentum teacher and queues, matching with hard negatives, masked words with the image at hand.
 
-    Stages: `joint`, all three, where a pair's own partner alone is right, as among web pairs; `retrieval`, contrast and matching, where all
-    captions of an image are right, those in the queue too.
+    Stages: `joint`, all three; `retrieval`, contrast and matching, the paper's fine-tuning. All captions of an image are right in both,
+    those in the queue too. The paper's pre-training takes a pair's own partner alone for right, but its queue is a small part of its data,
+    where ours may hold an image many times.
 
     Args:
         encoders: the shared ones.
@@ -130,9 +131,6 @@ class ALBEF(FusionEncoder):
 
     def losses(self, batch: Batch, stage: str, progress: float) -> dict[str, Tensor]:
         alpha = self.alpha * min(1.0, progress / self.ramp)
-        ids, queue_ids = batch.image_id, self.queue.ids
-        if stage == "joint":  # every row an image of its own
-            ids, queue_ids = torch.arange(len(ids), device=ids.device), torch.full_like(queue_ids, -1)
         with self.teacher.acting(self):
             slow = self.image_state(batch.images)
             slow_image, slow_text = self.image_embedding(slow), self.embed_texts(batch.texts)
@@ -145,13 +143,13 @@ class ALBEF(FusionEncoder):
             slow_text,
             self.queue.image,
             self.queue.text,
-            ids,
-            queue_ids,
+            batch.image_id,
+            self.queue.ids,
             temperature=self.temperature,
             alpha=alpha,
         )
         similarity = (image_embedding @ text_embedding.T).detach() / self.temperature.detach()
-        out = {"ita": ita, "itm": self.matching(image, text, similarity, ids)}
+        out = {"ita": ita, "itm": self.matching(image, text, similarity, batch.image_id)}
         if stage == "joint":
             out["mlm"] = self._hidden_words(batch.texts, image, slow, alpha)
         self.queue.push(slow_image, slow_text, batch.image_id)

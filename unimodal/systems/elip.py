@@ -238,7 +238,7 @@ class ELIPB(BLIP2):
     def score_pairs(self, images: State, texts: State) -> Tensor:
         """Logits [P] of a match, each image read again with its text's prompts, which the Q-Former does not see."""
         *text, condition = texts
-        hidden, mask = self.image_tower.read(*images, self.mapper(condition))
+        hidden, mask = self.image_tower.read(images[0], images[1], self.mapper(condition))
         kept = torch.ones(hidden.shape[1], dtype=torch.bool)
         kept[1 : 1 + self.mapper.prompts] = False
         return super().score_pairs((hidden[:, kept], mask[:, kept]), tuple(text))
