@@ -141,6 +141,7 @@ def survey(options: argparse.Namespace) -> None:
         seed=options.seed,
         setting=setting,
         precision=options.precision,
+        zero_shot=options.ranked is not None,
     )
     facts = {
         "Learned from": f"{train.name} {train.split}, {len(train):,} images",

@@ -8,12 +8,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from rich.box import SIMPLE
 from rich.table import Table
 
 from unimodal.report import Grid, write_tables
 
 Result = dict[str, Any]
 DASH = "–"
+NARROW = 9  # letters of what is not broken on a terminal: numbers
 
 
 def read_results(out: Path) -> dict[str, dict[str, Result]]:
@@ -149,11 +151,18 @@ def accuracy(results: Sequence[Result]) -> Grid:
 
 
 def printed(grid: Grid, columns: Sequence[str]) -> Table:
-    """The columns of these names for a terminal, without intervals."""
-    table = Table(*columns, title=grid["title"])
+    """The columns of these names for a terminal, without intervals; below them the notes."""
+    notes = "\n".join(grid.get("notes", ()))
+    table = Table(title=grid["title"], box=SIMPLE, padding=(0, 0, 0, 1), caption=notes, caption_justify="left")
     places = [grid["columns"].index(name) for name in columns]
-    for row in grid["rows"]:
-        table.add_row(row[0].replace("\n", ", "), *(row[place].partition("\n")[0] for place in places[1:]))
+    rows = [[row[0], *(row[place].partition("\n")[0] for place in places[1:])] for row in grid["rows"]]
+    for place, name in enumerate(columns):
+        number = all(len(row[place]) <= NARROW for row in rows)
+        table.add_column(
+            name.replace(" ", "\n"), no_wrap=number, overflow="fold", justify="right" if number else "left"
+        )
+    for row in rows:
+        table.add_row(*row)
     return table
 
 

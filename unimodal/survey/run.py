@@ -59,6 +59,7 @@ class Run:
         seed: of the first weights and of all draws.
         setting: what is special about the training data (noise, few shots), for the results; empty where nothing is.
         precision: of training; everything is ranked in float32.
+        zero_shot: whether other data is ranked than is learned from.
     """
 
     data: SurveyData
@@ -67,6 +68,7 @@ class Run:
     seed: int = 0
     setting: str = ""
     precision: Precision = "float32"
+    zero_shot: bool = False
 
 
 def run_system(name: str, config: Path, run: Run, say: Callable[[str], None] = print) -> dict[str, Any]:
@@ -229,7 +231,7 @@ def _regime(system: System, spec: Spec, run: Run) -> str:
     train = run.data.train
     if not spec.stages and type(system).prepare is System.prepare:
         return "as it comes, nothing learned"
-    return f"{'tuned on' if train.name == run.data.val.name else 'zero-shot from'} {train.name} {train.split}"
+    return f"{'zero-shot from' if run.zero_shot else 'tuned on'} {train.name} {train.split}"
 
 
 def _settings(spec: Spec, config: Path, run: Run) -> dict[str, Any]:
