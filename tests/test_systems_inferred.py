@@ -32,10 +32,15 @@ def test_configuration_docstring_and_tables_say_inferred_design(module: ModuleTy
     spec = read_spec(CONFIGS / f"{name}.yaml")
     assert spec.inferred == SAID and not spec.published
     assert module.__doc__ is not None and "inferred design" in module.__doc__
-    ways: dict[str, Any] = {
-        way: {"r1": 1.0, "r1_low": 0, "r1_high": 2, "r5": 3, "r10": 4, "medr": 5, "mr": 6} for way in ("t2i", "i2t")
+    numbers = {f"{key}{end}": 1.0 for key in ("r1", "r5", "r10", "medr", "mr", "rsum") for end in ("", "_low", "_high")}
+    ways: dict[str, Any] = {way: numbers for way in ("t2i", "i2t", "both")}
+    result = {
+        "title": spec.title,
+        "inferred": spec.inferred,
+        "published": [],
+        "protocol": {"first": "toy"},
+        "regime": "tuned",
     }
-    result = {"title": spec.title, "inferred": spec.inferred, "published": [], "protocol": {"first": "toy"}}
     recalls = accuracy([result | {"accuracy": {"first": ways}}])
     by_category = categories([result | {"map": {"t2i": 1.0, "i2t": 2.0, "categories": 3, "protocol": "toy"}}])
     for table in (recalls, by_category):

@@ -4,9 +4,9 @@ A small network maps a text's embedding to a few tokens, which stand between cla
 candidates of a text are read again with its prompts. On a dual encoder (ELIP-C on CLIP, ELIP-S on SigLIP) the score is the cosine with the
 prompted image; on a matching model (ELIP-B on BLIP-2) it is the logit of a match.
 
-Ours differ from the paper in two things: the mapper has the cheaper form of the authors' code, one hidden width for all prompts, and the
-batches of ELIP-B are random, not mined. An inferred design: that ELIP-C has prompts at the tower's input alone, as the paper describes
-them; the public code does not tell whether its released weights have others at every layer.
+Ours differ from the paper in one thing: the mapper has the cheaper form of the authors' code, one hidden width for all prompts. An inferred
+design: that ELIP-C has prompts at the tower's input alone, as the paper describes them; the public code does not tell whether its released
+weights have others at every layer.
 
 Legend: B pairs, I images, M texts, P pairs, m prompts, T image tokens, L text length, E embedding width, W width.
 """
