@@ -26,7 +26,7 @@ from unimodal.survey.page import categories, read_results, settings
 from unimodal.survey.run import Run, configs, load_system
 from unimodal.survey.specs import read_spec, systems_folder
 from unimodal.survey.train import Budget, Clock
-from unimodal.systems import Encoders, Scoring, Stage, System
+from unimodal.systems import CLIP, Encoders, Scoring, Stage, System
 
 WAY = ("r1", "r5", "r10", "medr", "mr")  # what is measured of a direction
 
@@ -98,6 +98,47 @@ def test_a_survey_writes_results_and_a_page_and_goes_on_where_it_stopped(
     capsys.readouterr()
     assert main(["compare", str(out / "clip"), str(out / "cca")]) == 0
     assert "8 images, 40 captions" in capsys.readouterr().out
+
+
+class Killed(BaseException):
+    """What ends a survey at once, as a signal does: no error of one system, after which it goes on with the next."""
+
+
+def test_a_survey_that_was_killed_goes_on_where_it_was(
+    encoders: Path, photographs: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def dies(self: CLIP, stage: str) -> None:
+        raise Killed
+
+    killed, straight = tmp_path / "killed", tmp_path / "straight"
+    words = ("--systems", "cca", "clip", "--grid", "2")
+    with monkeypatch.context() as patched, pytest.raises(Killed):
+        patched.setattr(CLIP, "after_step", dies)
+        survey(encoders, photographs, killed, *words)
+    assert not (killed / "clip/result.json").exists()
+    first = {path: (path.read_bytes(), path.stat().st_mtime_ns) for path in (killed / "cca").iterdir()}
+    assert killed / "cca/result.json" in first
+    for out in (killed, straight):
+        assert survey(encoders, photographs, out, *words) == 0
+    assert first == {path: (path.read_bytes(), path.stat().st_mtime_ns) for path in (killed / "cca").iterdir()}
+    for name in ("system.safetensors", "ranks.safetensors"):
+        assert (killed / "clip" / name).read_bytes() == (straight / "clip" / name).read_bytes()
+    assert all(title in (killed / "index.html").read_text() for title in ("CCA", "CLIP"))
+
+
+def test_a_folder_without_a_result_is_run_again(encoders: Path, photographs: str, tmp_path: Path) -> None:
+    """Whatever lies there: the result is written last, and at once."""
+    folder, words = tmp_path / "clip", ("--systems", "clip", "--grid", "2")
+    assert survey(encoders, photographs, tmp_path, *words) == 0
+    weights, result = (folder / "system.safetensors").read_bytes(), (folder / "result.json").read_text()
+    (folder / "result.json").rename(folder / "result.part")
+    (folder / "result.part").write_text(result[:99])
+    (folder / "system.safetensors").write_bytes(weights[:99])
+    with pytest.raises(FileNotFoundError, match="holds no system that `unimodal survey` trained"):
+        load_system(folder)
+    assert survey(encoders, photographs, tmp_path, *words) == 0
+    assert (folder / "system.safetensors").read_bytes() == weights and not (folder / "result.part").exists()
+    assert json.loads((folder / "result.json").read_text())["accuracy"] == json.loads(result)["accuracy"]
 
 
 def test_a_system_of_categories_is_told_which_the_data_has(encoders: Path, photographs: str, tmp_path: Path) -> None:

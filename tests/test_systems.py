@@ -8,10 +8,11 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from torch import Tensor
 from toysurvey import ToyEncoders, endless, part, toy_pairs
 
 from unimodal import stages
-from unimodal.survey.score import all_pairs, embeddings, pair_scores, rank, states
+from unimodal.survey import score
 from unimodal.survey.specs import Spec, read_spec
 from unimodal.survey.train import Budget, train
 from unimodal.systems import Batch, System
@@ -21,9 +22,15 @@ SMALL: dict[str, Any] = {"width": 48, "heads": 4, "dropout": 0.0, "dims": ()}
 STEPS = (100, 400)
 
 
-def pairs_for(spec: Spec) -> Batch:
-    """64 pairs; fewer than a linear map has directions for what is fitted in closed form."""
-    return toy_pairs(64 if spec.stages else 12)
+class WideEncoders(ToyEncoders):
+    """Wider than there are pairs: a linear map learns no more pairs by heart than it has directions."""
+
+    image_width = text_width = 96
+
+
+def pairs_for(system: System, count: int = 64) -> Batch:
+    """Pairs as the system's encoders read them."""
+    return toy_pairs(count, system.encoders)  # type: ignore[arg-type]
 
 
 def built(name: str, **settings: Any) -> tuple[Spec, System]:
@@ -32,7 +39,8 @@ def built(name: str, **settings: Any) -> tuple[Spec, System]:
     accepted = spec.system.keywords.keys()  # type: ignore[attr-defined]
     torch.manual_seed(0)
     small = {key: value for key, value in SMALL.items() if key in accepted}
-    return spec, spec.system(ToyEncoders(), **{**small, **settings})
+    encoders = WideEncoders() if name == "cca" else ToyEncoders()
+    return spec, spec.system(encoders, **{**small, **settings})
 
 
 def plan(spec: Spec, **changes: Any) -> dict[str, Any]:
@@ -42,16 +50,16 @@ def plan(spec: Spec, **changes: Any) -> dict[str, Any]:
 
 def known_by_heart(spec: Spec, system: System) -> float:
     """R@1 of its pairs by its own rule, the worse of its directions; for a system of categories, how many of the first eight share one."""
-    pairs, scoring, shortlist = pairs_for(spec), spec.scoring, None
+    pairs, scoring, shortlist = pairs_for(system), spec.scoring, None
     if scoring.metric == "category":
-        image, text = embeddings(system, pairs.images, pairs.texts)
+        image, text = score.embeddings(system, pairs.images, pairs.texts)
         best = (text @ image.T).topk(8).indices
         return float((best % 4 == torch.arange(64)[:, None] % 4).float().mean())
     if scoring.first not in ("embed", "pairs"):  # it scores a shortlist of another: here of the whole gallery
         shortlist = (torch.ones(64, 1), torch.ones(64, 1))
     if scoring.k:
         scoring = dataclasses.replace(scoring, k=64)
-    found = rank(system, scoring, pairs.images, pairs.texts, pairs.image_id, pairs.image_id, shortlist=shortlist)
+    found = score.rank(system, scoring, pairs.images, pairs.texts, pairs.image_id, pairs.image_id, shortlist=shortlist)
     t2i, i2t = (found.t2i, found.i2t) if found.t2i_reranked is None else (found.t2i_reranked, found.i2t_reranked)
     assert (i2t is None) == (scoring.directions == "text_to_image")
     return min(float((ranks == 1).float().mean()) for ranks in (t2i, i2t) if ranks is not None)
@@ -62,7 +70,7 @@ def learned(request: pytest.FixtureRequest) -> tuple[str, Spec, System, dict[str
     """A system that has learned its pairs, in few steps where they are enough."""
     for steps in STEPS:
         spec, system = built(request.param)
-        pairs = pairs_for(spec)
+        pairs = pairs_for(system)
         system.prepare(iter([pairs]))
         done = train(system, plan(spec), lambda name, stage, pairs=pairs: endless(pairs, 64), Budget(steps=steps))
         if not spec.stages or known_by_heart(spec, system.eval()) > 0.95:
@@ -81,7 +89,7 @@ def test_every_stage_trains_what_it_says_and_nothing_else(learned: Any) -> None:
     name, spec, _, done = learned
     assert done.keys() == spec.stages.keys()
     _, system = built(name)
-    pairs = toy_pairs()
+    pairs = pairs_for(system)
     system.prepare(iter([pairs]))
     for stage, settings in plan(spec).items():
         before = {key: p.detach().clone() for key, p in system.named_parameters()}
@@ -91,29 +99,36 @@ def test_every_stage_trains_what_it_says_and_nothing_else(learned: Any) -> None:
         assert moved == {key for key, factor in factors.items() if factor}, (name, stage)
 
 
-def test_chunks_change_no_score(learned: Any) -> None:
+def test_chunks_change_no_score(learned: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Embeddings and pair scores of ten pairs: all read at once, in uneven pieces, and each image, text and pair alone."""
     name, spec, system, _ = learned
-    pairs = part(toy_pairs(), torch.arange(10))
-    if spec.scoring.first == "embed":
-        image, text = embeddings(system, pairs.images, pairs.texts)
-        alone = torch.cat([system.embed_images(pairs.images.select(torch.tensor([i]))) for i in range(10)])
-        torch.testing.assert_close(image, alone, atol=1e-5, rtol=1e-4)
-        assert torch.allclose(text.norm(dim=-1), torch.ones(10), atol=1e-5)
-    if spec.scoring.first == "pairs" or spec.scoring.k:
-        state = states(system, pairs.images, pairs.texts)
-        whole = all_pairs(system, *state)
-        index = torch.arange(100)
-        single = pair_scores(system, *state, index // 10, index % 10, size=1).view(10, 10)
-        torch.testing.assert_close(whole, single, atol=1e-4, rtol=1e-4)
-        torch.testing.assert_close(all_pairs(system, *state, size=7), whole, atol=1e-4, rtol=1e-4)
+    pairs = part(pairs_for(system), torch.arange(10))
+
+    def read(items: int, size: int) -> dict[str, Tensor]:
+        monkeypatch.setattr(score, "ITEMS", items)
+        found = {}
+        if spec.scoring.first == "embed":
+            found["image"], found["text"] = score.embeddings(system, pairs.images, pairs.texts)
+        if spec.scoring.first == "pairs" or spec.scoring.k:
+            state = score.states(system, pairs.images, pairs.texts)
+            found["matrix"] = score.all_pairs(system, *state, size=size)
+            found["pairs"] = score.pair_scores(system, *state, *torch.ones(10, 10).nonzero().T, size=size).view(10, 10)
+        return found
+
+    whole = read(items=10, size=100)
+    for close in (read(items=3, size=7), read(items=1, size=1)):
+        torch.testing.assert_close(close, whole, atol=1e-5, rtol=1e-4)
+    if "text" in whole:
+        assert torch.allclose(whole["text"].norm(dim=-1), torch.ones(10), atol=1e-5)
+    if "pairs" in whole:
+        torch.testing.assert_close(whole["matrix"], whole["pairs"], atol=1e-5, rtol=1e-4)
 
 
 def test_padding_changes_nothing(learned: Any) -> None:
     name, spec, system, _ = learned
-    pairs = part(toy_pairs(), torch.arange(6))
-    encoders = ToyEncoders()
+    pairs = part(pairs_for(system), torch.arange(6))
     pad = torch.nn.functional.pad
-    longer = encoders.read_texts(pad(pairs.texts.ids, (0, 3)), pad(pairs.texts.mask, (0, 3)))
+    longer = system.encoders.read_texts(pad(pairs.texts.ids, (0, 3)), pad(pairs.texts.mask, (0, 3)))
     with torch.no_grad():
         before, after = system.score(pairs.images, pairs.texts), system.score(pairs.images, longer)
     torch.testing.assert_close(before, after, atol=1e-4, rtol=1e-4)
@@ -124,6 +139,6 @@ def test_it_is_the_same_after_saving_and_loading(learned: Any, tmp_path: Path) -
     save_file({key: value.contiguous() for key, value in system.state_dict().items()}, tmp_path / "system.safetensors")
     _, again = built(name)
     again.load_state_dict(load_file(tmp_path / "system.safetensors"))
-    pairs = part(toy_pairs(), torch.arange(6))
+    pairs = part(pairs_for(system), torch.arange(6))
     with torch.no_grad():
         assert torch.equal(again.eval().score(pairs.images, pairs.texts), system.score(pairs.images, pairs.texts))
