@@ -39,7 +39,7 @@ def _suits(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> bool:
         and x.device.type == weight.device.type == "cpu"
         and weight.ndim == 2
         and torch.backends.mkldnn.is_available()
-        and torch.backends.mkldnn.enabled
+        and bool(torch.backends.mkldnn.enabled)
         and x.numel() >= FEWEST_ROWS * x.shape[-1] > 0
         and not torch.is_autocast_enabled("cpu")
         and not torch.compiler.is_compiling()
