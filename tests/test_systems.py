@@ -28,9 +28,9 @@ class WideEncoders(ToyEncoders):
     image_width = text_width = 96
 
 
-def pairs_for(system: System, count: int = 64) -> Batch:
-    """Pairs as the system's encoders read them."""
-    return toy_pairs(count, system.encoders)  # type: ignore[arg-type]
+def pairs_for(system: System) -> Batch:
+    """64 pairs, as the system's encoders read them."""
+    return toy_pairs(64, system.encoders)  # type: ignore[arg-type]
 
 
 def built(name: str, **settings: Any) -> tuple[Spec, System]:
