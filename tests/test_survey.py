@@ -202,6 +202,20 @@ def test_other_data_is_ranked_zero_shot(
     assert "zero-shot from scenes train" in (out / "index.html").read_text()
 
 
+def test_one_system_that_fails_does_not_stop_the_others(
+    encoders: Path, photographs: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    broken = tmp_path / "broken.yaml"
+    broken.write_text(
+        "title: Broken\npaper: none\ninteraction: none\nsystem: {class_path: unimodal.systems.CLIP, init_args: {width: 64, heads: 4}}\n"
+        "stages: {contrast: {batch_size: 8, lr: 1.0e+30}}\n"
+    )
+    out = tmp_path / "survey"
+    assert survey(encoders, photographs, out, "--systems", str(broken), "clip") == 1
+    assert "1 of 2 systems failed: broken; see above" in capsys.readouterr().err
+    assert (out / "clip/result.json").exists() and not (out / "broken/result.json").exists()
+
+
 def test_two_systems_of_one_name_are_refused(tmp_path: Path) -> None:
     with pytest.raises(
         ValueError, match="two systems are called 'clip': .*clip.yaml and mine/clip.yaml; rename one file"
