@@ -1,7 +1,6 @@
-"""The survey as its user runs it, on drawn scenes with a toy checkpoint's encoders: results, pages, noise, few examples, explanations."""
+"""The survey as its user runs it, on drawn scenes with a toy checkpoint's encoders: results, pages, noise, few examples."""
 
 import json
-import math
 import re
 import shlex
 from pathlib import Path
@@ -9,24 +8,21 @@ from typing import Any
 
 import pytest
 import torch
-from PIL import Image
 from toy import toy_model, toy_processor
-from toysurvey import ToyEncoders, toy_pairs
 
 from unimodal.cli import main
 from unimodal.data import Scenes
 from unimodal.hub import load_checkpoint, save_checkpoint
 from unimodal.survey.data import First, Shots, SurveyData
 from unimodal.survey.encoders import SharedEncoders
-from unimodal.survey.explain import deletion_test, image_relevance, whole_words, word_relevance
 from unimodal.survey.hallucination import drawn_objects_in, hallucination, hallucination_on
 from unimodal.survey.noise import Noise, changed, corrupted, swaps
 from unimodal.survey.nouns import objects_in, objects_of
 from unimodal.survey.page import categories, read_results, settings
 from unimodal.survey.run import Run, configs, load_system
-from unimodal.survey.specs import read_spec, systems_folder
+from unimodal.survey.specs import systems_folder
 from unimodal.survey.train import Budget, Clock
-from unimodal.systems import CLIP, Encoders, Scoring, Stage, System
+from unimodal.systems import CLIP, Scoring, Stage
 
 WAY = ("r1", "r5", "r10", "medr", "mr")  # what is measured of a direction
 
@@ -347,30 +343,6 @@ def test_a_trained_system_is_loaded_again(encoders: Path, data: SurveyData, tmp_
     assert system.embed_images(images).shape == (8, 256) and system.embed_texts(texts).shape == (40, 256)
 
 
-def test_a_picture_says_why(
-    encoders: Path, photographs: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    assert survey(encoders, photographs, tmp_path, "--systems", "scan_t2i_avg", "full", "--grid", "2") == 0
-    picture, why = str(Path(photographs).parent / "images"), tmp_path / "why.png"
-    picture = str(
-        next(Path(picture).glob("*val*")) if list(Path(picture).glob("*val*")) else next(Path(picture).iterdir())
-    )
-    capsys.readouterr()
-    words = ["explain", picture, "a big red circle", "--out", str(why)]
-    assert main([*words, "--system", str(tmp_path / "scan_t2i_avg")]) == 0
-    told = capsys.readouterr().out
-    assert "SCAN t2i AVG" in told and all(word in told for word in ("big", "red", "circle"))
-    assert "Deletion test of this system" in told and "of 8 pairs" in told
-    with Image.open(why) as shown:  # photograph, heat-map, and the words below
-        assert shown.width == 2 * 320 + 36 and shown.height > 320 + 24 + 28
-    assert main([*words, "--system", str(tmp_path / "full")]) == 0
-    assert "Full fine-tuning" in capsys.readouterr().out
-    assert main([*words, "--system", str(tmp_path)]) == 1
-    assert "holds no system that `unimodal survey` trained" in capsys.readouterr().err
-    assert main([*words, "--model", str(encoders)]) == 0
-    assert "big" in capsys.readouterr().out
-
-
 def test_batches_follow_from_the_seed_and_hold_several_captions_where_asked(data: SurveyData) -> None:
     stage = Stage(batch_size=8, captions_per_image=2)
     first, again = (next(data.batches("x", stage)) for _ in range(2))
@@ -509,126 +481,8 @@ def test_a_budget_is_steps_or_minutes() -> None:
     assert clock.progress() == pytest.approx(0.25)
 
 
-class Pointer(System):
-    """Scores a pair by one image token alone, the fifth, along one axis, and by one word alone."""
-
-    def __init__(self, encoders: Encoders) -> None:
-        super().__init__(encoders)
-        self.scale = torch.nn.Parameter(torch.tensor(2.0))
-
-    def score_pairs(self, images: Any, texts: Any) -> torch.Tensor:
-        tokens, mask = images
-        ids, _, _ = texts
-        return self.scale * tokens[:, 4, 0].abs() * mask[:, 4] + (ids == 9).any(1).float()
-
-
-def test_relevance_points_at_what_a_score_depends_on() -> None:
-    encoders, pairs = ToyEncoders(), toy_pairs(6)
-    system = Pointer(encoders)
-    one, text = pairs.images.select(torch.tensor([0])), pairs.texts.select(torch.tensor([0]))
-    found = image_relevance(system, one, text, torch.zeros(24))
-    assert found.argmax() == 4 and found[[0, 1, 2, 3, 5, 6, 7, 8]].abs().max() == 0
-    assert float(found[4]) == pytest.approx(2 * abs(float(one.tokens[0, 4, 0])), rel=1e-4)  # a straight path: exact
-    ids = torch.tensor([[1, 7, 9, 8, 2]])
-    text = encoders.read_texts(ids, ids > 0)
-    assert word_relevance(system, encoders, one, text, [[1], [2], [3]]) == pytest.approx([0, 1, 0], abs=1e-5)
-    assert word_relevance(system, encoders, one, text, [[1, 2], [3]]) == pytest.approx([1, 0], abs=1e-5)
-    test = deletion_test(system, pairs.images, pairs.texts, pairs.image_id, pairs.image_id, pairs=6)
-    assert test is not None and test["faster"] == 1 and test["gap"] > 0
-
-
-class Blind(Pointer):
-    """As `Pointer`, with a gradient that points the wrong way."""
-
-    def score_pairs(self, images: Any, texts: Any) -> torch.Tensor:
-        tokens, mask = images
-        wrong = tokens[:, 0, 0] - tokens[:, 0, 0].detach()
-        return super().score_pairs((tokens.detach(), mask), texts) + 100 * wrong.abs() + wrong
-
-
-def test_the_deletion_test_can_fail() -> None:
-    pairs = toy_pairs(12)
-    test = deletion_test(Blind(ToyEncoders()), pairs.images, pairs.texts, pairs.image_id, pairs.image_id, pairs=12)
-    assert test is not None and test["gap"] < 0.1
-
-
-@pytest.mark.parametrize("name", sorted(configs(systems_folder(), None)))
-def test_every_system_is_explained(name: str) -> None:
-    spec = read_spec(configs(systems_folder(), [name])[name])
-    encoders, pairs = ToyEncoders(), toy_pairs(12)
-    torch.manual_seed(0)
-    system = spec.system(encoders)
-    system.prepare(iter([pairs]))
-    one, text = pairs.images.select(torch.tensor([0])), pairs.texts.select(torch.tensor([0]))
-    system.eval()
-    words = word_relevance(system, encoders, one, text, [[1], [2]])
-    assert len(words) == 2 and all(map(math.isfinite, words))
-    found = image_relevance(system, one, text, pairs.images.tokens.mean((0, 1)))
-    assert found.shape == (9,) and found.isfinite().all() and found.abs().max() > 0
-    test = deletion_test(system, pairs.images, pairs.texts, pairs.image_id, pairs.image_id, pairs=2)
-    assert math.isfinite(test["gap"]) and test["gap"] != 0  # what is removed is gone, however the system looks
-    assert all(parameter.grad is None for parameter in system.parameters())
-
-
-def test_pixels_speak_for_the_place_they_are_in() -> None:
-    """Against a system that sees one corner of the pixels: the token of that corner says all, and exactly."""
-
-    class Corner(System):
-        needs_pixels = True
-
-        def score(self, images: Any, texts: Any) -> torch.Tensor:
-            return images.pixels[:, :, :2, 4:].sum((1, 2, 3))
-
-    pairs = toy_pairs(3)
-    one, text = pairs.images.select(torch.tensor([1])), pairs.texts.select(torch.tensor([1]))
-    found = image_relevance(Corner(ToyEncoders()), one, text, torch.zeros(24))
-    assert found[2] == pytest.approx(float(one.pixels[0, :, :2, 4:].sum()), rel=1e-4)
-    assert found[[0, 1, 3, 4, 5, 6, 7, 8]].abs().max() == 0
-    rows = deletion_test(Corner(ToyEncoders()), pairs.images, pairs.texts, pairs.image_id, pairs.image_id, pairs=3)
-    assert rows["pairs"] == 3 and rows["gap"] != 0
-
-
-def test_words_are_whole_and_as_they_are_written(encoders: Path) -> None:
-    tokenizer = SharedEncoders(encoders).processor.tokenizer
-    text = "A big red circle"
-    found = whole_words(tokenizer, text, 99)
-    assert [word for word, _ in found] == text.split()
-    places = [place for _, several in found for place in several]
-    assert places == list(range(1, len(places) + 1))  # after the start token
-    assert whole_words(tokenizer, text, 3) == found[:2]
-
-
 def test_scoring_that_cannot_be() -> None:
     with pytest.raises(ValueError, match="scoring.k: expected 0 or more"):
         Scoring(k=-1)
     with pytest.raises(ValueError, match="another system, whose first candidates this one scores again: set scoring.k"):
         Scoring(first="cca")
-
-
-def test_gradient_times_attention_is_that_of_the_weights_themselves() -> None:
-    """Against weights that are leaves of the graph, in a system of one attention layer."""
-    from unimodal.layers import Attention
-
-    class Looking(System):
-        looks = ("attention",)
-
-        def __init__(self, encoders: Encoders) -> None:
-            super().__init__(encoders)
-            self.attention = Attention(24, 2)
-
-        def score_pairs(self, images: Any, texts: Any) -> torch.Tensor:
-            query = texts[2][:, :3].repeat(1, 1, 2)[..., :24]
-            return self.attention(query, *self.attention.project(images[0])).square().sum((1, 2))
-
-    torch.manual_seed(0)
-    pairs = toy_pairs(1)
-    system = Looking(ToyEncoders())
-    found = image_relevance(system, pairs.images, pairs.texts, torch.zeros(24))
-    layer = system.attention
-    keys, values = layer.project(pairs.images.tokens)
-    query = pairs.texts.tokens[:, :3].repeat(1, 1, 2)[..., :24]
-    queries = layer.query(query).unflatten(-1, (2, 12)).transpose(1, 2)
-    weights = (queries @ keys.transpose(-1, -2) * 12**-0.5).softmax(-1).detach().requires_grad_()
-    score = layer.output((weights @ values).transpose(1, 2).flatten(2)).square().sum()
-    (gradient,) = torch.autograd.grad(score, weights)
-    torch.testing.assert_close(found, (gradient * weights).clamp(min=0).sum((0, 1, 2)).detach(), rtol=1e-4, atol=1e-5)

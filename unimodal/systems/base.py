@@ -92,8 +92,8 @@ class System(nn.Module):
     Attributes:
         needs_pixels: whether it reads pixels beside the encoder's tokens.
         towers: the shared encoders whose tokens it reads; one that reads ids by itself has no use for the text tower.
-        looks: patterns over the names of its `Attention` layers by which texts look at image tokens, a key for each token after those
-            of class tokens.
+        looks: patterns over the names of the layers by which texts look at image tokens, `Attention` or an `nn.Softmax` of such scores:
+            a key for each image token, after those of class tokens.
     """
 
     needs_pixels = False

@@ -52,6 +52,10 @@ class Reading(nn.Module):
 class OmniBridge(System):
     """The shared bridge, a Q-Former whose every second layer looks at the item.
 
+    It is explained by integrated gradients (no `looks`). Gradient times the attention of bridge and pool finds less of what matters: in the
+    deletion test the score falls 0.77 standard deviations faster than at random, against 0.96 (64 pairs learned by heart at toy size), and
+    0.47 against 0.65 (50 steps on drawn scenes).
+
     Args:
         encoders: the shared ones.
         width: W.

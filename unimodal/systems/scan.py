@@ -18,10 +18,17 @@ from unimodal.systems.base import Batch, Encoders, Images, State, System, Texts
 
 SLOPE = 0.1
 EPS = 1e-8
+SOFTMAX = nn.Softmax(-1)
 
 
 def stacked_attention(
-    affinity: Tensor, query_mask: Tensor, context_mask: Tensor, context_products: Tensor, *, sharpness: float
+    affinity: Tensor,
+    query_mask: Tensor,
+    context_mask: Tensor,
+    context_products: Tensor,
+    *,
+    sharpness: float,
+    softmax: nn.Module = SOFTMAX,
 ) -> Tensor:
     """How alike each query is to what it attends to: cosines [..., Q].
 
@@ -32,14 +39,13 @@ def stacked_attention(
     | context_mask     | [..., K]    | True on real contexts                                              |
     | context_products | [..., K, K] | inner products of the contexts among themselves                    |
     | sharpness        | number      | lambda 1: inverse temperature of the attention                     |
+    | softmax          | module      | makes weights over the contexts; one of its own can be watched     |
 
     The attended context is never made: its product with the query and its length follow from the products alone.
     """
     clipped = F.leaky_relu(affinity, SLOPE).masked_fill(~query_mask[..., None], 0)
     normalised = clipped / (clipped.square().sum(-2, keepdim=True) + EPS**2).sqrt()  # over the queries
-    weights = (
-        (sharpness * normalised).masked_fill(~context_mask[..., None, :], float("-inf")).softmax(-1)
-    )  # [..., Q, K]
+    weights = softmax((sharpness * normalised).masked_fill(~context_mask[..., None, :], float("-inf")))  # [..., Q, K]
     product = (weights * affinity).sum(-1)  # of query and attended context
     length = ((weights @ context_products) * weights).sum(-1).clamp(min=EPS**2).sqrt()
     return product / length
@@ -82,6 +88,8 @@ class SCAN(System):
         super().__init__(encoders)
         self.direction, self.pool, self.margin = direction, pool, margin
         self.sharpness, self.pool_sharpness = sharpness, pool_sharpness
+        self.attention = nn.Softmax(-1)
+        self.looks = ("attention",) if direction == "t2i" else ()  # regions that look at words are not looked at
         self.regions = nn.Linear(encoders.image_width, width)
         nn.init.xavier_uniform_(self.regions.weight)
         nn.init.zeros_(self.regions.bias)
@@ -118,7 +126,7 @@ class SCAN(System):
             query_mask, sides = text_mask, (affinity.transpose(-1, -2), text_mask, image_mask, image_products)
         else:
             query_mask, sides = image_mask, (affinity, image_mask, text_mask, text_products)
-        cosines = stacked_attention(*sides, sharpness=self.sharpness)
+        cosines = stacked_attention(*sides, sharpness=self.sharpness, softmax=self.attention)
         if self.pool == "avg":
             return pool_average(cosines, query_mask)
         return pool_logsumexp(cosines, query_mask, self.pool_sharpness)
@@ -139,6 +147,8 @@ class SCANEnsemble(System):
         pool_sharpness: lambda 2 of `i2t`, on Flickr30K; on COCO the paper has 20. That of `t2i` is 6 on both.
         margin: of both.
     """
+
+    looks = ("t2i.attention",)
 
     def __init__(
         self,
