@@ -140,6 +140,9 @@ def test_the_deletion_test_can_fail() -> None:
     pairs = toy_pairs(12)
     test = deletion_test(Blind(ToyEncoders()), pairs.images, pairs.texts, pairs.image_id, pairs.image_id, pairs=12)
     assert test["gap"] < 0.1
+    one = toy_pairs(1)
+    with pytest.raises(ValueError, match="deletion test: got 1 pair; expected at least 2, .*: rank more images"):
+        deletion_test(Blind(ToyEncoders()), one.images, one.texts, one.image_id, one.image_id, pairs=12)
 
 
 def test_pixels_speak_for_the_place_they_are_in() -> None:

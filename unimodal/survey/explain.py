@@ -265,7 +265,12 @@ def deletion_test(
 
     Args:
         system: what scores.
-        images, texts, image_id, text_image_id: the gallery, whose first `pairs` images are explained with the first caption of each.
+        images, texts, image_id, text_image_id: the gallery, whose first images are explained with the first caption of each.
+        pairs: how many, at most.
+        seed: of the random orders.
+
+    Raises:
+        ValueError: fewer than two images, of which no wrong pair can be made.
 
     Returns:
         `gap`: score after random minus score after relevant removal, the mean over nine shares of the tokens and all pairs, in standard
@@ -275,6 +280,10 @@ def deletion_test(
     generator = torch.Generator().manual_seed(seed)
     blank = images.tokens[: 4 * pairs].mean((0, 1))
     count = min(pairs, len(image_id))
+    if count < 2:
+        raise ValueError(
+            f"deletion test: got {count} pair; expected at least 2, whose wrong pairs say how far scores spread: rank more images"
+        )
     first = torch.tensor([int((text_image_id == image_id[i]).nonzero()[0, 0]) for i in range(count)])
     with torch.no_grad():
         wrong = system.score(images.select(torch.arange(count)), texts.select(first.roll(1)))
