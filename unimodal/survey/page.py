@@ -150,13 +150,13 @@ def accuracy(results: Sequence[Result]) -> Grid:
     }
 
 
-def printed(grid: Grid, columns: Sequence[str]) -> Table:
-    """The columns of these names for a terminal, without intervals; below them the notes."""
+def printed(grid: Grid, leave_out: Sequence[str]) -> Table:
+    """A table for a terminal, without columns of these names and without intervals; below it the notes."""
     notes = "\n".join(grid.get("notes", ()))
     table = Table(title=grid["title"], box=SIMPLE, padding=(0, 0, 0, 1), caption=notes, caption_justify="left")
-    places = [grid["columns"].index(name) for name in columns]
+    places = [place for place, name in enumerate(grid["columns"]) if name not in leave_out]
     rows = [[row[0], *(row[place].partition("\n")[0] for place in places[1:])] for row in grid["rows"]]
-    for place, name in enumerate(columns):
+    for place, name in enumerate(grid["columns"][place] for place in places):
         number = all(len(row[place]) <= NARROW for row in rows)
         table.add_column(
             name.replace(" ", "\n"), no_wrap=number, overflow="fold", justify="right" if number else "left"
