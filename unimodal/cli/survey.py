@@ -23,7 +23,13 @@ from unimodal.survey.run import Run, configs, run_system
 from unimodal.survey.specs import systems_folder
 from unimodal.survey.train import Budget
 
-NOT_PRINTED = ("Deletion test", "T→I mR", "I→T mR", "mR of six")  # on the page alone: a terminal is narrow
+NOT_PRINTED = (
+    "Interaction",
+    "Deletion test",
+    "T→I mR",
+    "I→T mR",
+    "mR of six",
+)  # on the page alone: a terminal is narrow
 
 
 def parser() -> argparse.ArgumentParser:
