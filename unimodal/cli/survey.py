@@ -23,13 +23,8 @@ from unimodal.survey.run import Run, configs, run_system
 from unimodal.survey.specs import systems_folder
 from unimodal.survey.train import Budget
 
-NOT_PRINTED = (
-    "Interaction",
-    "Deletion test",
-    "T→I mR",
-    "I→T mR",
-    "mR of six",
-)  # on the page alone: a terminal is narrow
+# On the page alone: a terminal is narrow.
+NOT_PRINTED = ("Interaction", "Deletion test", "T→I mR", "I→T mR", "mR of six")
 
 
 def parser() -> argparse.ArgumentParser:
