@@ -163,7 +163,9 @@ def test_a_file_that_is_no_picture_is_named(where, served, visit, tmp_path: Path
 @BROWSER
 def test_everything_is_reached_by_tab_and_shows_it(served, visit) -> None:
     page = visit(served.local_url, PHONE)
-    page.get_by_label("Search for").wait_for()
+    page.get_by_role("button", name="Search", exact=True).wait_for()  # gradio mounts part after part
+    page.get_by_label("range slider for Rerank depth").wait_for()
+    page.get_by_label("Search for").focus()
     look = """() => { const one = document.activeElement; return [
         one.getAttribute('aria-label') || one.innerText || one.placeholder, getComputedStyle(one).outlineStyle] }"""
     seen = []
