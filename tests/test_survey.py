@@ -18,7 +18,7 @@ from unimodal.survey.encoders import SharedEncoders
 from unimodal.survey.hallucination import drawn_objects_in, hallucination, hallucination_on
 from unimodal.survey.noise import Noise, changed, corrupted, swaps
 from unimodal.survey.nouns import objects_in, objects_of
-from unimodal.survey.page import categories, read_results, settings
+from unimodal.survey.page import accuracy, categories, read_results, settings
 from unimodal.survey.run import Run, configs, load_system
 from unimodal.survey.specs import systems_folder
 from unimodal.survey.train import Budget, Clock
@@ -265,6 +265,14 @@ def test_what_noise_costs_is_told_against_the_run_that_differs_in_nothing_else()
     assert both["title"] == f"Noise, {few}" and both["columns"][1] == few
     assert both["rows"][0][1:] == ["20.0\n19.0 to 21.0", "17.0 (−3.0)\n16.0 to 18.0"]
     assert shots["title"] == "Few examples" and shots["rows"][0][2].startswith("20.0 (−30.0)")
+
+
+def test_a_median_rank_is_told_to_a_tenth() -> None:
+    way = {f"{key}{end}": 7.0 for key in ("r1", "r5", "r10", "mr") for end in ("", "_low", "_high")}
+    way |= {"medr": 18.5, "medr_low": 14.9875, "medr_high": 402.488}
+    found = {"first": {"t2i": way, "i2t": None, "both": None}}
+    table = accuracy([written("A", "", 0, accuracy=found, published=[], protocol={"first": "toy"}, regime="tuned")])
+    assert table["columns"][4] == "T→I MedR" and table["rows"][0][4] == "18.5\n15 to 402.5"
 
 
 @pytest.mark.parametrize(

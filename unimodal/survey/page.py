@@ -348,7 +348,8 @@ def _name(result: Result) -> str:
 def _direction(found: dict[str, float] | None) -> list[str]:
     if found is None:
         return [DASH] * 5
-    median = "\n".join([f"{found['medr']:g}", f"{found['medr_low']:g} to {found['medr_high']:g}"])
+    middle, low, high = (f"{round(found[key], 1):g}" for key in ("medr", "medr_low", "medr_high"))
+    median = f"{middle}\n{low} to {high}"
     return [*(_with_interval(found, key) for key in ("r1", "r5", "r10")), median, _with_interval(found, "mr")]
 
 
