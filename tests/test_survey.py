@@ -221,15 +221,22 @@ def test_two_systems_of_one_name_are_refused(tmp_path: Path) -> None:
 
 def written(title: str, setting: str, r1: float, *, budget: str = "3 steps", **more: Any) -> dict[str, Any]:
     """A result as `result.json` holds it, as far as the tables of settings read it."""
-    way = {"r1": r1, "r1_low": r1 - 1, "r1_high": r1 + 1}
     return {
         "title": title,
         "inferred": "",
         "corrupted": 0.25,
         "settings": {"budget": budget, "setting": setting, "train": "scenes"},
-        "accuracy": {"first": {"t2i": way, "i2t": None}},
+        "accuracy": {"first": text_to_image(r1)},
         **more,
     }
+
+
+def two_stages(first: float, reranked: float) -> dict[str, Any]:
+    return {"first": text_to_image(first), "reranked": text_to_image(reranked)}
+
+
+def text_to_image(r1: float) -> dict[str, Any]:
+    return {"t2i": {"r1": r1, "r1_low": r1 - 1, "r1_high": r1 + 1}, "i2t": None}
 
 
 def test_what_noise_costs_is_told_against_the_run_that_differs_in_nothing_else() -> None:
@@ -239,11 +246,13 @@ def test_what_noise_costs_is_told_against_the_run_that_differs_in_nothing_else()
             "a": written("A", "", 50.0),
             "b": written("B", "", 40.0),
             "c": written("C", "", 0, map={"t2i": 30, "i2t": 20}),
+            "d": written("D", "", 0, accuracy=two_stages(30.0, 60.0)),
         },
         "noise 0.4 random": {
             "a": written("A", "noise 0.4 random", 38.0),
             "b": written("B", "noise 0.4 random", 39.0, budget="9 steps"),
             "c": written("C", "noise 0.4 random", 0, map={"t2i": 24.0, "i2t": 21.0}),
+            "d": written("D", "noise 0.4 random", 0, accuracy=two_stages(28.0, 40.0)),
         },
         "noise 0.2 random": {"a": written("A", "noise 0.2 random", 45.0)},
         few: {"a": written("A", few, 20.0)},
@@ -256,6 +265,8 @@ def test_what_noise_costs_is_told_against_the_run_that_differs_in_nothing_else()
         ["B\nT→I first-stage R@1", "40.0\n39.0 to 41.0", "–", "39.0\n38.0 to 40.0"],
         ["C\nT→I mAP", "30.0", "–", "24.0 (−6.0)"],
         ["C\nI→T mAP", "20.0", "–", "21.0 (+1.0)"],
+        ["D\nT→I first-stage R@1", "30.0\n29.0 to 31.0", "–", "28.0 (−2.0)\n27.0 to 29.0"],
+        ["D\nT→I reranked R@1", "60.0\n59.0 to 61.0", "–", "40.0 (−20.0)\n39.0 to 41.0"],
     ]
     assert noise["notes"] == [
         "noise 0.2 random: 25.0% of the captions are no longer what they were.",

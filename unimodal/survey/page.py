@@ -5,6 +5,7 @@ Every cell was measured in that run; published numbers stand in a table of their
 
 import json
 from collections.abc import Sequence
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from unimodal.report import Grid, write_tables
 
 Result = dict[str, Any]
 DASH = "–"
+MEASURES = {"first": "first-stage R@1", "reranked": "reranked R@1", "map": "mAP"}
 NARROW = 9  # letters of what is not broken on a terminal: numbers
 
 
@@ -287,15 +289,16 @@ def _beside(
                 what = ", ".join(_differ(runs[0], run, but))
                 notes.append(f"{run['title']}, {name}: measured under other settings ({what}), so no change is given.")
         shown = next(run for run in runs[1:] if run is not None)
-        for way, arrow in (("t2i", "T→I"), ("i2t", "I→T")):
-            scores = [None if run is None else _score(run, way) for run in runs]
+        measures = ["map"] if "map" in shown else shown["accuracy"]
+        for measure, (way, arrow) in product(measures, (("t2i", "T→I"), ("i2t", "I→T"))):
+            scores = [None if run is None else _score(run, measure, way) for run in runs]
             if not any(scores):
                 continue
             cells = [
                 _change(score, scores[0] if same and place else None)
                 for place, (score, same) in enumerate(zip(scores, alike))
             ]
-            rows.append([f"{_name(shown)}\n{arrow} {'mAP' if 'map' in shown else _stage(shown) + ' R@1'}", *cells])
+            rows.append([f"{_name(shown)}\n{arrow} {MEASURES[measure]}", *cells])
     return {
         "title": title,
         "lead": f"{lead} R@1 in percent with its 95 % interval; in brackets the change against {clean}, in points.",
@@ -316,16 +319,11 @@ def _differ(one: Result, other: Result, but: Sequence[str]) -> list[str]:
     return sorted(key for key in mine.keys() | theirs.keys() if key not in but and mine.get(key) != theirs.get(key))
 
 
-def _stage(result: Result) -> str:
-    """The last stage that was scored, in a word."""
-    return {"first": "first-stage", "reranked": "reranked"}[list(result["accuracy"])[-1]]
-
-
-def _score(result: Result, way: str) -> tuple[float, float | None, float | None] | None:
-    """R@1 of the last stage with its interval, or mean average precision; None for a direction that is not served."""
-    if "map" in result:
-        return result["map"][way], None, None
-    found = list(result["accuracy"].values())[-1][way]
+def _score(result: Result, measure: str, way: str) -> tuple[float, float | None, float | None] | None:
+    """R@1 of a stage with its interval, or mean average precision; None where it was not measured."""
+    if measure == "map":
+        return (result["map"][way], None, None) if "map" in result else None
+    found = result["accuracy"].get(measure, {}).get(way)
     return None if found is None else (found["r1"], found["r1_low"], found["r1_high"])
 
 
