@@ -18,7 +18,7 @@ from unimodal.survey.encoders import SharedEncoders
 from unimodal.survey.hallucination import drawn_objects_in, hallucination, hallucination_on
 from unimodal.survey.noise import Noise, changed, corrupted, swaps
 from unimodal.survey.nouns import objects_in, objects_of
-from unimodal.survey.page import accuracy, categories, read_results, settings
+from unimodal.survey.page import accuracy, captions, categories, read_results, settings
 from unimodal.survey.run import Run, configs, load_system
 from unimodal.survey.specs import systems_folder
 from unimodal.survey.train import Budget, Clock
@@ -276,6 +276,12 @@ def test_what_noise_costs_is_told_against_the_run_that_differs_in_nothing_else()
     assert both["title"] == f"Noise, {few}" and both["columns"][1] == few
     assert both["rows"][0][1:] == ["20.0\n19.0 to 21.0", "17.0 (−3.0)\n16.0 to 18.0"]
     assert shots["title"] == "Few examples" and shots["rows"][0][2].startswith("20.0 (−30.0)")
+
+
+def test_captions_that_name_nothing_have_no_share_of_invented_objects() -> None:
+    some, none = {"objects": 50.0, "captions": 25.0, "named": 0.5}, {"objects": 0.0, "captions": 0.0, "named": 0.0}
+    table = captions({"": {"a": written("A", "", 0, captions=some), "b": written("B", "", 0, captions=none)}})
+    assert table["rows"] == [["A", "50.0", "25.0", "0.50"], ["B", "–", "0.0", "0.00"]]
 
 
 def test_a_median_rank_is_told_to_a_tenth() -> None:

@@ -220,7 +220,8 @@ def captions(results: dict[str, dict[str, Result]]) -> Grid:
         "rows": [
             [
                 _name(r) + (f"\n{setting}" if setting else ""),
-                *(f"{r['captions'][key]:.1f}" for key in ("objects", "captions")),
+                f"{r['captions']['objects']:.1f}" if r["captions"]["named"] else DASH,  # no object, no share of objects
+                f"{r['captions']['captions']:.1f}",
                 f"{r['captions']['named']:.2f}",
             ]
             for setting, group in results.items()
