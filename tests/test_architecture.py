@@ -14,6 +14,8 @@ PACKAGE = Path(__file__).parent.parent / "unimodal"
 # room: (what it may import of ours, why). A room that is not here fails: give it a row.
 ROOMS: dict[str, tuple[set[str], str]] = {
     "config": (set(), "configuration is plain data"),
+    "files": (set(), "it knows the file system only"),
+    "arguments": (set(), "it checks what came, whatever it is for"),
     "layers": (set(), "layers know torch only"),
     "onednn": (set(), "it knows torch only"),
     "tuning": ({"config"}, "adapters go on any module, by name"),
@@ -126,6 +128,9 @@ ROOMS: dict[str, tuple[set[str], str]] = {
     ),
 }
 
+# Rooms at the very bottom, which know nothing of ours: every room may import them.
+FOUNDATION = {"files", "arguments"}
+
 # library: the only places of ours that may import it
 LIBRARIES: dict[str, tuple[str, ...]] = {
     "pytorch_lightning": ("tasks/", "data/module.py", "cli/", "survey/train.py"),
@@ -175,7 +180,7 @@ def complaints(path: str, source: str) -> list[str]:
             target = rest.partition(".")[0]
             if local:
                 found.append(f"{path} imports {module} inside a function: move it to the top of the file")
-            elif target != room and target not in ROOMS[room][0] and target not in ("", "__version__"):
+            elif target != room and target not in ROOMS[room][0] | FOUNDATION and target not in ("", "__version__"):
                 found.append(f"{path} imports unimodal.{target}: {ROOMS[room][1]}")
         for library, places in LIBRARIES.items():
             if f"{module}.".startswith(f"{library}.") and not path.startswith(places):

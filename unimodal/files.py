@@ -1,0 +1,203 @@
+"""Files and folders that change whole or not at all, and locks between processes.
+
+A file is written beside its place, flushed to the disk and renamed, so that a full disk, an exception or a kill leaves the old file.
+The contents of a folder are exchanged inside the folder itself, so that a mount point, the working folder and a folder whose parent
+cannot be written are replaced like any other. New files follow the umask, whatever mode the library that wrote them gave them.
+"""
+
+import json
+import os
+import shutil
+import stat
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock, Timeout
+
+# Inside a folder whose contents are being exchanged: what is being written; what is whole and takes its place; what it replaces.
+UNFINISHED, READY, OLD = ".unimodal.unfinished", ".unimodal.ready", ".unimodal.old"
+LOCK = ".unimodal.lock"
+BOOKKEEPING = frozenset({UNFINISHED, READY, OLD, LOCK})
+
+
+class InUseError(OSError):
+    """Another process or thread is writing the same thing."""
+
+
+@contextmanager
+def locked(path: str | Path, what: str, timeout: float = 0) -> Iterator[None]:
+    """Hold the lock file `path` while the block runs. The system lets go of the lock when the process ends, in whatever way.
+
+    Args:
+        path: the lock file; it is made where missing, and stays.
+        what: names in the error what the lock guards, for example "the index photos/index".
+        timeout: seconds to wait for another holder; -1 waits for ever.
+
+    Raises:
+        InUseError: another process or thread holds the lock.
+    """
+    lock = FileLock(path, mode=0o666)
+    try:
+        lock.acquire(timeout=timeout)
+    except Timeout as error:
+        raise InUseError(f"{what} is being written by another process or thread; try again when it is done") from error
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+@contextmanager
+def replacing(path: str | Path) -> Iterator[Path]:
+    """A path beside `path` to write to; the file there takes the place of `path` when the block ends without an exception.
+
+    The path to write to has the suffix of `path`. A link is followed, and a device or a pipe is written directly.
+
+    Raises:
+        FileNotFoundError: the folder of `path` is not there.
+        IsADirectoryError: `path` is a folder.
+    """
+    path = Path(os.path.realpath(path))
+    if path.is_dir():
+        raise IsADirectoryError(f"{path} is a folder; give the path of a file")
+    if not path.parent.is_dir():
+        raise FileNotFoundError(f"{path.parent}: no such folder; make it, or give another path")
+    if path.exists() and not path.is_file():  # /dev/stdout
+        yield path
+        return
+    descriptor, name = tempfile.mkstemp(prefix=".unfinished-", suffix=path.suffix, dir=path.parent)
+    os.close(descriptor)
+    unfinished = Path(name)
+    try:
+        yield unfinished
+        follow_umask(unfinished)
+        flush(unfinished)
+        os.replace(unfinished, path)
+        flush(path.parent)
+    finally:
+        unfinished.unlink(missing_ok=True)
+
+
+def write_text(path: str | Path, text: str) -> None:
+    """Write a file in UTF-8, whole or not at all."""
+    with replacing(path) as unfinished:
+        unfinished.write_text(text, encoding="utf-8", newline="")
+
+
+def write_json(path: str | Path, content: Any) -> None:
+    """Write a JSON file, whole or not at all."""
+    write_text(path, json.dumps(content, ensure_ascii=False, indent=1) + "\n")
+
+
+@contextmanager
+def replacing_contents(folder: str | Path, is_ours: Callable[[str], bool]) -> Iterator[Path]:
+    """A new folder to fill, whose entries take the place of the entries of `folder` that are ours, when the block ends without an exception.
+
+    What else lies in `folder` stays. An exception leaves `folder` as it was; after a kill, `restore` finishes or undoes the exchange.
+
+    Args:
+        folder: the place; it and its parents are made where missing.
+        is_ours: whether an entry of this name in `folder` may be replaced.
+
+    Raises:
+        InUseError: another process is saving there.
+        OSError: the disk is full, or writing fails otherwise; what was there is intact.
+    """
+    folder = Path(folder).resolve()
+    made = not folder.exists()
+    folder.mkdir(parents=True, exist_ok=True)
+    with locked(folder / LOCK, str(folder)):
+        _settle(folder)
+        fresh = folder / UNFINISHED
+        try:
+            fresh.mkdir()
+            yield fresh
+            for path in (*fresh.rglob("*"), fresh):
+                if path.is_file():
+                    follow_umask(path)
+                flush(path)
+            _exchange(folder, is_ours)
+        finally:
+            shutil.rmtree(fresh, ignore_errors=True)
+            if made and {path.name for path in folder.iterdir()} <= {LOCK}:
+                shutil.rmtree(folder, ignore_errors=True)
+
+
+def restore(folder: str | Path) -> None:
+    """Finish or undo the exchange of a folder's contents that a kill interrupted. A folder without one is not touched.
+
+    Raises:
+        InUseError: the exchange is still going on.
+        OSError: the folder cannot be written, and its contents are not whole.
+    """
+    folder = Path(folder).resolve()
+    if (folder / READY).is_dir() or (folder / OLD).is_dir():
+        with locked(folder / LOCK, str(folder), timeout=60):
+            _settle(folder)
+
+
+def _exchange(folder: Path, is_ours: Callable[[str], bool]) -> None:
+    fresh, ready, old = folder / UNFINISHED, folder / READY, folder / OLD
+    arriving = {path.name for path in fresh.iterdir()}
+    leaving = [path.name for path in folder.iterdir() if path.name not in BOOKKEEPING]
+    leaving = [name for name in leaving if name in arriving or is_ours(name)]
+    old.mkdir()
+    try:
+        for name in leaving:
+            os.rename(folder / name, old / name)
+        os.rename(fresh, ready)  # from here on, a kill leads to the new contents; before, to the old ones
+    except OSError:
+        _take_back(folder)
+        raise
+    _settle(folder)
+
+
+def _settle(folder: Path) -> None:
+    """Bring the contents of a folder that is locked to the new state where that is whole, to the old one where not."""
+    ready, old = folder / READY, folder / OLD
+    if ready.is_dir():
+        for path in list(ready.iterdir()):
+            os.rename(path, folder / path.name)
+        flush(folder)
+        ready.rmdir()
+        shutil.rmtree(old, ignore_errors=True)
+    elif old.is_dir():
+        _take_back(folder)
+    shutil.rmtree(folder / UNFINISHED, ignore_errors=True)
+
+
+def _take_back(folder: Path) -> None:
+    old = folder / OLD
+    for path in list(old.iterdir()):
+        os.rename(path, folder / path.name)
+    old.rmdir()
+    flush(folder)
+
+
+def follow_umask(path: Path) -> None:
+    """Give a file the mode of a newly made file: some libraries make files that only their owner can read."""
+    probe = path.with_name(f".probe-{os.getpid()}-{os.urandom(4).hex()}")
+    descriptor = os.open(
+        probe, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666
+    )  # os.umask would change the mask of other threads
+    try:
+        mode = stat.S_IMODE(os.fstat(descriptor).st_mode)
+    finally:
+        os.close(descriptor)
+        probe.unlink()
+    with suppress(PermissionError):  # a file system without modes
+        os.chmod(path, mode)
+
+
+def flush(path: Path) -> None:
+    """Wait until a file, or the list of names of a folder, is on the disk."""
+    if os.name == "nt" and path.is_dir():  # Windows opens no folder, and keeps its names safe by itself
+        return
+    descriptor = os.open(path, os.O_RDONLY if os.name != "nt" else os.O_RDWR)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
