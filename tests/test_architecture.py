@@ -134,7 +134,7 @@ FOUNDATION = {"files", "arguments"}
 # library: the only places of ours that may import it
 LIBRARIES: dict[str, tuple[str, ...]] = {
     "pytorch_lightning": ("tasks/", "data/module.py", "cli/", "survey/train.py"),
-    "diffusers": ("diffusion.py", "heads/generation.py"),
+    "diffusers": ("diffusion.py", "heads/generation.py", "heads/unet.py"),
     "timm": ("backbones/",),
     "peft": ("tuning/",),
     "torch.distributed": ("distributed.py", "sharding.py", "hub/training.py"),

@@ -5,6 +5,7 @@ never moves.
 
 import pytest
 import torch
+from diffusers import UNet2DConditionModel
 
 import unimodal.heads
 from unimodal.diffusion import T_MIN, euler_sample, flow_path, guide, sample_t, velocity_from_sample
@@ -12,12 +13,13 @@ from unimodal.heads.generation import GenerationHead
 from unimodal.heads.patches import PatchAutoencoder
 
 SIZES = {"num_layers": 2, "num_attention_heads": 2, "attention_head_dim": 16, "patch_size": 4}
-KINDS = [("sana", "velocity"), ("sana", "sample"), ("pixart", "velocity"), ("pixart", "sample")]
+UNET_SIZES = {"block_out_channels": [16, 32], "num_attention_heads": 2, "norm_num_groups": 4}
+KINDS = [(name, prediction) for name in ("sana", "pixart", "unet") for prediction in ("velocity", "sample")]
 
 
 def small_head(transformer="sana", prediction="velocity", **kwargs) -> GenerationHead:
     torch.manual_seed(0)
-    kwargs = {"size": 16, "transformer_kwargs": SIZES} | kwargs
+    kwargs = {"size": 16, "transformer_kwargs": UNET_SIZES if transformer == "unet" else SIZES} | kwargs
     return GenerationHead(condition_width=24, transformer=transformer, prediction=prediction, **kwargs)
 
 
@@ -142,7 +144,7 @@ def test_patches_know_where_they_are(transformer):
     assert apart.min() > 1e-3
 
 
-@pytest.mark.parametrize("transformer", ["sana", "pixart"])
+@pytest.mark.parametrize("transformer", ["sana", "pixart", "unet"])
 def test_guidance_of_one_is_the_plain_conditional_pass(transformer):
     head, condition = awake(small_head(transformer)), torch.randn(2, 5, 24)
     noise = torch.randn(2, 3, 16, 16, generator=torch.Generator().manual_seed(5))
@@ -303,7 +305,7 @@ def test_patches_say_what_they_lack():
         small_head(autoencoder="patches", autoencoder_kwargs={"patch_size": 5})
 
 
-@pytest.mark.parametrize("transformer", ["sana", "pixart"])
+@pytest.mark.parametrize("transformer", ["sana", "pixart", "unet"])
 def test_bfloat16_autocast_is_close_and_returns_the_input_type(transformer):
     head = awake(small_head(transformer))
     x_t, t, condition = torch.randn(2, 3, 16, 16), torch.tensor([0.3, 0.9]), torch.randn(2, 5, 24)
@@ -314,8 +316,51 @@ def test_bfloat16_autocast_is_close_and_returns_the_input_type(transformer):
     assert (low - full).abs().max() < 0.05 * full.abs().max()
 
 
+def test_the_unet_is_that_of_diffusers_on_folded_pixels():
+    """diffusers' own class, built and called as its documentation says, with the weights of the head."""
+    head = awake(small_head("unet"))
+    plain = UNet2DConditionModel(
+        sample_size=8, in_channels=12, out_channels=12, down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"), block_out_channels=(16, 32), layers_per_block=1,
+        cross_attention_dim=24, attention_head_dim=2, norm_num_groups=4,
+    ).eval()  # fmt: skip
+    plain.load_state_dict(head.transformer.network.state_dict())
+    x, t, condition = torch.randn(2, 3, 16, 16), torch.tensor([0.3, 0.9]), torch.randn(2, 5, 24)
+    squares = x.unfold(2, 2, 2).unfold(3, 2, 2)  # [B, 3, 8, 8, 2, 2]
+    folded = squares.permute(0, 1, 4, 5, 2, 3).reshape(2, 12, 8, 8)
+    normal = (condition - condition.mean(-1, keepdim=True)) / (
+        condition.var(-1, keepdim=True, correction=0) + 1e-5
+    ).sqrt()
+    output = plain(folded, 1000 * t, normal).sample
+    expected = output.reshape(2, 3, 2, 2, 8, 8).permute(0, 1, 4, 2, 5, 3).reshape(2, 3, 16, 16)
+    torch.testing.assert_close(head(x, t, condition), expected, atol=1e-5, rtol=1e-5)
+    attention = [one for one in plain.modules() if type(one).__name__ == "Attention"]
+    assert {one.heads for one in attention} == {2}  # the number of heads, not their width
+
+
+def test_attention_stands_on_the_levels_that_ask_for_it():
+    everywhere = small_head("unet", transformer_kwargs=UNET_SIZES | {"cross_attention": [True, True]})
+    blocks = [type(one).__name__ for one in everywhere.transformer.network.down_blocks]
+    assert blocks == ["CrossAttnDownBlock2D", "CrossAttnDownBlock2D"]
+    coarsest = [type(one).__name__ for one in small_head("unet").transformer.network.down_blocks]
+    assert coarsest == ["DownBlock2D", "CrossAttnDownBlock2D"]
+
+
+@pytest.mark.parametrize("transformer,prediction", KINDS)
+def test_a_picture_does_not_depend_on_its_neighbours_in_the_batch(transformer, prediction):
+    head, condition = awake(small_head(transformer, prediction)), torch.randn(3, 5, 24)
+    x_t, t = torch.randn(3, 3, 16, 16), torch.tensor([0.2, 0.5, 0.9])
+    together = head(x_t, t, condition)
+    alone = torch.cat([head(x_t[i : i + 1], t[i : i + 1], condition[i : i + 1]) for i in range(3)])
+    torch.testing.assert_close(together, alone, atol=1e-5, rtol=1e-4)
+
+
 def test_wrong_shapes_are_named():
     head = small_head()
+    with pytest.raises(ValueError, match=r"expected condition tokens \[B, N, 24\], got \(2, 5, 32\)"):
+        head(torch.zeros(2, 3, 16, 16), torch.zeros(2), torch.zeros(2, 5, 32))
+    with pytest.raises(ValueError, match=r"expected condition tokens \[B, N, 24\], got \(2, 24\)"):
+        head.sample(torch.zeros(2, 24))
     with pytest.raises(ValueError, match=r"expected x_t \[B, 3, 16, 16\], got \(2, 4, 16, 16\)"):
         head(torch.zeros(2, 4, 16, 16), torch.zeros(2), torch.zeros(2, 5, 24))
     with pytest.raises(
@@ -337,6 +382,22 @@ def test_wrong_shapes_are_named():
             "unknown setting 'num_layer' of transformer 'sana'; did you mean 'num_layers'",
         ),
         ({"transformer_kwargs": {"in_channels": 9}}, "unknown setting 'in_channels'"),
+        (
+            {"transformer": "unet", "transformer_kwargs": {"attention_head_dim": 32}},
+            "unknown setting 'attention_head_dim' of transformer 'unet'; did you mean 'num_attention_heads'",
+        ),
+        (
+            {"transformer": "unet", "size": 18},
+            "a side of 18 cannot be halved 1 times after patches of 2; give a multiple of 4",
+        ),
+        (
+            {"transformer": "unet", "transformer_kwargs": {"block_out_channels": [16, 30], "norm_num_groups": 4}},
+            r"norm_num_groups 4 and num_attention_heads 4 must divide each of block_out_channels \[16, 30\]",
+        ),
+        (
+            {"transformer": "unet", "transformer_kwargs": {"cross_attention": [True]}},
+            r"cross_attention needs one value for each of 2 levels, got \[True\]",
+        ),
         (
             {"autoencoder": "tiny", "autoencoder_kwargs": {"latents": 4}},
             "unknown setting 'latents' of autoencoder 'tiny'",

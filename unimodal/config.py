@@ -276,8 +276,8 @@ class GenerationConfig:
     """Pictures from bridged generation queries by flow matching.
 
     Args:
-        transformer: denoiser by name: `sana` or `pixart` (diffusers).
-        transformer_kwargs: its size (num_layers, num_attention_heads, ...).
+        transformer: denoiser by name: `sana`, `pixart` or the convolutional `unet` (diffusers).
+        transformer_kwargs: its size (num_layers, num_attention_heads, ... of the first two, block_out_channels, ... of the U-Net).
         autoencoder: `none` generates pixels; `patches` their whitened components; `tiny` and `kl` latents of a diffusers autoencoder.
         autoencoder_kwargs: the autoencoder's configuration.
         size: side of the generated picture in pixels.
@@ -285,7 +285,7 @@ class GenerationConfig:
         null_probability: share of training conditions replaced by the learned null condition.
     """
 
-    transformer: Literal["sana", "pixart"] = "sana"
+    transformer: Literal["sana", "pixart", "unet"] = "sana"
     transformer_kwargs: dict[str, Any] = field(default_factory=dict)
     autoencoder: Literal["none", "patches", "tiny", "kl"] = "none"
     autoencoder_kwargs: dict[str, Any] = field(default_factory=dict)

@@ -94,7 +94,7 @@ def write_json(path: str | Path, content: Any) -> None:
 
 @contextmanager
 def replacing_contents(folder: str | Path, is_ours: Callable[[str], bool]) -> Iterator[Path]:
-    """A new folder to fill, whose entries take the place of the entries of `folder` that are ours, when the block ends without an exception.
+    """A new folder to fill. Its entries take the place of the entries of `folder` that are ours when the block ends without an exception.
 
     What else lies in `folder` stays. An exception leaves `folder` as it was; after a kill, `restore` finishes or undoes the exchange.
 

@@ -1,9 +1,9 @@
 """Pictures from bridged generation queries: a diffusers transformer learns the flow from noise to picture.
 
 The bridge's queries take the place of a text encoder's tokens (MetaQuery, arXiv 2504.06256; OmniBridge, arXiv
-2509.19018). The transformer is Sana (linear attention and convolutional feed-forward, arXiv 2410.10629) or PixArt (full
-attention, arXiv 2310.00426); it works on latents of a frozen autoencoder or directly on pixels. Names stand for classes
-by the two tables below, never by an import path.
+2509.19018). The denoiser is Sana (linear attention and convolutional feed-forward, arXiv 2410.10629), PixArt (full
+attention, arXiv 2310.00426) or a convolutional U-Net (`unimodal.heads.unet`); it works on latents of a frozen autoencoder
+or directly on pixels. Names stand for classes by the two tables below, never by an import path.
 """
 
 import contextlib
@@ -18,8 +18,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from unimodal.config import nearest
 from unimodal.diffusion import euler_sample, guide, velocity_from_sample
 from unimodal.heads.patches import PatchAutoencoder
+from unimodal.heads.unet import UNet
 
-TRANSFORMERS = {"sana": SanaTransformer2DModel, "pixart": PixArtTransformer2DModel}
+TRANSFORMERS = {"sana": SanaTransformer2DModel, "pixart": PixArtTransformer2DModel, "unet": UNet}
 AUTOENCODERS = {"patches": PatchAutoencoder, "tiny": AutoencoderTiny, "kl": AutoencoderKL}
 
 
@@ -29,10 +30,10 @@ class GenerationHead(nn.Module):
     Args:
         condition_width: width W of the condition tokens.
         size: side of the pictures in pixels.
-        transformer: `sana` or `pixart`.
+        transformer: `sana`, `pixart` or `unet`.
         transformer_kwargs: its settings as diffusers names them. `num_layers`, `num_attention_heads`,
-            `attention_head_dim` and `patch_size` mean the same in both; channels, picture size and widths of the
-            condition follow from the other arguments.
+            `attention_head_dim` and `patch_size` mean the same in sana and pixart; `UNet` says what the U-Net takes.
+            Channels, picture size and widths of the condition follow from the other arguments.
         autoencoder: `none` works on pixels; `patches` on their whitened components, which `head.autoencoder.fit(images)`
             computes before training; `tiny` and `kl` on latents of diffusers' autoencoders. It never trains here.
         autoencoder_kwargs: its settings, as diffusers or `PatchAutoencoder` name them.
@@ -48,7 +49,7 @@ class GenerationHead(nn.Module):
         *,
         condition_width: int,
         size: int = 32,
-        transformer: Literal["sana", "pixart"] = "sana",
+        transformer: Literal["sana", "pixart", "unet"] = "sana",
         transformer_kwargs: dict[str, Any] | None = None,
         autoencoder: Literal["none", "patches", "tiny", "kl"] = "none",
         autoencoder_kwargs: dict[str, Any] | None = None,
@@ -57,6 +58,7 @@ class GenerationHead(nn.Module):
     ):
         super().__init__()
         self.size, self.prediction, self.null_probability = size, prediction, null_probability
+        self.condition_width = condition_width
         self.autoencoder = None
         self.latent_shape: tuple[int, ...] = (3, size, size)
         if autoencoder != "none":
@@ -98,10 +100,18 @@ class GenerationHead(nn.Module):
                 f"GenerationHead: expected x_t [B, {', '.join(map(str, self.latent_shape))}], got {tuple(x_t.shape)}; "
                 "bring pictures to that form with encode()"
             )
+        self._require_condition(condition)
         if self.training and self.null_condition is not None:
             dropped = torch.rand(len(condition), 1, 1, device=condition.device) < self.null_probability
             condition = torch.where(dropped, self.null_condition, condition)
         return self._velocity(x_t, t, condition, condition_mask)
+
+    def _require_condition(self, condition: Tensor) -> None:
+        if condition.ndim != 3 or condition.shape[-1] != self.condition_width:
+            raise ValueError(
+                f"GenerationHead: expected condition tokens [B, N, {self.condition_width}], got {tuple(condition.shape)}; "
+                "give what `generation_condition` of the same model returns"
+            )
 
     def _velocity(self, x_t: Tensor, t: Tensor, condition: Tensor, condition_mask: Tensor | None) -> Tensor:
         # PixArt insists on being told that there is no resolution or aspect ratio to condition on.
@@ -162,6 +172,7 @@ class GenerationHead(nn.Module):
             shift: > 1 spends more steps near the noise.
             generator: source of the noise; the same seed on the same device gives the same pictures.
         """
+        self._require_condition(condition)
         if guidance_scale != 1 and self.null_condition is None:
             raise ValueError(
                 f"GenerationHead: guidance_scale={guidance_scale} needs a null condition, and this head was built with "
@@ -194,6 +205,9 @@ def _build(table: dict[str, Any], role: str, name: str, settings: dict[str, Any]
 
 
 def _build_transformer(name: str, settings: dict[str, Any], latent_shape: tuple[int, ...], condition_width: int) -> Any:
+    if name == "unet":
+        given = {"channels": latent_shape[0], "sample_size": latent_shape[1], "condition_width": condition_width}
+        return _build(TRANSFORMERS, "transformer", name, settings, given)
     settings = {"num_layers": 6, "num_attention_heads": 6, "attention_head_dim": 32, "patch_size": 2, **settings}
     channels, side, _ = latent_shape
     if side % settings["patch_size"]:
