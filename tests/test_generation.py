@@ -3,14 +3,17 @@ head honours its condition, its mask, its guidance and its seed; four pictures a
 never moves.
 """
 
+import numpy as np
 import pytest
 import torch
 from diffusers import UNet2DConditionModel
+from toy import toy_model, toy_processor
 
 import unimodal.heads
 from unimodal.diffusion import T_MIN, euler_sample, flow_path, guide, sample_t, velocity_from_sample
 from unimodal.heads.generation import GenerationHead
 from unimodal.heads.patches import PatchAutoencoder
+from unimodal.inference import Unimodal
 
 SIZES = {"num_layers": 2, "num_attention_heads": 2, "attention_head_dim": 16, "patch_size": 4}
 UNET_SIZES = {"block_out_channels": [16, 32], "num_attention_heads": 2, "norm_num_groups": 4}
@@ -407,6 +410,20 @@ def test_wrong_shapes_are_named():
 def test_names_come_from_our_tables_only(kwargs, message):
     with pytest.raises(ValueError, match=message):
         small_head(**kwargs)
+
+
+def test_a_model_with_a_unet_draws_the_same_after_saving(tmp_path):
+    settings = {"transformer": "unet", "transformer_kwargs": UNET_SIZES, "size": 16}
+    model = Unimodal(toy_model(generation=settings), toy_processor())
+    awake(model.model.head("generation"))
+    model.save_pretrained(tmp_path)
+    again = Unimodal.from_pretrained(tmp_path)
+    draw = {"num_inference_steps": 2, "guidance_scale": 2.0}
+    pictures = [
+        np.asarray(one.generate_image("a red circle", generator=torch.Generator().manual_seed(0), **draw).images[0])
+        for one in (model, again)
+    ]
+    assert np.array_equal(*pictures) and pictures[0].std() > 0
 
 
 def test_head_is_reachable_by_its_short_path():

@@ -5,6 +5,7 @@ Sources: U-Net for diffusion, Ho et al. 2020 (arXiv 2006.11239); cross-attention
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch.nn.functional as F
 from diffusers import UNet2DConditionModel
@@ -64,7 +65,7 @@ class UNet(nn.Module):
             raise ValueError(f"UNet: cross_attention needs one value for each of {levels} levels, got {attends}")
         self.patch_size = patch_size
         self.condition_norm = nn.LayerNorm(condition_width)
-        self.network = UNet2DConditionModel(
+        self.network: Any = UNet2DConditionModel(
             sample_size=sample_size // patch_size,
             in_channels=channels * patch_size**2,
             out_channels=channels * patch_size**2,
@@ -80,9 +81,10 @@ class UNet(nn.Module):
         )
 
     @property
-    def proj_out(self) -> nn.Module:
+    def proj_out(self) -> nn.Conv2d:
         """The last layer, under the name that it has in the transformers."""
-        return self.network.conv_out
+        layer: nn.Conv2d = self.network.conv_out
+        return layer
 
     def forward(
         self, x: Tensor, encoder_hidden_states: Tensor, timestep: Tensor, encoder_attention_mask: Tensor | None = None
