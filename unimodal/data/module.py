@@ -28,9 +28,8 @@ from unimodal.data.pairs import Pairs, is_gallery, require_captions
 from unimodal.data.processor import Processor, scenes_tokenizer
 from unimodal.data.published import open_processor, open_writer
 from unimodal.data.sampler import hard_batches, random_batches
+from unimodal.data.sides import names_a_side
 from unimodal.data.store import Precision
-
-SIDED = ("left", "right")  # a caption with one of these words forbids mirroring its picture
 
 
 def cropped(array: Tensor, least: float, draw: random.Random) -> Tensor:
@@ -88,14 +87,13 @@ class TrainingSamples(Dataset):
         chosen = draw.randrange(len(captions))
         caption = captions[chosen]
         false = self.pairs.negatives(index, chosen)
-        mirrored = self.mirror and draw.random() < 0.5 and not any(word in SIDED for word in caption.lower().split())
+        turned = self.mirror and draw.random() < 0.5
         sample: dict[str, Any] = {
             "index": index,
             "image_id": self.pairs.image_id(index),
             "text_id": index * 1000 + chosen,
             "caption": caption,
             "false": draw.sample(false, min(self.false_captions, len(false))),
-            "mirrored": mirrored,
         }
         sample["false_logits"] = [math.nan] * len(sample["false"])
         if self.mined is not None:
@@ -105,9 +103,11 @@ class TrainingSamples(Dataset):
                 sample["false_logits"].append(score)
             sample["wrong"] = draw.sample(images, min(self.hard_images, len(images)))
             sample["match_logit"] = self.mined.own.get((index, chosen), 0.0)  # nobody asks where there is no negative
+        # A false caption could become true of the mirror image.
+        sample["mirrored"] = turned and not any(map(names_a_side, [caption, *sample["false"]]))
         if self.cache is None or self.cache.images is None or self.target_size is not None:
             array = self.array(index)
-            array = array.flip(-1) if mirrored else array
+            array = array.flip(-1) if sample["mirrored"] else array
             sample["array"] = array if self.crop == 1 else cropped(array, self.crop, draw)
         return sample
 
@@ -265,7 +265,7 @@ class PairData(pl.LightningDataModule):
         tokenizer: a local folder or Hub id of a tokenizer, or `scenes` for the embedded one.
         batch_size: images per step and rank, one caption each.
         seed: what every random choice of the data follows from.
-        mirror: mirror pictures at random, except where the caption says left or right.
+        mirror: mirror pictures at random, except where the caption, or a false one beside it, names a side (`names_a_side`).
         crop: least share of a picture's area that is shown, a random part of it each time; 1 shows the whole.
         feature_cache: folder of what frozen towers make of the splits; None runs the towers each time.
         cached_features: which towers' features it keeps.
