@@ -4,7 +4,7 @@ import importlib
 import sys
 from collections.abc import Sequence
 
-from unimodal.config import nearest
+from unimodal.arguments import nearest
 
 # verb -> (module, function, one line of help)
 VERBS = {
