@@ -5,7 +5,6 @@ or raises a TypeError (another kind of thing) or a ValueError (the right kind, b
 expected, what came, and what to do. Functions behind the doors take their arguments as checked.
 """
 
-import difflib
 import math
 import os
 import reprlib
@@ -19,18 +18,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from unimodal.config import nearest
+
 T = TypeVar("T")
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
 WIDEST = 2**63  # whole numbers of a database have 64 bits with a sign
-
-
-def nearest(name: str, known: Iterable[str]) -> str:
-    """The hint of an error about an unknown `name`: the nearest known one, and all of them where they are few."""
-    known = sorted(known)
-    close = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
-    hint = f"did you mean {close[0]!r}? " if close else ""
-    return hint + (f"known: {', '.join(known)}" if len(known) <= 100 else f"{len(known)} are known")
 
 
 def described(value: Any) -> str:

@@ -5,12 +5,11 @@ import path, so that a configuration fetched from anyone cannot run anything. Un
 """
 
 import dataclasses
+import difflib
 import types
 import typing
 from dataclasses import dataclass, field
 from typing import Any, Literal, TypeVar
-
-from unimodal.arguments import nearest
 
 T = TypeVar("T")
 
@@ -333,6 +332,14 @@ class ModelConfig:
     captioning: CaptioningConfig | None = None
     generation: GenerationConfig | None = None
     adapters: dict[str, AdapterConfig] = field(default_factory=dict)
+
+
+def nearest(name: str, known: typing.Iterable[str]) -> str:
+    """The hint of an error about an unknown `name`: the nearest known one, and all of them where they are few."""
+    known = sorted(known)
+    close = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+    hint = f"did you mean {close[0]!r}? " if close else ""
+    return hint + (f"known: {', '.join(known)}" if len(known) <= 100 else f"{len(known)} are known")
 
 
 def from_dict(cls: type[T], values: dict[str, Any], where: str = "") -> T:

@@ -21,8 +21,8 @@ from PIL import Image
 from torch import Tensor
 
 from unimodal import hub
-from unimodal.arguments import nearest
 from unimodal.candidates import best_captions
+from unimodal.config import nearest
 from unimodal.data.items import Item, as_item, as_items, is_single, picture_key
 from unimodal.data.processor import Processor
 from unimodal.explain import Explanation, explain

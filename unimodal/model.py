@@ -13,10 +13,9 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from unimodal import heads, tuning
-from unimodal.arguments import nearest
 from unimodal.backbones import Pixels, build_backbone, load_language_model
 from unimodal.bridge import QFormer
-from unimodal.config import AdapterConfig, EmbeddingConfig, ModelConfig
+from unimodal.config import AdapterConfig, EmbeddingConfig, ModelConfig, nearest
 from unimodal.layers import KeyValues
 
 # LSQ's `2 E|x| / sqrt(Q)` at Q = 127 for normal coordinates of unit variance.

@@ -11,8 +11,8 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor, nn
 
-from unimodal.arguments import nearest
 from unimodal.backbones import move_pixels
+from unimodal.config import nearest
 from unimodal.model import UnimodalModel
 from unimodal.sharding import whole
 from unimodal.tuning import adapter_of, base_name

@@ -13,9 +13,8 @@ from transformers import (
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.models.blip_2.modeling_blip_2 import Blip2PreTrainedModel
 
-from unimodal.arguments import nearest
 from unimodal.backbones.published import load_published, published_settings
-from unimodal.config import LanguageModelConfig, PublishedConfig
+from unimodal.config import LanguageModelConfig, PublishedConfig, nearest
 
 SPECIAL = ("bos_token_id", "eos_token_id", "pad_token_id", "decoder_start_token_id")
 ENCODER_DECODERS = {T5Config: T5ForConditionalGeneration}  # of BLIP-2's releases: Flan-T5

@@ -4,7 +4,7 @@ import importlib
 import sys
 from collections.abc import Sequence
 
-from unimodal.arguments import nearest
+from unimodal.config import nearest
 
 # verb -> (module, function, one line of help)
 VERBS = {

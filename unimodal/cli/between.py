@@ -4,8 +4,8 @@ import inspect
 from pathlib import Path
 from typing import Any, Literal
 
-from unimodal.arguments import nearest
 from unimodal.cli.messages import ConfigError
+from unimodal.config import nearest
 from unimodal.data.negatives import write_negatives
 from unimodal.hub import load_checkpoint, save_checkpoint
 from unimodal.merge import merge_weights

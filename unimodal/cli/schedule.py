@@ -35,12 +35,11 @@ from rich.progress import track
 from rich.table import Table
 
 from unimodal import stages
-from unimodal.arguments import nearest
 from unimodal.cli import between
 from unimodal.cli.cost import running_cost, training_cost
 from unimodal.cli.finish import METRICS, write_results
 from unimodal.cli.messages import ConfigError
-from unimodal.config import from_dict
+from unimodal.config import from_dict, nearest
 from unimodal.data.module import PairData
 from unimodal.data.processor import Processor
 from unimodal.hub import Card, load_checkpoint, round_weights, save_adapter, save_checkpoint

@@ -15,7 +15,7 @@ from diffusers import AutoencoderKL, AutoencoderTiny, PixArtTransformer2DModel, 
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from unimodal.arguments import nearest
+from unimodal.config import nearest
 from unimodal.diffusion import euler_sample, guide, velocity_from_sample
 from unimodal.heads.patches import PatchAutoencoder
 from unimodal.heads.unet import UNet

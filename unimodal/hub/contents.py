@@ -13,8 +13,7 @@ from typing import Any
 from transformers import CONFIG_MAPPING
 
 from unimodal import __version__
-from unimodal.arguments import nearest
-from unimodal.config import ModelConfig, from_dict
+from unimodal.config import ModelConfig, from_dict, nearest
 from unimodal.data.writer import WRITER_FOLDER
 from unimodal.hub.weights import CheckpointError, read_json
 from unimodal.model import UnimodalModel

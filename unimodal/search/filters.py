@@ -18,7 +18,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from unimodal.arguments import nearest
+from unimodal.config import nearest
 
 Kind = Literal["text", "number", "flag"]  # what the values of one field are
 

@@ -19,8 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from unimodal.arguments import nearest
-from unimodal.config import AdapterConfig
+from unimodal.config import AdapterConfig, nearest
 from unimodal.tuning.modules import Addition, Bottlenecks, PrefixTokens, PromptTokens, is_attention, plain
 
 ADDITIONS: dict[str, type[Addition]] = {

@@ -17,7 +17,7 @@ from typing import Any, Literal, Protocol, get_args
 
 import numpy as np
 
-from unimodal.arguments import nearest
+from unimodal.config import nearest
 from unimodal.search.backends.exact import ExactIndex
 from unimodal.search.backends.faiss import FaissIndex
 from unimodal.search.backends.lancedb import LanceIndex
