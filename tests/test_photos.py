@@ -248,7 +248,7 @@ def test_a_picture_is_asked(model: Path, photos: Path, capsys, monkeypatch) -> N
     monkeypatch.setattr("webbrowser.open", opened.append)
     status, output, _ = run(capsys, "search", photos, photos / "a.png", "--model", model, "--top_k", 1, "--open")
     page = Path(output.splitlines()[-1])
-    assert status == 0 and page == cache_folder(photos) / "search.html" and opened == [page.as_uri()]
+    assert status == 0 and page.parent == cache_folder(photos) / "pages" and opened == [page.as_uri()]
     text = page.read_text()
     tags = [tag for tag, _ in Balanced(text).seen]
     assert tags.count("img") == 2 and "red speaks" not in text and "Pictures like this one" in text
@@ -309,7 +309,7 @@ def test_captions_on_a_terminal_are_a_table(model, photos: Path, capsys, monkeyp
 
 def test_captions_go_to_no_other_file(model, photos: Path, capsys) -> None:  # noqa: F811
     status, _, error = run(capsys, "caption", photos, "--model", model, "--out", photos.parent / "captions.txt")
-    assert status == 1 and "captions are written to a file that ends in .jsonl or .csv" in error
+    assert status == 1 and "captions.txt: expected a name that ends in .jsonl or .csv" in error
 
 
 # The shipped checkpoint.

@@ -82,9 +82,10 @@ def replacing(path: str | Path) -> Iterator[Path]:
 
 
 def write_text(path: str | Path, text: str) -> None:
-    """Write a file in UTF-8, whole or not at all."""
+    """Write a file in UTF-8, whole or not at all. What UTF-8 cannot hold, as of a file name in another encoding, becomes an escape such
+    as `\\udce9`, which JSON reads back as it was."""
     with replacing(path) as unfinished:
-        unfinished.write_text(text, encoding="utf-8", newline="")
+        unfinished.write_text(text, encoding="utf-8", errors="backslashreplace", newline="")
 
 
 def write_json(path: str | Path, content: Any) -> None:

@@ -1,9 +1,17 @@
-"""The only entry point: `unimodal VERB ...`. A verb's module is imported when it is asked for, so that a search waits for no trainer."""
+"""The only entry point: `unimodal VERB ...`. A verb's module is imported when it is asked for, so that a search waits for no trainer.
+
+What a user can get wrong is one line on standard error and status 1, or 2 where the words of the command are wrong. An interrupted verb
+has status 130, one whose reader is gone (`| head -1`) is silent and has status 141, as of programs that a signal ends.
+"""
 
 import importlib
+import io
+import os
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
 
+from unimodal.cli.output import say
 from unimodal.config import nearest
 
 # verb -> (module, function, one line of help)
@@ -61,12 +69,44 @@ def usage() -> str:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one verb; returns the exit status."""
     arguments = list(sys.argv[1:] if argv is None else argv)
+    verb = arguments[0] if arguments else "help"
+    if isinstance(sys.stdout, io.TextIOWrapper):  # a file may have a name that the terminal cannot show
+        sys.stdout.reconfigure(errors="backslashreplace")
+    try:
+        try:
+            return _run(arguments)
+        finally:
+            if sys.stdout is not None:
+                sys.stdout.flush()  # rather here than at the end of the process, where nothing can be said
+    except KeyboardInterrupt:
+        say(f"unimodal {verb}: interrupted")
+        return 130
+    except BrokenPipeError:
+        _drop_output()
+        return 141
+    except (ImportError, OSError, TypeError, ValueError) as error:
+        _drop_output()
+        say(f"unimodal {verb}: {error}")
+        return 1
+
+
+def _run(arguments: list[str]) -> int:
     if not arguments or arguments[0] in ("-h", "--help", "help"):
         print(usage())
         return 0 if arguments else 2
     verb = arguments[0]
     if verb not in VERBS:
-        print(f"unimodal: unknown verb {verb!r}; {nearest(verb, VERBS)}", file=sys.stderr)
+        say(f"unimodal: unknown verb {verb!r}; {nearest(verb, VERBS)}")
         return 2
     module, function, _ = VERBS[verb]
     return getattr(importlib.import_module(f"unimodal.cli.{module}"), function)(arguments) or 0
+
+
+def _drop_output() -> None:
+    """Drop what standard output does not take, which Python would try to write again at the end of the process."""
+    try:
+        if sys.stdout is not None:
+            sys.stdout.flush()
+    except OSError:
+        with suppress(OSError), open(os.devnull, "wb") as nothing:
+            os.dup2(nothing.fileno(), sys.stdout.fileno())

@@ -17,6 +17,7 @@ from rich.console import Console
 from rich.table import Table
 
 from unimodal.cli.forecast import GIB, available_memory, examine_recipe
+from unimodal.cli.options import Parser
 from unimodal.hub import CheckpointError, verify_checkpoint
 
 TIMEOUT = 5.0  # seconds that the Hub has to answer
@@ -24,7 +25,7 @@ TIMEOUT = 5.0  # seconds that the Hub has to answer
 
 def parser() -> argparse.ArgumentParser:
     """The parser of the verb; what it does not know overrides the recipe."""
-    verb = argparse.ArgumentParser(prog="unimodal doctor", description="Report on this machine, and what is asked for.")
+    verb = Parser(prog="unimodal doctor", description="Report on this machine, and what is asked for.")
     verb.add_argument("--model", type=Path, help="a checkpoint folder, whose stored example is computed again")
     verb.add_argument("--hub", action="store_true", help="also see whether the Hub answers")
     verb.add_argument(

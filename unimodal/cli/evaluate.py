@@ -7,7 +7,6 @@ Evaluation writes four files: `results.json`, `ranks.safetensors` (every query's
 
 import argparse
 import json
-import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,31 +16,33 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
+from unimodal.cli.options import Parser, add_model, number, whole
+from unimodal.cli.output import add_json, add_overwrite, print_json, require_free_folder
 from unimodal.data.guess import open_split
 from unimodal.data.labelled import label_matrix
 from unimodal.data.module import EvaluationBatches
 from unimodal.data.pairs import Pairs
+from unimodal.files import replacing_contents, write_json, write_text
 from unimodal.hub import load_checkpoint
 from unimodal.metrics import compare, load_ranks, relevance_metrics, require_alike, save_ranks
-from unimodal.recipes import CHECKPOINT, shipped_checkpoint
+from unimodal.recipes import shipped_checkpoint
 from unimodal.report import Hit, Search, write_misses
 from unimodal.tasks import Evaluation, EvaluationSettings
 from unimodal.tasks.errors import Row, retrieval_errors
 from unimodal.tasks.judged import judged_retrieval, require_judgeable
 
-RANKS = "ranks.safetensors"
+RESULTS, RANKS, ERRORS, MISSES = FILES = ("results.json", "ranks.safetensors", "errors.jsonl", "errors.html")
 DIRECTIONS = {"text_to_image": "Text to image", "image_to_text": "Image to text"}
 
 
 def parser() -> argparse.ArgumentParser:
     """The parser of both verbs."""
-    whole = argparse.ArgumentParser(prog="unimodal")
-    verbs = whole.add_subparsers(dest="verb", required=True, metavar="VERB")
+    both = Parser(prog="unimodal")
+    verbs = both.add_subparsers(dest="verb", required=True, metavar="VERB")
 
     verb = verbs.add_parser("evaluate", help="score a checkpoint's retrieval on a split")
     verb.set_defaults(work=evaluate)
-    verb.add_argument("--model", help=f"a checkpoint folder or Hub id; by default {CHECKPOINT}")
-    verb.add_argument("--device", help="where to run, for example cuda; by default the CPU")
+    add_model(verb)
     verb.add_argument(
         "--data", required=True, help="a JSON file in Karpathy's format, a table, tar shards or a folder; or `scenes`"
     )
@@ -50,19 +51,19 @@ def parser() -> argparse.ArgumentParser:
     verb.add_argument("--labels", help="column of the labels, for a table")
     verb.add_argument("--out", type=Path, required=True, help="folder of the files that are written")
     verb.add_argument(
-        "--captions_per_image", type=int, help="read the first so many captions of each image; by default all"
+        "--captions_per_image", type=whole(1), help="read the first so many captions of each image; by default all"
     )
     verb.add_argument(
-        "--folds", type=int, default=1, help="search so many blocks alone and average: 5 gives COCO 1K of 5K"
+        "--folds", type=whole(1), default=1, help="search so many blocks alone and average: 5 gives COCO 1K of 5K"
     )
     verb.add_argument(
         "--rerank_top_k",
-        type=int,
+        type=whole(0),
         default=16,
         help="candidates that the matching head judges; 0 for none, and for no finds in errors.jsonl",
     )
     verb.add_argument("--combine", choices=("replace", "sum"), default="sum", help="what its score does to the cosine")
-    verb.add_argument("--match_scale", type=float, default=0.02, help="weight of its score under sum")
+    verb.add_argument("--match_scale", type=number(), default=0.02, help="weight of its score under sum")
     verb.add_argument("--text_to_text", action="store_true", help="also search captions by captions")
     verb.add_argument(
         "--every_relevant",
@@ -74,17 +75,20 @@ def parser() -> argparse.ArgumentParser:
         action="store_true",
         help="also score COCO's 5K test split under the fuller judgements of ECCV Caption and CxC; needs unimodal[eccv]",
     )
-    verb.add_argument("--batch_size", type=int, default=32, help="images at a time")
-    verb.add_argument("--seed", type=int, default=0, help="of the intervals")
+    verb.add_argument("--batch_size", type=whole(1), default=32, help="images at a time")
+    verb.add_argument("--seed", type=whole(0), default=0, help="of the intervals")
+    add_overwrite(verb)
+    add_json(verb)
 
     verb = verbs.add_parser("compare", help="test whether two evaluated runs differ")
     verb.set_defaults(work=compare_runs)
     verb.add_argument("a", type=Path, metavar="A", help="a folder that `evaluate` wrote")
     verb.add_argument("b", type=Path, metavar="B", help="another")
     verb.add_argument("--stage", choices=("first", "reranked"), help="by default the last that both have")
-    verb.add_argument("--samples", type=int, default=10_000, help="draws of the interval and of the test")
-    verb.add_argument("--seed", type=int, default=0, help="of the draws")
-    return whole
+    verb.add_argument("--samples", type=whole(1), default=10_000, help="draws of the interval and of the test")
+    verb.add_argument("--seed", type=whole(0), default=0, help="of the draws")
+    add_json(verb)
+    return both
 
 
 def parse(arguments: Sequence[str]) -> argparse.Namespace:
@@ -93,18 +97,16 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
 
 
 def run(arguments: Sequence[str]) -> int:
-    """Either verb; bad input becomes one line on standard error and status 1."""
+    """Either verb."""
     options = parse(arguments)
-    try:
-        options.work(options)
-    except (ImportError, OSError, ValueError, TypeError) as error:
-        print(f"unimodal {options.verb}: {error}", file=sys.stderr)
-        return 1
+    options.work(options)
     return 0
 
 
 def evaluate(options: argparse.Namespace) -> None:
-    """Score, print and write."""
+    """Score, write and print."""
+    inputs = (options.data, options.images, options.model)
+    require_free_folder(options.out, FILES, overwrite=options.overwrite, inputs=inputs, is_ours=is_evaluation)
     pairs = open_split(
         options.data,
         options.split,
@@ -126,51 +128,72 @@ def evaluate(options: argparse.Namespace) -> None:
     evaluation = Evaluation(model.eval(), processor, pairs, settings)
     read(evaluation, options.batch_size)
     results = evaluation.retrieval()
-
     stages = results["ranks"]
     intervals = {stage: ranks.intervals(seed=options.seed) for stage, ranks in stages.items()}
-    scores = {stage: results[f"retrieval_{stage}"].scores() for stage in stages}
     require_alike([ranks.protocol for ranks in stages.values()], any_search=True)
-    _table(
-        "; ".join(ranks.protocol.label() for ranks in list(stages.values())[-1:]),
-        ("", *stages),
-        [
-            (name, *(_with_interval(scores[stage][name], intervals[stage].get(name)) for stage in stages))
-            for name in scores["first"]
-        ],
-    )
     more = {"text_to_text": results["text_to_text"]} if options.text_to_text else {}
     if options.every_relevant:
         more |= every_relevant(evaluation)
-    for result in more.values():
-        _table(result.protocol.label(), ("", "first"), [(name, f"{x:.2f}") for name, x in result.scores().items()])
-    for rule, judged in (judged_retrieval(evaluation, results) if options.judgements else {}).items():
-        last = list(judged.values())[-1]
-        rows = [(name, *(f"{one.scores()[name]:.2f}" for one in judged.values())) for name in last.scores()]
-        _table(last.protocol.label(), ("", *judged), rows)
-        more |= {f"{rule}_{stage}": one for stage, one in judged.items()}
+    judged = judged_retrieval(evaluation, results) if options.judgements else {}
 
-    options.out.mkdir(parents=True, exist_ok=True)
-    save_ranks(options.out / RANKS, stages)
-    errors = list(retrieval_errors(pairs, results, torch.cat(evaluation.text_embeddings)))
-    counts = write_errors(options.out / "errors.jsonl", errors)
-    where = list(stages.values())[-1].protocol.label()
-    write_page(options.out / "errors.html", pairs, errors, {"Model": str(options.model), "Protocol": where})
     content = {
         "model": str(options.model),
         **{stage: results[f"retrieval_{stage}"].to_dict() for stage in stages},
         **{name: result.to_dict() for name, result in more.items()},
+        **{f"{rule}_{stage}": one.to_dict() for rule, both in judged.items() for stage, one in both.items()},
         "intervals": {
             stage: {name: [x.low, x.high] for name, x in found.items()} for stage, found in intervals.items()
         },
-        "errors": counts,
     }
-    (options.out / "results.json").write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-    for direction, count in counts.items():
+    errors = list(retrieval_errors(pairs, results, torch.cat(evaluation.text_embeddings)))
+    content["errors"] = count_errors(errors)
+    with replacing_contents(options.out, FILES.__contains__) as fresh:
+        save_ranks(fresh / RANKS, stages)
+        write_errors(fresh / ERRORS, errors)
+        where = list(stages.values())[-1].protocol.label()
+        write_page(fresh / MISSES, pairs, errors, {"Model": str(options.model), "Protocol": where})
+        write_json(fresh / RESULTS, content)
+    if options.json:
+        return print_json({**content, "out": options.out})
+    print_results(results, intervals, more, judged)
+    for direction, count in content["errors"].items():
         print(
             f"{direction}: {count['failed']} queries failed, {count['likely_false_negative']} by a likely false negative"
         )
-    print(f"{options.out}: results.json, {RANKS}, errors.jsonl, errors.html")
+    print(f"{options.out}: {', '.join(FILES)}")
+
+
+def is_evaluation(folder: Path) -> bool:
+    """Whether a folder holds what an earlier evaluation wrote."""
+    try:
+        content = json.loads((folder / RESULTS).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    return isinstance(content, dict) and {"model", "first", "intervals", "errors"} <= content.keys()
+
+
+def print_results(
+    results: dict[str, Any],
+    intervals: dict[str, dict[str, Any]],
+    more: dict[str, Any],
+    judged: dict[str, dict[str, Any]],
+) -> None:
+    """The stages side by side with their intervals, then every other result in a table of its own."""
+    scores = {stage: results[f"retrieval_{stage}"].scores() for stage in results["ranks"]}
+    _table(
+        list(results["ranks"].values())[-1].protocol.label(),
+        ("", *scores),
+        [
+            (name, *(_with_interval(scores[stage][name], intervals[stage].get(name)) for stage in scores))
+            for name in scores["first"]
+        ],
+    )
+    for result in more.values():
+        _table(result.protocol.label(), ("", "first"), [(name, f"{x:.2f}") for name, x in result.scores().items()])
+    for both in judged.values():
+        last = list(both.values())[-1]
+        rows = [(name, *(f"{one.scores()[name]:.2f}" for one in both.values())) for name in last.scores()]
+        _table(last.protocol.label(), ("", *both), rows)
 
 
 def read(evaluation: Evaluation, batch_size: int) -> None:
@@ -198,15 +221,18 @@ def every_relevant(evaluation: Evaluation) -> dict[str, Any]:
     }
 
 
-def write_errors(path: Path, errors: list[Row]) -> dict[str, dict[str, int]]:
-    """One JSON line per failed query; returns how many there are each way."""
+def count_errors(errors: list[Row]) -> dict[str, dict[str, int]]:
+    """How many queries failed each way."""
     counts = {direction: {"failed": 0, "likely_false_negative": 0} for direction in DIRECTIONS}
-    with path.open("w", encoding="utf-8") as file:
-        for row in errors:
-            file.write(json.dumps(row, ensure_ascii=False) + "\n")
-            counts[row["direction"]]["failed"] += 1
-            counts[row["direction"]]["likely_false_negative"] += row["likely_false_negative"]
+    for row in errors:
+        counts[row["direction"]]["failed"] += 1
+        counts[row["direction"]]["likely_false_negative"] += row["likely_false_negative"]
     return counts
+
+
+def write_errors(path: Path, errors: list[Row]) -> None:
+    """One JSON line per failed query."""
+    write_text(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in errors))
 
 
 def write_page(path: Path, pairs: Pairs, errors: list[Row], facts: dict[str, str], shown: int = 5) -> None:
@@ -258,19 +284,30 @@ def compare_runs(options: argparse.Namespace) -> None:
     a, b = (run[stage] for run in runs)
     tests = compare(a, b, seed=options.seed, samples=options.samples)
     ours, theirs = a.values(), b.values()
+    rows = {
+        name: {
+            "a": float(ours[name][0].mean()),
+            "b": float(theirs[name][0].mean()),
+            **{key: getattr(test, key) for key in ("difference", "low", "high", "confidence", "p_value")},
+        }
+        for name, test in tests.items()
+    }
+    if options.json:
+        protocols = {"protocol_a": a.protocol.label(), "protocol_b": b.protocol.label()}
+        return print_json({"a": options.a, "b": options.b, "stage": stage, **protocols, "metrics": rows})
     _table(
         f"A: {options.a}, {a.protocol.label()}\nB: {options.b}, {b.protocol.label()}",
         ("", "A", "B", "B - A", "95 % interval", "p"),
         [
             (
                 name,
-                f"{ours[name][0].mean():.2f}",
-                f"{theirs[name][0].mean():.2f}",
-                f"{test.difference:+.2f}",
-                f"{test.low:+.2f} to {test.high:+.2f}",
-                f"{test.p_value:.4f}",
+                f"{row['a']:.2f}",
+                f"{row['b']:.2f}",
+                f"{row['difference']:+.2f}",
+                f"{row['low']:+.2f} to {row['high']:+.2f}",
+                f"{row['p_value']:.4f}",
             )
-            for name, test in tests.items()
+            for name, row in rows.items()
         ],
     )
 

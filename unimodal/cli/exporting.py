@@ -5,6 +5,8 @@ from pathlib import Path
 from typing import Any
 
 from unimodal.adapters import export_cross_encoder, export_sentence_transformer
+from unimodal.cli.options import words
+from unimodal.cli.output import require_free_folder
 from unimodal.export import export_onnx
 from unimodal.inference import Unimodal
 
@@ -21,12 +23,16 @@ def add_parser(verbs: Any) -> None:
     forms = export.add_subparsers(dest="form", required=True, metavar="FORM")
     for name, text in FORMS.items():
         form = forms.add_parser(name, help=text, description=text)
-        form.add_argument("--model", help="a checkpoint folder or Hub id; by default the one of `make demo`")
+        form.add_argument(
+            "--model", type=words, help="a checkpoint folder or Hub id; by default the one of `make demo`"
+        )
         form.add_argument("--out", type=Path, required=True, help="the folder to write")
 
 
 def export(options: argparse.Namespace, checkpoint: str) -> None:
     """Write the form asked for and say where it is."""
+    names = None if options.form == "onnx" else ()  # the others replace an earlier export of their own
+    require_free_folder(options.out, names, overwrite=False, inputs=[checkpoint])
     if options.form == "onnx":
         export_onnx(Unimodal.from_pretrained(checkpoint), options.out)
     elif options.form == "sentence-transformers":

@@ -5,7 +5,6 @@ never executed: `unimodal.hub.training`.
 """
 
 import argparse
-import sys
 from argparse import ArgumentError
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,6 +12,8 @@ from typing import Any
 
 from unimodal.cli import between
 from unimodal.cli.messages import ConfigError, short
+from unimodal.cli.options import Parser
+from unimodal.cli.output import require_free_folder, say
 from unimodal.cli.schedule import save_stage, stage_configs
 from unimodal.cli.train import Parts, quiet, read_schedule
 from unimodal.hub.training import read_training_weights
@@ -20,7 +21,7 @@ from unimodal.hub.training import read_training_weights
 
 def parser() -> argparse.ArgumentParser:
     """The parser of the verb; what it does not know overrides the recipe."""
-    verb = argparse.ArgumentParser(
+    verb = Parser(
         prog="unimodal gather",
         description="Write the weights of a training checkpoint, as they are (not their average), as a checkpoint folder.",
     )
@@ -50,6 +51,7 @@ def run(arguments: Sequence[str]) -> int:
     options = parse(arguments)
     quiet()
     try:
+        require_free_folder(options.out, (), overwrite=False, inputs=[options.checkpoint])
         weights = read_training_weights(options.checkpoint)
         parts = Parts(_configuration(options), run=False)
         task, data = parts.model, parts.datamodule
@@ -63,7 +65,7 @@ def run(arguments: Sequence[str]) -> int:
             ) from error
         save_stage(task.model, processor, options.out)
     except (ArgumentError, OSError, ValueError) as error:
-        print(f"unimodal gather: {short(str(error))}", file=sys.stderr)
+        say(f"unimodal gather: {short(str(error))}")
         return 1
     print(options.out / "model")
     return 0

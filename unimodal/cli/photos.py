@@ -4,19 +4,22 @@ import argparse
 import csv
 import json
 import os
-import sys
 import warnings
 import webbrowser
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from unimodal.app import require_gradio, serve
+from unimodal.cli.options import Parser, whole
+from unimodal.cli.output import add_json, add_overwrite, require_free_file, say
 from unimodal.data.images import load_image
 from unimodal.data.items import as_item, other_pictures_in, pictures_in, require_unicode
+from unimodal.files import replacing
 from unimodal.inference import Unimodal
 from unimodal.report import Found, write_search
 from unimodal.search import FolderIndex, Hit, cache_folder, index_folder
@@ -25,11 +28,13 @@ from unimodal.search.encoder import batches, progress
 STEPS = 16  # of a heat-map, on the path from a blank picture
 CAPTIONS = 8  # pictures at a time
 REASONS = 10  # for leaving out a picture, that are said
+PAGES = 20  # of searches of one folder, that are kept
+CAPTION_FILES = (".jsonl", ".csv")
 
 
 def add_parsers(verbs: Any, model: argparse.ArgumentParser, prompt: argparse.ArgumentParser) -> None:
     """The three verbs."""
-    kept = argparse.ArgumentParser(add_help=False)
+    kept = Parser(add_help=False)
     kept.add_argument("--index", type=Path, help="a folder for what was read; by default one in ~/.cache/unimodal")
 
     verb = verbs.add_parser(
@@ -37,30 +42,59 @@ def add_parsers(verbs: Any, model: argparse.ArgumentParser, prompt: argparse.Arg
     )
     verb.add_argument("folder", type=Path, help="where the pictures are; folders in it are searched too")
     verb.add_argument("query", help="a text, or the path of a picture")
-    verb.add_argument("--top_k", type=int, default=5, help="how many to show, by default 5")
+    verb.add_argument("--top_k", type=whole(1), default=5, help="how many to show, by default 5")
     verb.add_argument(
-        "--rerank_top_k", type=int, default=50, help="how many the matching head judges, by default 50; 0 for none"
+        "--rerank_top_k", type=whole(0), default=50, help="how many the matching head judges, by default 50; 0 for none"
     )
-    verb.add_argument("--out", type=Path, help="the page of results, .html; by default beside the index in ~/.cache")
+    verb.add_argument(
+        "--out", type=Path, help=f"the page of results, .html; by default a new one in ~/.cache, where {PAGES} are kept"
+    )
     verb.add_argument("--open", action="store_true", help="open the page in the browser")
+    add_overwrite(verb)
+    add_json(verb)
 
     verb = verbs.add_parser("caption", parents=[model, prompt], help="caption images")
     verb.add_argument("paths", nargs="+", metavar="PATH", help="pictures, or folders of pictures")
-    verb.add_argument("--num_beams", type=int, help="hypotheses kept; 1 is greedy, by default 3")
+    verb.add_argument("--num_beams", type=whole(1), help="hypotheses kept; 1 is greedy, by default 3")
     verb.add_argument(
-        "--candidates", type=int, default=1, help="captions written, of which the model's own match score chooses one"
+        "--candidates",
+        type=whole(1),
+        default=1,
+        help="captions written, of which the model's own match score chooses one",
     )
-    verb.add_argument("--max_new_tokens", type=int, help="longest caption, by default 30")
+    verb.add_argument("--max_new_tokens", type=whole(1), help="longest caption, by default 30")
     verb.add_argument("--out", type=Path, help="also write them to this file, .jsonl or .csv")
+    add_overwrite(verb)
+    add_json(verb)
 
     verb = verbs.add_parser("app", parents=[model, kept], help="search, captions and drawings on a page of your own")
     verb.add_argument("folder", type=Path, nargs="?", help="where the pictures are; without it nothing is searched")
-    verb.add_argument("--port", type=int, help="of 127.0.0.1; by default the first free one from 7860")
+    verb.add_argument("--port", type=whole(1, 65535), help="of 127.0.0.1; by default the first free one from 7860")
     verb.add_argument("--open", action="store_true", help="open the page in the browser")
 
 
-def search(model: Unimodal, options: argparse.Namespace) -> tuple[list[Hit], str, Path]:
-    """The hits, what they are ordered by, and the page that shows them and says why."""
+def page_path(options: argparse.Namespace) -> Path:
+    """Where the page of a search goes: to `--out`, or to a file of its own in the user's cache.
+
+    Raises:
+        OSError, ValueError: nothing can be written there, or something else is there.
+    """
+    if options.out is not None:
+        require_free_file(options.out, (".html", ".htm"), overwrite=options.overwrite, inputs=[options.query])
+        return Path(options.out)
+    pages = cache_folder(options.folder) / "pages"
+    try:
+        pages.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise PermissionError(
+            f"{pages}: the page of results cannot be kept there ({error.strerror}); give --out, or set XDG_CACHE_HOME to a "
+            "folder that you may write"
+        ) from error
+    return pages / f"{datetime.now(UTC):%Y%m%d-%H%M%S-%f}-{os.urandom(2).hex()}.html"
+
+
+def search(model: Unimodal, options: argparse.Namespace, page: Path) -> dict[str, Any]:
+    """Write the page that shows what was found and says why; returns the hits and what is to be known of them."""
     folder = open_folder(model, options.folder, options.index)
     depths = {"top_k": options.top_k, "rerank_top_k": options.rerank_top_k}
     hits: list[Hit] = folder.index.search(options.query, **depths, prompt=options.prompt)
@@ -69,8 +103,8 @@ def search(model: Unimodal, options: argparse.Namespace) -> tuple[list[Hit], str
     text = None if item.text is None else (options.prompt or "") + item.text
     order = order_of(model, judged=judged > 0)
     left_out = [folder.others] if folder.others else []
-    page = write_search(
-        options.out or cache_folder(options.folder) / "search.html",
+    write_search(
+        page,
         load_image(item.image) if item.text is None else item.text,
         summary=f"The best {len(hits)} of {len(folder.index)} pictures in {options.folder}.",
         facts={
@@ -82,9 +116,21 @@ def search(model: Unimodal, options: argparse.Namespace) -> tuple[list[Hit], str
         found=[_found(model, hit, text) for hit in progress(hits, "Explaining", None)],
         skipped=left_out + list(folder.skipped.values()),
     )
+    if options.out is None:
+        for old in sorted(page.parent.glob("*.html"))[:-PAGES]:  # their names begin with the time
+            old.unlink(missing_ok=True)
     if options.open and not webbrowser.open(page.resolve().as_uri()):
         say("no browser could be started; open the page yourself")
-    return hits, order, page
+    return {
+        "query": options.query,
+        "folder": options.folder,
+        "pictures": len(folder.index),
+        "judged": judged,
+        "order": order,
+        "hits": [{name: value for name, value in hit.items() if name != "metadata"} for hit in hits],
+        "skipped": folder.skipped,
+        "page": page,
+    }
 
 
 def order_of(model: Unimodal, *, judged: bool) -> str:
@@ -135,11 +181,13 @@ def open_folder(model: Unimodal, folder: Path, kept_in: Path | None) -> FolderIn
     return found
 
 
-def caption(model: Unimodal, options: argparse.Namespace, paths: Sequence[Path]) -> dict[str, str]:
-    """The captions of pictures by name, written to `--out` as they come; those that cannot be read are named and left out.
+def caption(
+    model: Unimodal, options: argparse.Namespace, paths: Sequence[Path]
+) -> tuple[dict[str, str], dict[str, str]]:
+    """The captions of pictures by name, written to `--out`; and those that cannot be read, which are left out, each with its reason.
 
     Raises:
-        ValueError: none can be read, or `--out` is neither .jsonl nor .csv.
+        ValueError: none can be read.
     """
     # Candidates are drawn, always the same ones; a vision-language model draws nothing here.
     drawn: dict[str, Any] = {} if model.encoder.writes else {"generator": torch.Generator(model.device).manual_seed(0)}
@@ -166,29 +214,25 @@ def caption(model: Unimodal, options: argparse.Namespace, paths: Sequence[Path])
             for name, text in zip(opened, texts):
                 captions[name] = text
                 write(name, text)
-    say_skipped(skipped, len(paths))
-    for folder in filter(os.path.isdir, options.paths):
-        if others := other_pictures_in(Path(folder)):
-            say(f"{folder}: {others}")
-    if not captions:
-        raise ValueError(f"none of the {len(paths)} inputs can be read")
-    return captions
+        say_skipped(skipped, len(paths))
+        for folder in filter(os.path.isdir, options.paths):
+            if others := other_pictures_in(Path(folder)):
+                say(f"{folder}: {others}")
+        if not captions:
+            raise ValueError(f"none of the {len(paths)} inputs can be read")
+    return captions, skipped
 
 
 @contextmanager
 def writing(path: Path | None) -> Iterator[Callable[[str, str], None]]:
-    """What writes a caption to the file, as the readers `JsonLines` and `CsvTable` read it; nothing without a file.
-
-    Raises:
-        ValueError: another suffix than .jsonl or .csv.
-    """
+    """What writes a caption to the file, as the readers `JsonLines` and `CsvTable` read it; nothing without a file. The file takes its
+    place when the block ends without an exception."""
     if path is None:
         yield lambda name, text: None
         return
-    if path.suffix not in (".jsonl", ".csv"):
-        raise ValueError(f"--out {path}: captions are written to a file that ends in .jsonl or .csv")
-    with open(path, "w", encoding="utf-8", newline="") as file:
-        if path.suffix == ".csv":
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with replacing(path) as unfinished, open(unfinished, "w", encoding="utf-8", newline="") as file:
+        if path.suffix.lower() == ".csv":
             table = csv.writer(file)
             table.writerow(("image", "caption"))
             yield lambda name, text: table.writerow((name, text))
@@ -221,7 +265,3 @@ def require_folder(folder: Path, query: str) -> None:
     if not folder.exists() and os.path.isdir(query):
         raise ValueError(f"{folder}: no such folder; the folder comes first: unimodal search {query} {str(folder)!r}")
     pictures_in(folder)
-
-
-def say(message: str) -> None:
-    print(message, file=sys.stderr)

@@ -1,7 +1,7 @@
 """`unimodal search tune` and `unimodal search calibrate`: what a search costs and finds on one's own data, and what its scores mean."""
 
 import argparse
-import json
+from collections.abc import Callable
 from dataclasses import asdict
 from html import escape
 from math import log10
@@ -11,41 +11,53 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from unimodal.cli.options import Parser, number, whole
+from unimodal.cli.output import add_json, add_overwrite, print_json, require_free_file, require_free_folder
 from unimodal.data.guess import open_split
+from unimodal.files import write_json, write_text
 from unimodal.inference import Unimodal
+from unimodal.search.calibrate import Calibration, held_out_check
 from unimodal.search.calibrate import calibrate as fit
-from unimodal.search.calibrate import held_out_check
 from unimodal.search.tune import Pairing, Setting, cheapest, cost_curve, held_out_pairs
 
 PRECISIONS = (0.5, 0.7, 0.8, 0.9, 0.95, 0.99)  # whose thresholds are printed
 WIDTH, HEIGHT, LEFT, BOTTOM, TOP, RIGHT = 560, 320, 56, 44, 16, 150
+CURVE, CHART = "cost_curve.json", "cost_curve.svg"
 COLOURS = ("#1f6feb", "#d1242f", "#1a7f37", "#8250df", "#bf8700", "#57606a", "#0a7ea4", "#a40e26", "#6e7781")
 
 
 def add_parsers(verbs: Any, model: argparse.ArgumentParser) -> None:
     """The two verbs, whose names are of two words."""
-    data = argparse.ArgumentParser(add_help=False)
+    data = Parser(add_help=False)
     data.add_argument(
         "--data", required=True, help="pairs: Karpathy's JSON, a table, tar shards, a folder; or `scenes`"
     )
     data.add_argument("--images", type=Path, help="the folder of its pictures; by default `images` beside it")
     data.add_argument("--split", default="val", help="which split; one that nothing was trained on")
-    data.add_argument("--queries", type=int, default=1000, help="at most so many queries of either kind")
+    data.add_argument("--queries", type=whole(1), default=1000, help="at most so many queries of either kind")
 
     verb = verbs.add_parser("search tune", parents=[model, data], help="measure the cost curve on your own data")
-    verb.add_argument("--recall", type=float, required=True, help="the R@1 to reach, text to image, between 0 and 1")
+    verb.add_argument("--recall", type=number(), required=True, help="the R@1 to reach, text to image, between 0 and 1")
     verb.add_argument("--combine", choices=("replace", "sum"), default="replace", help="how the match score counts")
-    verb.add_argument("--match_scale", type=float, default=1.0, help="weight of the match logit under sum")
+    verb.add_argument("--match_scale", type=number(), default=1.0, help="weight of the match logit under sum")
     verb.add_argument("--out", type=Path, help="a folder for cost_curve.json and cost_curve.svg")
+    add_overwrite(verb)
+    add_json(verb)
 
     verb = verbs.add_parser("search calibrate", parents=[model, data], help="let match scores mean probabilities")
-    verb.add_argument("--depth", type=int, default=16, help="candidates per query, as many as searches rerank")
-    verb.add_argument("--out", type=Path, help="the file; by default calibration.json in the model's folder")
+    verb.add_argument("--depth", type=whole(1), default=16, help="candidates per query, as many as searches rerank")
+    verb.add_argument("--out", type=Path, help="the .json file; by default calibration.json in the model's folder")
+    add_overwrite(verb)
+    add_json(verb)
 
 
-def tune(model: Unimodal, options: argparse.Namespace) -> None:
+def tune(load: Callable[[], Unimodal], options: argparse.Namespace) -> None:
+    """Measure, print and write; the model is loaded once the output is known to be free."""
+    if options.out is not None:
+        inputs = (options.data, options.images, options.model)
+        require_free_folder(options.out, (CURVE, CHART), overwrite=options.overwrite, inputs=inputs)
     pairs = open_split(options.data, options.split, options.images)
-    pairing = Pairing(model.encoder, pairs, queries=options.queries)
+    pairing = Pairing(load().encoder, pairs, queries=options.queries)
     settings = cost_curve(
         pairing,
         combine=options.combine,
@@ -55,6 +67,31 @@ def tune(model: Unimodal, options: argparse.Namespace) -> None:
     how = "replace" if options.combine == "replace" else f"sum, match x {options.match_scale:g}"
     title = f"{pairs.name} {pairs.split} [{pairs.fingerprint()}]; {len(pairs)} images, {len(pairing.texts)} captions; {asked}; {how}"
     best = cheapest(settings, options.recall)
+    report = {
+        "dataset": pairs.name,
+        "split": pairs.split,
+        "fingerprint": pairs.fingerprint(),
+        "images": len(pairs),
+        "queries": options.queries,
+        "combine": options.combine,
+        "match_scale": options.match_scale,
+        "recall": options.recall,
+        "cheapest": best and asdict(best),
+        "settings": [asdict(one) for one in settings],
+    }
+    if options.out is not None:
+        options.out.mkdir(parents=True, exist_ok=True)
+        write_json(options.out / CURVE, report)
+        write_text(options.out / CHART, chart(title, settings))
+    if options.json:
+        return print_json(report)
+    print_curve(title, settings, best, options.recall)
+    if options.out is not None:
+        print(options.out)
+
+
+def print_curve(title: str, settings: list[Setting], best: Setting | None, recall: float) -> None:
+    """Every setting in a table, the cheapest that reaches the recall in bold and in a sentence."""
     table = Table(title=title, title_justify="left")
     columns = ("precision", "width", "k", "R@1 text to image", "R@1 image to text", "ms/query", "memory", "disk")
     for name in columns:
@@ -67,50 +104,49 @@ def tune(model: Unimodal, options: argparse.Namespace) -> None:
     print("memory and disk are bytes per picture: what the first pass looks through, and what candidates are scored by")
     if best is None:
         top = max(one.text_to_image for one in settings)
-        print(f"no setting reaches R@1 {100 * options.recall:g}; the best has {100 * top:.1f}")
+        print(f"no setting reaches R@1 {100 * recall:g}; the best has {100 * top:.1f}")
     else:
         print(
-            f"cheapest with R@1 of at least {100 * options.recall:g}: k {best.k}, width {best.width}, {best.precision}: "
+            f"cheapest with R@1 of at least {100 * recall:g}: k {best.k}, width {best.width}, {best.precision}: "
             f"R@1 {100 * best.text_to_image:.1f} in {best.milliseconds:.1f} ms"
         )
-    if options.out is not None:
-        options.out.mkdir(parents=True, exist_ok=True)
-        report = {
-            "dataset": pairs.name,
-            "split": pairs.split,
-            "fingerprint": pairs.fingerprint(),
-            "images": len(pairs),
-            "queries": options.queries,
-            "combine": options.combine,
-            "match_scale": options.match_scale,
-            "recall": options.recall,
-            "cheapest": best and asdict(best),
-            "settings": [asdict(one) for one in settings],
-        }
-        (options.out / "cost_curve.json").write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
-        (options.out / "cost_curve.svg").write_text(chart(title, settings), encoding="utf-8")
-        print(options.out)
 
 
-def calibrate(model: Unimodal, options: argparse.Namespace, folder: Path) -> None:
+def calibrate(load: Callable[[], Unimodal], options: argparse.Namespace, folder: Path) -> None:
+    """Fit, write and print; the model is loaded once the output is known to be free."""
     if options.out is None and not folder.is_dir():
         raise ValueError(f"{folder} is no folder here to keep the calibration in; give --out FILE")
-    pairing = Pairing(model.encoder, open_split(options.data, options.split, options.images), queries=options.queries)
+    path = options.out or folder / "calibration.json"
+    overwrite = options.overwrite or (options.out is None and is_calibration(path))
+    require_free_file(path, (".json",), overwrite=overwrite, inputs=[options.data])
+    pairs = open_split(options.data, options.split, options.images)
+    model = load()
+    pairing = Pairing(model.encoder, pairs, queries=options.queries)
     logits, labels, image_id = held_out_pairs(pairing, options.depth)
     found = fit(logits, labels, model=model.encoder.fingerprint())
-    path = options.out or folder / "calibration.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
     found.save(path)
+    try:
+        check = held_out_check(logits, labels, image_id, PRECISIONS)
+        passed, error, unchecked = check.passed, check.error, ""
+    except ValueError as fault:
+        passed, error, unchecked = {}, None, str(fault)
+    if options.json:
+        unseen = {str(precision): {"pairs": n, "right": right} for precision, (n, right) in passed.items()}
+        return print_json({"calibration": path, **asdict(found), "unseen": {"error": error, "passed": unseen}})
     print(
         f"{path}: probability = sigmoid({found.scale:.4f} logit {found.offset:+.4f}), from {found.pairs} pairs, {found.positives} of them "
         f"true; calibration error {found.error_before:.4f} before, {found.error_after:.4f} after"
     )
-    try:
-        check = held_out_check(logits, labels, image_id, PRECISIONS)
-        print(f"on images that the fit did not see (one half, then the other): calibration error {check.error:.4f}")
-        passed = check.passed
-    except ValueError as error:
-        print(f"not checked on images that the fit did not see, since one half cannot be fitted alone: {error}")
-        passed = {}
+    if error is None:
+        print(f"not checked on images that the fit did not see, since one half cannot be fitted alone: {unchecked}")
+    else:
+        print(f"on images that the fit did not see (one half, then the other): calibration error {error:.4f}")
+    print_thresholds(found, passed)
+
+
+def print_thresholds(found: Calibration, passed: dict[float, tuple[int, int]]) -> None:
+    """The threshold of each precision, and how it did on images that the fit did not see."""
     for precision in PRECISIONS:
         try:
             line = f"probability at least {found.threshold_for(precision):.4f}"
@@ -119,6 +155,15 @@ def calibrate(model: Unimodal, options: argparse.Namespace, folder: Path) -> Non
         pairs, right = passed.get(precision, (0, 0))
         measured = f"; unseen, {right} of {pairs} pairs right, {right / pairs:.3f}" if pairs else ""
         print(f"  precision {precision:g}: {line}{measured}")
+
+
+def is_calibration(path: Path) -> bool:
+    """Whether a file holds an earlier calibration."""
+    try:
+        Calibration.load(path)
+    except (OSError, ValueError):
+        return False
+    return True
 
 
 def chart(title: str, settings: list[Setting]) -> str:

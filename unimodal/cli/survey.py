@@ -2,7 +2,6 @@
 
 import argparse
 import logging
-import sys
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -11,14 +10,15 @@ from typing import cast
 
 from rich.console import Console
 
-from unimodal.cli.photos import say
+from unimodal.cli.options import Parser, number, whole, words
+from unimodal.cli.output import require_free_folder, say
 from unimodal.data.guess import open_split
 from unimodal.data.pairs import Pairs
 from unimodal.recipes import CHECKPOINT, shipped_checkpoint
 from unimodal.survey.data import First, Shots, SurveyData
 from unimodal.survey.encoders import SharedEncoders
 from unimodal.survey.noise import Noise
-from unimodal.survey.page import accuracy, printed, read_results, taxonomy, write_page
+from unimodal.survey.page import PAGE, accuracy, printed, read_results, taxonomy, write_page
 from unimodal.survey.run import Run, configs, run_system
 from unimodal.survey.specs import systems_folder
 from unimodal.survey.train import Budget
@@ -29,7 +29,7 @@ NOT_PRINTED = ("Interaction", "Deletion test", "T→I mR", "I→T mR", "mR of si
 
 def parser() -> argparse.ArgumentParser:
     """The verb's options."""
-    verb = argparse.ArgumentParser(prog="unimodal survey", description=__doc__)
+    verb = Parser(prog="unimodal survey", description=__doc__)
     verb.add_argument("verb", choices=["survey"], help=argparse.SUPPRESS)
     verb.add_argument(
         "--data", required=True, help="a JSON file in Karpathy's format, a table, tar shards or a folder; or `scenes`"
@@ -41,18 +41,22 @@ def parser() -> argparse.ArgumentParser:
     verb.add_argument("--ranked_images", type=Path, help="folder of its pictures")
     verb.add_argument("--train_split", default="train", help="the split that systems learn from")
     verb.add_argument("--split", default="val", help="the split that is ranked")
-    verb.add_argument("--train_images", type=int, help="learn from the first so many images; by default all")
+    verb.add_argument("--train_images", type=whole(1), help="learn from the first so many images; by default all")
     verb.add_argument("--budget", default="200 steps", help="of each system: '200 steps' or '2.5 minutes'")
     verb.add_argument("--systems", nargs="+", metavar="NAME", help="by default all; a path is a YAML file of your own")
-    verb.add_argument("--encoders", help=f"checkpoint whose frozen backbone all share; by default {CHECKPOINT}")
     verb.add_argument(
-        "--grid", type=int, help="average image tokens to so many a side: faster; by default the encoder's own"
+        "--encoders", type=words, help=f"checkpoint whose frozen backbone all share; by default {CHECKPOINT}"
+    )
+    verb.add_argument(
+        "--grid", type=whole(1), help="average image tokens to so many a side: faster; by default the encoder's own"
     )
     verb.add_argument("--out", type=Path, default=Path("checkpoints/survey"), help="folder of the results")
     verb.add_argument("--cache", type=Path, help="folder of the encoders' features; by default OUT/features")
-    verb.add_argument("--noise", type=float, default=0.0, help="share of the training captions that is corrupted")
+    verb.add_argument(
+        "--noise", type=number(0, 1), default=0.0, help="share of the training captions that is corrupted"
+    )
     verb.add_argument("--noise_kind", choices=("random", "category", "swap"), default="random", help="how")
-    verb.add_argument("--shots", type=int, help="learn from so few examples")
+    verb.add_argument("--shots", type=whole(1), help="learn from so few examples")
     verb.add_argument(
         "--shots_of",
         choices=("class", "pair"),
@@ -60,7 +64,7 @@ def parser() -> argparse.ArgumentParser:
         help="images of each category, or captions of each image",
     )
     verb.add_argument("--precision", choices=("float32", "bf16"), default="float32", help="of training")
-    verb.add_argument("--seed", type=int, default=0, help="of first weights and draws")
+    verb.add_argument("--seed", type=whole(0, 2**32 - 1), default=0, help="of first weights and draws")
     return verb
 
 
@@ -70,14 +74,10 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
 
 
 def run(arguments: Sequence[str]) -> int:
-    """Run the survey; bad input becomes one line on standard error and status 1."""
+    """Run the survey."""
     options = parse(arguments)
-    try:
-        with quiet_trainer():
-            survey(options)
-    except (ImportError, OSError, ValueError, TypeError) as error:
-        print(f"unimodal survey: {error}", file=sys.stderr)
-        return 1
+    with quiet_trainer():
+        survey(options)
     return 0
 
 
@@ -97,6 +97,10 @@ def quiet_trainer() -> Iterator[None]:
 
 def survey(options: argparse.Namespace) -> None:
     """Train, score, write."""
+    inputs = (options.data, options.images, options.ranked, options.ranked_images, options.encoders)
+    require_free_folder(
+        options.out, (PAGE,), overwrite=False, inputs=inputs, is_ours=lambda out: bool(read_results(out))
+    )
     chosen = configs(systems_folder(), options.systems)
     budget = Budget.read(options.budget)
     noise = Noise(options.noise, options.noise_kind, options.seed) if options.noise else None

@@ -1,11 +1,10 @@
 """The verbs that use a model or look at data, `unimodal embed|search|rank|caption|app|generate|...`, and their one parser.
 
-Results go to standard output, messages to standard error. What a user can get wrong is one line and status 1; a file
-that cannot be read is named and left out, and the others are done.
+Results go to standard output, as a table or with `--json` as one JSON document, messages to standard error. A file that cannot be read is
+named and left out, and the others are done.
 """
 
 import argparse
-import json
 import os
 import sys
 from collections.abc import Callable, Iterable, Sequence
@@ -13,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from PIL import Image
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
@@ -20,33 +20,37 @@ from rich.table import Table
 from unimodal.cli import exporting, photos, searching
 from unimodal.cli import mine as mining
 from unimodal.cli.data import add_parser, check_data
-from unimodal.cli.photos import say, say_skipped
+from unimodal.cli.options import Parser, add_model, names, number, whole
+from unimodal.cli.output import add_json, add_overwrite, print_json, require_free_file
+from unimodal.cli.photos import say_skipped
 from unimodal.data.images import load_image
 from unimodal.data.items import SUFFIXES, as_item, pictures_in
+from unimodal.files import replacing, write_json
 from unimodal.hub import push_to_hub
 from unimodal.inference import Unimodal
-from unimodal.recipes import CHECKPOINT, shipped_checkpoint
-from unimodal.report.pieces import chance
+from unimodal.recipes import shipped_checkpoint
+from unimodal.report.pieces import chances, told_apart
+
+DRAWN = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")  # endings of a picture that is written
 
 
 def parser() -> argparse.ArgumentParser:
     """The parser of every verb that does not train."""
-    model = argparse.ArgumentParser(add_help=False)
-    model.add_argument("--model", help=f"a checkpoint folder or Hub id; by default {CHECKPOINT}")
-    model.add_argument("--device", help="where to run, for example cuda; by default the CPU")
-    model.add_argument(
-        "--heads", type=lambda names: names.split(","), help="load only these, for example embedding,matching"
-    )
-    prompt = argparse.ArgumentParser(add_help=False)
+    model = Parser(add_help=False)
+    add_model(model)
+    model.add_argument("--heads", type=names, help="load only these, for example embedding,matching")
+    prompt = Parser(add_help=False)
     prompt.add_argument("--prompt", help="an instruction, or of captions a question, for models that take one")
-    whole = argparse.ArgumentParser(prog="unimodal")
-    verbs = whole.add_subparsers(dest="verb", required=True, metavar="VERB")
+    whole_parser = Parser(prog="unimodal")
+    verbs = whole_parser.add_subparsers(dest="verb", required=True, metavar="VERB")
 
     verb = verbs.add_parser("embed", parents=[model, prompt], help="embed images or texts into a .npy file")
     verb.add_argument("inputs", nargs="+", metavar="PATH_OR_TEXT", help="pictures, folders of pictures, or texts")
     verb.add_argument("--out", type=Path, required=True, help="the .npy file; a .json beside it names the rows")
     verb.add_argument("--precision", default="float32", help="float32, int8, uint8, binary or ubinary")
-    verb.add_argument("--truncate_dim", type=int, help="keep the first dimensions")
+    verb.add_argument("--truncate_dim", type=whole(1), help="keep the first dimensions")
+    add_overwrite(verb)
+    add_json(verb)
 
     photos.add_parsers(verbs, model, prompt)
     searching.add_parsers(verbs, model)
@@ -56,16 +60,19 @@ def parser() -> argparse.ArgumentParser:
     )
     verb.add_argument("query", help="a text, or the path of a picture")
     verb.add_argument("documents", nargs="+", metavar="DOCUMENT", help="what to rank; a folder stands for its pictures")
-    verb.add_argument("--top_k", type=int, help="how many to show")
+    verb.add_argument("--top_k", type=whole(1), help="how many to show")
+    add_json(verb)
 
     verb = verbs.add_parser("generate", parents=[model], help="draw a picture from a text")
     verb.add_argument("text")
     verb.add_argument("--out", type=Path, default=Path("picture.png"), help="the picture's file")
-    verb.add_argument("--seed", type=int, default=0, help="the same seed gives the same picture")
-    verb.add_argument("--num_inference_steps", type=int, default=20, help="steps from noise to picture")
+    verb.add_argument("--seed", type=whole(0), default=0, help="the same seed gives the same picture")
+    verb.add_argument("--num_inference_steps", type=whole(1, 1000), default=20, help="steps from noise to picture")
     verb.add_argument(
-        "--guidance_scale", type=float, default=2.0, help="1 follows the text as learned, more overdoes it"
+        "--guidance_scale", type=number(), default=2.0, help="1 follows the text as learned, more overdoes it"
     )
+    add_overwrite(verb)
+    add_json(verb)
 
     verb = verbs.add_parser("mine", parents=[model], help="mine hard negatives of a split into a .jsonl file")
     mining.add_arguments(verb)
@@ -81,78 +88,96 @@ def parser() -> argparse.ArgumentParser:
 
     add_parser(verbs)
 
-    return whole
+    return whole_parser
 
 
 def parse(arguments: Sequence[str]) -> argparse.Namespace:
     """The options of a verb; `search` may be of two words."""
-    words = list(arguments)
-    if words[:1] == ["search"] and words[1:2] in (["tune"], ["calibrate"]):  # a folder of this name is given as ./tune
-        words[:2] = [" ".join(words[:2])]
-    return parser().parse_args(words)
+    given = list(arguments)
+    if given[:1] == ["search"] and given[1:2] in (["tune"], ["calibrate"]):  # a folder of this name is given as ./tune
+        given[:2] = [" ".join(given[:2])]
+    return parser().parse_args(given)
 
 
 def _verb(work: Callable[[argparse.Namespace], int | None]) -> Callable[[Sequence[str]], int]:
-    """The verb on its argument list; bad input becomes one line on standard error and status 1."""
+    """The verb on its argument list."""
 
     def run(arguments: Sequence[str]) -> int:
-        options = parse(arguments)
-        try:
-            return work(options) or 0
-        except (OSError, ValueError, TypeError, ImportError) as error:
-            say(f"unimodal {options.verb}: {error}")
-            return 1
+        return work(parse(arguments)) or 0
 
     return run
 
 
 @_verb
 def embed(options: argparse.Namespace) -> None:
-    inputs = _readable(_expand(options.inputs))
+    rows = options.out.with_suffix(".json")
+    inputs = _expand(options.inputs)
+    for path, suffix in ((options.out, ".npy"), (rows, ".json")):
+        require_free_file(path, (suffix,), overwrite=options.overwrite, inputs=inputs)
+    inputs, skipped = _readable(inputs)
     model = _load(options)
     vectors = model.encode(
         inputs, prompt=options.prompt, precision=options.precision, truncate_dim=options.truncate_dim
     )
-    with open(options.out, "wb") as file:
+    options.out.parent.mkdir(parents=True, exist_ok=True)
+    with replacing(options.out) as unfinished, open(unfinished, "wb") as file:
         np.save(file, vectors)
-    names = options.out.with_suffix(".json")
-    names.write_text(json.dumps([str(item) for item in inputs], ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
-    print(f"{options.out}: {list(vectors.shape)} {vectors.dtype}; its rows are named in {names}")
+        write_json(rows, [str(item) for item in inputs])
+    about = {"shape": list(vectors.shape), "dtype": str(vectors.dtype)}
+    if options.json:
+        return print_json({"vectors": options.out, "rows": rows, **about, "skipped": skipped})
+    print(f"{options.out}: {about['shape']} {about['dtype']}; its rows are named in {rows}")
 
 
 @_verb
 def search(options: argparse.Namespace) -> None:
     if options.verb == "search tune":
-        return searching.tune(_load(options), options)
+        return searching.tune(lambda: _load(options), options)
     if options.verb == "search calibrate":
-        return searching.calibrate(_load(options), options, Path(_checkpoint(options)))
+        return searching.calibrate(lambda: _load(options), options, Path(_checkpoint(options)))
     photos.require_folder(options.folder, options.query)
     as_item(options.query)  # what is wrong with it, too, is said before a model is loaded
+    page = photos.page_path(options)
     options.model = _checkpoint(options)
-    hits, order, page = photos.search(_load(options), options)
-    rows = [(hit["rank"], hit["id"], hit["first_score"], chance(hit["rerank_score"])) for hit in hits]
+    results = photos.search(_load(options), options, page)
+    if options.json:
+        return print_json(results)
+    hits = results["hits"]
+    cosines, matches = told_apart([hit["first_score"] for hit in hits]), chances([hit["rerank_score"] for hit in hits])
+    rows = [(hit["rank"], hit["id"], cosine, match) for hit, cosine, match in zip(hits, cosines, matches)]
     _table(f"{options.query!r} in {options.folder}", ("", "picture", "cosine", "match"), rows)
-    print(order)
+    print(results["order"])
     print(page)
 
 
 @_verb
 def rank(options: argparse.Namespace) -> None:
-    documents = _readable(_expand(options.documents))
-    hits = _load(options).rank(options.query, documents, top_k=options.top_k, prompt=options.prompt)
-    rows = [(place, documents[hit["corpus_id"]], hit["score"]) for place, hit in enumerate(hits, start=1)]
+    documents, skipped = _readable(_expand(options.documents))
+    best = _load(options).rank(options.query, documents, top_k=options.top_k, prompt=options.prompt)
+    hits = [
+        {"rank": place, "document": str(documents[hit["corpus_id"]]), "score": hit["score"]}
+        for place, hit in enumerate(best, start=1)
+    ]
+    if options.json:
+        return print_json({"query": options.query, "hits": hits, "skipped": skipped})
+    scores = told_apart([hit["score"] for hit in hits], ends=(0, 1))
+    rows = [(hit["rank"], hit["document"], score) for hit, score in zip(hits, scores)]
     _table(repr(options.query), ("", "document", "match"), rows)
 
 
 @_verb
 def caption(options: argparse.Namespace) -> None:
     paths = [Path(path) for path in _expand(options.paths)]
-    captions = photos.caption(_load(options), options, paths)
+    if options.out is not None:
+        require_free_file(options.out, photos.CAPTION_FILES, overwrite=options.overwrite, inputs=paths)
+    captions, skipped = photos.caption(_load(options), options, paths)
+    if options.json:
+        rows = [{"image": name, "caption": text} for name, text in captions.items()]
+        return print_json({"captions": rows, "skipped": skipped})
     if sys.stdout.isatty():
-        _table("", ("picture", "caption"), captions.items())
-    else:
-        for path, text in captions.items():
-            print(f"{path}: {text}")
+        return _table("", ("picture", "caption"), captions.items())
+    for name, text in captions.items():
+        print(f"{name}: {text}")
 
 
 @_verb
@@ -164,6 +189,7 @@ def app(options: argparse.Namespace) -> None:
 
 @_verb
 def generate(options: argparse.Namespace) -> None:
+    require_free_file(options.out, DRAWN, overwrite=options.overwrite)
     model = _load(options)
     drawn = model.generate_image(
         options.text,
@@ -171,13 +197,17 @@ def generate(options: argparse.Namespace) -> None:
         guidance_scale=options.guidance_scale,
         generator=torch.Generator(model.device).manual_seed(options.seed),
     )
-    drawn.images[0].save(options.out)
+    options.out.parent.mkdir(parents=True, exist_ok=True)
+    with replacing(options.out) as unfinished:
+        drawn.images[0].save(unfinished, Image.registered_extensions()[options.out.suffix.lower()])
+    if options.json:
+        return print_json({"picture": options.out})
     print(options.out)
 
 
 @_verb
 def mine(options: argparse.Namespace) -> None:
-    mining.mine(options, _load(options).encoder)
+    mining.mine(options, lambda: _load(options).encoder)
 
 
 @_verb
@@ -219,8 +249,8 @@ def _expand(inputs: Iterable[str]) -> list[str | Path]:
     return [item for text in inputs for item in (pictures_in(Path(text)) if os.path.isdir(text) else [text])]
 
 
-def _readable(items: list[str | Path]) -> list[str | Path]:
-    """The items without the pictures that cannot be read, which are listed."""
+def _readable(items: list[str | Path]) -> tuple[list[str | Path], dict[str, str]]:
+    """The items without the pictures that cannot be read, and these, each with its reason, which are also listed."""
     bad: dict[str, str] = {}
     pictures = [item for item in items if isinstance(item, Path) or item.lower().endswith(SUFFIXES)]
     for picture in pictures:
@@ -231,7 +261,7 @@ def _readable(items: list[str | Path]) -> list[str | Path]:
     say_skipped(bad, len(pictures))
     if len(bad) == len(items):
         raise ValueError(f"none of the {len(items)} inputs can be read")
-    return [item for item in items if str(item) not in bad]
+    return [item for item in items if str(item) not in bad], bad
 
 
 def _table(title: str, columns: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
@@ -241,5 +271,5 @@ def _table(title: str, columns: Sequence[str], rows: Iterable[Sequence[object]])
             name, justify="left" if name in ("picture", "document", "caption") else "right", overflow="fold"
         )
     for row in rows:
-        table.add_row(*(f"{cell:.3f}" if isinstance(cell, float) else escape(str(cell or "-")) for cell in row))
+        table.add_row(*(escape(str(cell)) for cell in row))
     Console().print(table)

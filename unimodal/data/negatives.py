@@ -12,13 +12,13 @@ the judge did not trust has none.
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from unimodal.data.pairs import Pairs
+from unimodal.files import replacing
 
 FORMAT = "unimodal negatives 1"
 
@@ -49,11 +49,9 @@ def write_negatives(path: str | Path, header: dict[str, Any], rows: Iterable[dic
     """Write the file, whole or not at all."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_name(f".{path.name}.unfinished")
-    with open(unfinished, "w", encoding="utf-8") as file:
+    with replacing(path) as unfinished, open(unfinished, "w", encoding="utf-8") as file:
         for row in ({"format": FORMAT, **header}, *rows):
             file.write(json.dumps(row, ensure_ascii=False) + "\n")
-    os.replace(unfinished, path)
     return path
 
 

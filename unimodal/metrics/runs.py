@@ -17,6 +17,8 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from unimodal.files import replacing
+
 from .protocol import Protocol
 from .significance import Interval, PairedTest, bootstrap_interval, paired_test
 
@@ -92,7 +94,8 @@ def save_ranks(path: str | Path, stages: Mapping[str, Ranks]) -> None:
         protocols[stage] = json.dumps(asdict(ranks.protocol))
         for name in ("text_to_image", "image_to_text", "text_image"):
             tensors[f"{stage}.{name}"] = getattr(ranks, name).to("cpu", torch.int64).clone()
-    save_file(tensors, str(path), metadata=protocols)
+    with replacing(path) as unfinished:
+        save_file(tensors, str(unfinished), metadata=protocols)
 
 
 def load_ranks(path: str | Path) -> dict[str, Ranks]:

@@ -5,6 +5,7 @@ from html import escape
 from importlib import resources
 from pathlib import Path
 
+from unimodal.files import write_text
 from unimodal.report import sections
 from unimodal.report.contents import Found, Grid, Picture, Report, Search
 from unimodal.report.pieces import duration, grid, image
@@ -130,9 +131,8 @@ def write_search(
         if any("heatmap" in one for one in found)
         else ""
     )
-    cards = (sections.found(place, one, text) for place, one in enumerate(found, 1))
     parts = {
-        "Found": (escape(order) + why, asked + grid("wide", cards)),
+        "Found": (escape(order) + why, asked + grid("wide", sections.found_all(found, text))),
         "Skipped": ("Pictures that cannot be read are left out.", sections.listed(skipped)),
     }
     return _write(path, query if isinstance(query, str) else "Pictures like this one", summary, facts, parts)
@@ -194,7 +194,7 @@ def _write(
 """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(page, encoding="utf-8")
+    write_text(path, page)
     return path
 
 

@@ -3,7 +3,7 @@
 import base64
 import difflib
 import io
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from html import escape
 
 import numpy as np
@@ -57,7 +57,12 @@ def number(value: float, unit: str) -> str:
 
 
 def signed(score: float) -> str:
-    return f"{score:.3f}".replace("-", "−")
+    return minus(f"{score:.3f}")
+
+
+def minus(text: str) -> str:
+    """A number's text with the sign that is as wide as a plus."""
+    return text.replace("-", "−")
 
 
 def chance(probability: float | None) -> str:
@@ -65,6 +70,28 @@ def chance(probability: float | None) -> str:
     if probability is None:
         return "–"
     return "<0.1%" if probability < 0.0005 else ">99.9%" if probability >= 0.9995 else f"{probability:.1%}"
+
+
+def told_apart(values: Sequence[float], digits: int = 3, ends: Sequence[float] = (0,)) -> list[str]:
+    """Numbers of one column: all with `digits` decimals, or with as many digits as it takes that different ones look different and that
+    none is rounded to one of the `ends` of their scale."""
+    texts: list[str] = []
+    for style in [*(f".{n}f" for n in range(digits, digits + 4)), *(f".{n}g" for n in range(digits + 1, 18))]:
+        texts = [f"{value:{style}}" for value in values]
+        rounded = [text for text, value in zip(texts, values) if float(text) in ends and value not in ends]
+        if not rounded and len(set(texts)) == len(set(values)):
+            break
+    return texts
+
+
+def chances(probabilities: Sequence[float | None]) -> list[str]:
+    """Match scores of one column, as `chance` writes them; with more digits where different ones would look alike."""
+    texts = [chance(one) for one in probabilities]
+    if len(set(texts)) == len(set(probabilities)):
+        return texts
+    percents = told_apart([100 * one for one in probabilities if one is not None], 1, (0, 100))
+    known = iter(percents)
+    return ["–" if one is None else f"{next(known)}%" for one in probabilities]
 
 
 def mark(right: bool) -> str:

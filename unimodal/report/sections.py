@@ -6,7 +6,20 @@ from html import escape
 
 from unimodal.report.chart import loss_chart
 from unimodal.report.contents import Caption, Drawing, Found, Grid, Hit, Metric, Picture, Score, Search, Stage, Swap
-from unimodal.report.pieces import chance, count, differing, duration, image, mark, measure, number, scrolling, signed
+from unimodal.report.pieces import (
+    chances,
+    count,
+    differing,
+    duration,
+    image,
+    mark,
+    measure,
+    minus,
+    number,
+    scrolling,
+    signed,
+    told_apart,
+)
 
 WORDS = 24  # characters: a longer line of a table's cell may be broken
 
@@ -87,11 +100,12 @@ def place_of_right(found: Sequence[Hit]) -> str:
 
 def hits(found: Sequence[Hit]) -> str:
     rows = []
-    for place, hit in enumerate(found, 1):
+    scores = told_apart([hit["score"] for hit in found])
+    for place, (hit, score) in enumerate(zip(found, scores), 1):
         text = hit.get("text", "")
         shown = image(hit["picture"], text) if "picture" in hit else f"<span>{escape(text)}</span>"
         kind, tick = ("right", f" {mark(True)}") if hit["right"] else ("other", "")
-        rows.append(f'<li class="{kind}">{shown}<small>{place}. {signed(hit["score"])}{tick}</small></li>')
+        rows.append(f'<li class="{kind}">{shown}<small>{place}. {minus(score)}{tick}</small></li>')
     kind = "pictures" if found and "picture" in found[0] else "texts"
     return f'<ol class="hits {kind}">{"".join(rows)}</ol>'
 
@@ -131,17 +145,24 @@ def figure(picture: Picture, description: str, words: str) -> str:
     return f"<figure>{image(picture, description)}<figcaption>{words}</figcaption></figure>"
 
 
-def found(place: int, data: Found, query: str) -> str:
+def found_all(found: Sequence[Found], query: str) -> list[str]:
+    """What was found, best first; scores that differ look different."""
+    cosines = told_apart([one["first"] for one in found])
+    matches = chances([one.get("match") for one in found])
+    return [found_one(place, *one, query) for place, one in enumerate(zip(found, map(minus, cosines), matches), 1)]
+
+
+def found_one(place: int, data: Found, cosine: str, chance: str, query: str) -> str:
     name, shown = escape(data["name"]), image(data["picture"], data["name"])
     if "heatmap" in data:
         shown += image(data["heatmap"], f"where {data['name']} speaks for or against {query}")
     if "file" in data:
         name = f'<a href="{escape(data["file"])}">{name}</a>'
-    match = f" <span>match <b>{escape(chance(data['match']))}</b></span>" if "match" in data else ""
+    match = f" <span>match <b>{escape(chance)}</b></span>" if "match" in data else ""
     return (
         f'<article class="found"><header><span class="place">{place}</span><h3>{name}</h3></header>'
         f'<div class="pair">{shown}</div><p>{weighted(data.get("words", []))}</p>'
-        f'<p class="soft"><span>cosine <b>{signed(data["first"])}</b></span>{match}</p></article>'
+        f'<p class="soft"><span>cosine <b>{cosine}</b></span>{match}</p></article>'
     )
 
 

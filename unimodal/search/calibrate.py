@@ -21,6 +21,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from unimodal.files import write_json
+
 STEPS = 100
 NEAR = 1e-10  # a Newton step below it ends the fit
 CONFIDENT = 1.645  # standard errors: 95 %, on one side
@@ -68,7 +70,8 @@ class Calibration:
         )
 
     def save(self, path: str | Path) -> None:
-        Path(path).write_text(json.dumps(asdict(self), indent=1) + "\n", encoding="utf-8")
+        """Write a file, whole or not at all."""
+        write_json(path, asdict(self))
 
     @classmethod
     def load(cls, path: str | Path) -> "Calibration":

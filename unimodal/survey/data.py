@@ -16,6 +16,7 @@ from torch import Tensor
 from unimodal.data.features import ImageFeatures, SplitFeatures, TextFeatures
 from unimodal.data.pairs import Pairs, fingerprint, require_captions
 from unimodal.data.sampler import hard_batches, random_batches
+from unimodal.files import write_json
 from unimodal.survey.encoders import SharedEncoders
 from unimodal.survey.noise import Noise, changed, corrupted
 from unimodal.survey.nouns import objects_of
@@ -166,7 +167,7 @@ class SurveyData:
         """Write groups of images that an embedding [rows, E] finds alike, each a batch: the order in which a stage reads them."""
         neighbours = (images @ images.T).fill_diagonal_(-torch.inf).topk(min(batch_size, len(images) - 1), 1).indices
         batches = hard_batches(neighbours, min(batch_size, len(images)), self.seed, 0)
-        path.write_text(json.dumps({"batches": batches.tolist()}))
+        write_json(path, {"batches": batches.tolist()})
 
     def training_images(self) -> Iterator[Images]:
         """All training pictures in order."""

@@ -20,12 +20,16 @@ MEASURES = {"first": "first-stage R@1", "reranked": "reranked R@1", "map": "mAP"
 NARROW = 9  # letters of what is not broken on a terminal: numbers
 
 
+PAGE = "index.html"
+
+
 def read_results(out: Path) -> dict[str, dict[str, Result]]:
     """All results of a survey: setting (empty for the plain one) -> system -> what was measured."""
     found: dict[str, dict[str, Result]] = {}
     for path in sorted(out.glob("**/result.json")):
-        result = json.loads(path.read_text())
-        found.setdefault(result["setting"], {})[result["name"]] = result
+        result = json.loads(path.read_text(encoding="utf-8"))
+        if "setting" in result:  # a file of this name may be something else's
+            found.setdefault(result["setting"], {})[result["name"]] = result
     return found
 
 
@@ -50,7 +54,7 @@ def write_page(out: Path, facts: dict[str, str]) -> Path:
     systems = {result["title"] for result in every}
     budgets = sorted({result["settings"]["budget"] for result in every})
     return write_tables(
-        out / "index.html",
+        out / PAGE,
         title="The survey, measured",
         summary=(
             f"{len(systems)} systems of vision-language retrieval on one data set, with one budget, one pair of frozen encoders "

@@ -23,6 +23,7 @@ import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from unimodal.files import replacing, write_json, write_text
 from unimodal.metrics import (
     DirectionMetrics,
     Interval,
@@ -151,13 +152,12 @@ def run_system(name: str, config: Path, run: Run, say: Callable[[str], None] = p
     result["deletion"] = deletion_test(system, images, texts, image_id, text_image_id, pairs=explained, seed=run.seed)
     if type(system).write is not System.write:
         result["captions"] = hallucination_on(_captions(system, images, run), run.data.val)
-    (folder / CONFIG).write_text(config.read_text())
-    save_file({key: value.contiguous() for key, value in system.state_dict().items()}, folder / WEIGHTS)
+    write_text(folder / CONFIG, config.read_text(encoding="utf-8"))
+    with replacing(folder / WEIGHTS) as unfinished:
+        save_file({key: value.contiguous() for key, value in system.state_dict().items()}, unfinished)
     if spec.scoring.metric == "recall":
         _save_ranks(folder / RANKS, ranking, spec, protocol, image_id, text_image_id)
-    part = path.with_suffix(".part")
-    part.write_text(json.dumps(result, indent=1) + "\n")
-    part.replace(path)
+    write_json(path, result)
     return result
 
 
