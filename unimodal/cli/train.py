@@ -4,7 +4,7 @@ import os
 import sys
 import warnings
 from argparse import ArgumentError
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +13,10 @@ from pytorch_lightning import Trainer
 from pytorch_lightning.cli import LightningCLI
 from pytorch_lightning.plugins.environments import SLURMEnvironment, TorchElasticEnvironment
 
+from unimodal import words
 from unimodal.cli.messages import ConfigError, short
 from unimodal.cli.schedule import merge, run_schedule, save_stage, stage_configs
+from unimodal.cli.typed import TYPES, typed
 from unimodal.data.module import PairData
 from unimodal.recipes import recipe
 from unimodal.tasks import LossLog, StageProof, Task
@@ -57,8 +59,12 @@ class TrainCLI(LightningCLI):
                 **({verb: {"exit_on_error": False} for verb in VERBS} if run else {}),
             },
             run=run,
-            args=args,
+            args=words.untyped(args) if isinstance(args, dict) else args,
         )
+
+    def parse_arguments(self, parser: Any, args: Any) -> None:
+        super().parse_arguments(parser, args)
+        self.config = words.told(self.config)
 
     def after_fit(self) -> None:
         model = self.model.whole_model()
@@ -96,12 +102,15 @@ def quiet() -> None:
 
 def _configs(arguments: Sequence[str]) -> tuple[list[Path], list[str]]:
     """The `--config` files of a command line, and the rest of it."""
-    files, rest = [], []
-    words = iter(arguments)
-    for word in words:
+    files: list[Path] = []
+    rest: list[str] = []
+    given = iter(arguments)
+    for word in given:
         if word in ("--config", "-c"):
-            files.append(Path(next(words, "")))
-        elif word.startswith("--config="):
+            if (file := next(given, "")) == "":
+                raise _no_value("config")
+            files.append(Path(file))
+        elif word.startswith("--config=") and word != "--config=":
             files.append(Path(word.split("=", 1)[1]))
         else:
             rest.append(word)
@@ -115,7 +124,7 @@ def _read(file: Path, option: str) -> dict[str, Any]:
         example = f", for example {examples[option]}" if option in examples else ""
         raise ConfigError(f"{option} {file}: no such file; give the path of a recipe or a fragment{example}")
     try:
-        content = yaml.safe_load(file.read_text()) or {}
+        content = words.load(file.read_text(encoding="utf-8-sig")) or {}
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ConfigError(f"{option} {file}: not readable as YAML: {error}") from error
     if not isinstance(content, dict):
@@ -125,6 +134,23 @@ def _read(file: Path, option: str) -> dict[str, Any]:
     return content
 
 
+def _no_value(key: str) -> ConfigError:
+    return ConfigError(f"--{key} has no value; write --{key} VALUE")
+
+
+def _overrides(arguments: Sequence[str]) -> Iterator[tuple[str, str]]:
+    """The keys and values of `--key value` and `--key=value`."""
+    rest = iter(arguments)
+    for argument in rest:
+        if not argument.startswith("--"):
+            raise ConfigError(f"schedule: unexpected argument {argument!r}; overrides read --key.key value")
+        key, equals, value = argument[2:].partition("=")
+        value = value if equals else next(rest, "")
+        if not value or (value.startswith("--") and not equals):
+            raise _no_value(key)
+        yield key, value
+
+
 def read_schedule(files: list[Path], overrides: list[str]) -> dict[str, Any] | None:
     """The merged schedule that `files` hold, with `--key.key value` overrides; None when they hold a plain configuration."""
     content: dict[str, Any] = {}
@@ -132,19 +158,14 @@ def read_schedule(files: list[Path], overrides: list[str]) -> dict[str, Any] | N
         content = merge(content, _read(file, "--config"))
     if "stages" not in content:
         return None
-    words = iter(overrides)
-    for word in words:
-        if not word.startswith("--"):
-            raise ConfigError(f"schedule: unexpected argument {word!r}; overrides read --key.key value")
-        key, _, value = word[2:].partition("=")
-        value = value if "=" in word else next(words, "")
-        patch: Any = yaml.safe_load(value)
+    for key, value in _overrides(overrides):
+        patch = words.word(value) if key not in TYPES or TYPES[key] is not str else value
         if key in SECTIONS and isinstance(patch, str):
             patch = _read(Path(patch), f"--{key}")
         for part in reversed(key.split(".")):
             patch = {part: patch}
         content = merge(content, patch)
-    return content
+    return typed(content)
 
 
 def run(arguments: Sequence[str]) -> int:
@@ -153,10 +174,12 @@ def run(arguments: Sequence[str]) -> int:
     A configuration that cannot be read is a short message on standard error and status 2.
     """
     quiet()
-    files, rest = _configs(arguments[1:])
-    may_be_schedule = arguments[0] == "fit" and not {"-h", "--help"} & set(rest)
     where = ""
     try:
+        files, rest = _configs(arguments[1:])
+        may_be_schedule = arguments[0] == "fit" and not {"-h", "--help"} & set(rest)
+        if empty := next((word for word in rest if word.startswith("--") and word.endswith("=")), None):
+            raise _no_value(empty[2:-1])
         schedule = (
             read_schedule(files, [word for word in rest if word != "--print_config"]) if may_be_schedule else None
         )
@@ -168,7 +191,7 @@ def run(arguments: Sequence[str]) -> int:
             ConfigCheck({**config, "seed_everything": False}, run=False)
         where = ""
         if "--print_config" in rest:
-            print(yaml.safe_dump(schedule, sort_keys=False, allow_unicode=True), end="")
+            print(words.dump(schedule), end="")
         else:
             run_schedule(schedule, lambda config: TrainCLI(config, run=False))
     except (ArgumentError, ConfigError) as error:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from jsonargparse import ArgumentParser
 
+from unimodal import words
 from unimodal.systems import Encoders, Published, Scoring, Stage, System
 
 
@@ -57,8 +58,8 @@ def read_spec(path: str | Path) -> Spec:
     parser = ArgumentParser(exit_on_error=False)
     parser.add_class_arguments(Spec, "spec")
     try:
-        text = "spec:\n" + "".join(f"  {line}\n" for line in path.read_text().splitlines())
-        return parser.instantiate(parser.parse_string(text)).spec
+        content = words.untyped({"spec": words.load(path.read_text(encoding="utf-8"))})
+        return parser.instantiate(words.told(parser.parse_object(content))).spec
     except Exception as error:  # jsonargparse raises its own kinds
         if missing := re.search(r"No module named '(\w+)'", str(error)):
             raise ValueError(
