@@ -3,6 +3,7 @@ sharded checkpoints merge into the Hub format, and none of them runs code."""
 
 import json
 import os
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -17,14 +18,15 @@ from pytorch_lightning.utilities import rank_zero_only
 from safetensors.torch import load_file
 from toy import toy_config, toy_model
 
-from unimodal import cli
+from unimodal import cli, files
 from unimodal.cli import schedule as schedules
+from unimodal.cli.stage import StagePlan
 from unimodal.cli.train import _nodes
 from unimodal.config import to_dict
 from unimodal.data.module import PairData
 from unimodal.data.scenes import Scenes
 from unimodal.hub import CheckpointError, load_checkpoint
-from unimodal.hub.training import read_training_weights, refuse_code
+from unimodal.hub.training import check_training_checkpoint, read_training_weights, refuse_code
 from unimodal.tasks import EMA, FSDP2, ITC, ITG, EvaluationSettings, Joint, LossLog, OptimizerSettings, StageProof
 
 WORLD, ROWS = 2, 8  # processes, and rows of a step of all together
@@ -233,7 +235,7 @@ def test_bfloat16_blocks_in_chunks_train_nearly_as_one(one: Path, two: Path) -> 
 
 def test_a_sharded_run_resumes_exactly(two: Path) -> None:
     """Weights, both optimizers, their rates, the average and the proof: all from a folder with a part per process."""
-    assert sorted(path.name for path in (two / "muon/step=2.ckpt").iterdir()) == [
+    assert sorted(path.name for path in (two / "muon/step=2.ckpt").iterdir() if path.name != files.LOCK) == [
         ".metadata",
         "__0_0.distcp",
         "__1_0.distcp",
@@ -302,11 +304,20 @@ def test_an_index_that_would_run_code_is_refused_unread(index: bytes | None, mes
             read(tmp_path)
 
 
-def test_files_that_are_no_training_checkpoints(tmp_path: Path) -> None:
+def test_files_that_are_no_training_checkpoints(two: Path, tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match="no such checkpoint; give the file or folder that a run left"):
         read_training_weights(tmp_path / "gone.ckpt")
+    shutil.copytree(two / "muon/step=2.ckpt", tmp_path / "parts")
+    check_training_checkpoint(tmp_path / "parts")
+    part = tmp_path / "parts/__1_0.distcp"
+    part.write_bytes(part.read_bytes()[:100])
+    for read in (check_training_checkpoint, read_training_weights):
+        with pytest.raises(
+            CheckpointError, match="__1_0.distcp is missing or cut short; give a checkpoint that is whole"
+        ):
+            read(tmp_path / "parts")
     (tmp_path / "text.ckpt").write_text("no checkpoint")
-    with pytest.raises(CheckpointError, match="no checkpoint that can be read without running code"):
+    with pytest.raises(CheckpointError, match=r"text.ckpt \(13 bytes\) is cut short or no training checkpoint"):
         read_training_weights(tmp_path / "text.ckpt")
     torch.save({"state_dict": {"other.weight": torch.ones(1)}}, tmp_path / "other.ckpt")
     with pytest.raises(CheckpointError, match="holds no weights of a model in training"):
@@ -332,7 +343,7 @@ def test_whoever_waits_for_a_process_that_ended_says_so(tmp_path: Path, monkeypa
     parents = iter([1, 1, 2])
     monkeypatch.setattr(schedules.os, "getppid", lambda: next(parents))
     with pytest.raises(RuntimeError, match="done.json was not written: the process that started this one has ended"):
-        schedules._wait_for(tmp_path / "done.json")
+        schedules._wait_for(StagePlan("align", "", tmp_path, {}, {}, {}, lambda config: None, None))
 
 
 def test_a_run_goes_on_with_as_many_processes_as_before() -> None:

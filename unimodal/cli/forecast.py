@@ -18,7 +18,8 @@ from rich.table import Table
 from unimodal import stages
 from unimodal.cli import between
 from unimodal.cli.messages import ConfigError, short
-from unimodal.cli.schedule import print_stage, stage_configs
+from unimodal.cli.schedule import stage_configs
+from unimodal.cli.stage import print_stage
 from unimodal.cli.train import Parts, quiet, read_schedule
 from unimodal.data.module import PairData
 from unimodal.data.negatives import write_negatives

@@ -14,7 +14,8 @@ from unimodal.cli import between
 from unimodal.cli.messages import ConfigError, short
 from unimodal.cli.options import Parser
 from unimodal.cli.output import require_free_folder, say
-from unimodal.cli.schedule import save_stage, stage_configs
+from unimodal.cli.schedule import stage_configs
+from unimodal.cli.stage import save_stage
 from unimodal.cli.train import Parts, quiet, read_schedule
 from unimodal.hub.training import read_training_weights
 

@@ -1,7 +1,10 @@
 """`unimodal fit|validate|test|predict|demo`: LightningCLI over tasks and data, and schedules of stages."""
 
 import os
+import signal
 import sys
+import tempfile
+import traceback
 import warnings
 from argparse import ArgumentError
 from collections.abc import Iterator, Sequence
@@ -13,13 +16,15 @@ from pytorch_lightning import Trainer
 from pytorch_lightning.cli import LightningCLI
 from pytorch_lightning.plugins.environments import SLURMEnvironment, TorchElasticEnvironment
 
-from unimodal import words
+from unimodal import files, words
 from unimodal.cli.messages import ConfigError, short
-from unimodal.cli.schedule import merge, run_schedule, save_stage, stage_configs
+from unimodal.cli.schedule import LOCK, merge, output_folder, run_schedule, stage_configs
+from unimodal.cli.stage import save_stage
 from unimodal.cli.typed import TYPES, typed
 from unimodal.data.module import PairData
+from unimodal.hub.training import check_training_checkpoint
 from unimodal.recipes import recipe
-from unimodal.tasks import LossLog, StageProof, Task
+from unimodal.tasks import Interrupted, LocalCheckpoints, LossLog, Resume, StageProof, Task
 
 TRAINER_DEFAULTS = {
     "logger": False,
@@ -40,11 +45,20 @@ def _nodes() -> int:
     return int(os.environ["SLURM_NNODES"]) if SLURMEnvironment.detect() else 1
 
 
+class RunError(RuntimeError):
+    """A training failed; its folder takes the traceback."""
+
+    def __init__(self, message: str, folder: Path) -> None:
+        super().__init__(message)
+        self.folder = folder
+
+
 class TrainCLI(LightningCLI):
     """LightningCLI over `Task` (any subclass, by class path) and `PairData`. A task keeps no hyperparameters in its checkpoints, so what
     the YAML and the command line say always wins over what a checkpoint was made with."""
 
-    def __init__(self, args: Any, *, run: bool = True) -> None:
+    def __init__(self, args: Any, *, run: bool = True, checkpoint_every: int | None = None) -> None:
+        self.resume = Resume(checkpoint_every)
         super().__init__(
             Task,
             PairData,
@@ -53,7 +67,11 @@ class TrainCLI(LightningCLI):
             auto_configure_optimizers=False,
             save_config_callback=None,
             trainer_class=Trainer,
-            trainer_defaults={**TRAINER_DEFAULTS, "num_nodes": _nodes(), "callbacks": [LossLog(), StageProof()]},
+            trainer_defaults={
+                **TRAINER_DEFAULTS,
+                "num_nodes": _nodes(),
+                "callbacks": [LossLog(), StageProof(), self.resume],
+            },
             parser_kwargs={
                 "exit_on_error": False,
                 **({verb: {"exit_on_error": False} for verb in VERBS} if run else {}),
@@ -66,10 +84,44 @@ class TrainCLI(LightningCLI):
         super().parse_arguments(parser, args)
         self.config = words.told(self.config)
 
+    @staticmethod
+    def subcommands() -> dict[str, set[str]]:
+        # Whether a checkpoint may run code is not asked.
+        return {verb: {*skipped, "weights_only"} for verb, skipped in LightningCLI.subcommands().items()}
+
+    def _parse_ckpt_path(self) -> None:
+        """Look at the checkpoint before anything is built; a task keeps no hyperparameters there, which Lightning would read here."""
+        path = self.config[self.config.subcommand].get("ckpt_path") if self.config.get("subcommand") else None
+        if path is None or (path == "last" and self.config.subcommand == "fit"):
+            return
+        try:
+            check_training_checkpoint(path)
+        except (OSError, ValueError) as error:
+            raise ConfigError(f"--ckpt_path: {error}") from error
+
+    def instantiate_trainer(self, **kwargs: Any) -> Trainer:
+        trainer = super().instantiate_trainer(**kwargs)
+        trainer.strategy.checkpoint_io = LocalCheckpoints()
+        return trainer
+
+    def _run_subcommand(self, subcommand: str) -> None:
+        folder = Path(self.trainer.default_root_dir)
+        if subcommand != "fit" or not self.trainer.is_global_zero:
+            return super()._run_subcommand(subcommand)
+        folder.mkdir(parents=True, exist_ok=True)
+        with files.locked(folder / LOCK, f"{folder}: the folder of this run"):
+            try:
+                super()._run_subcommand(subcommand)
+            except Exception as error:  # of whatever is in the training
+                raise RunError(str(error) or type(error).__name__, folder) from error
+
     def after_fit(self) -> None:
         model = self.model.whole_model()
-        if self.trainer.is_global_zero:
-            save_stage(model, self.model.processor, Path(self.trainer.default_root_dir))
+        folder = Path(self.trainer.default_root_dir)
+        if self.trainer.is_global_zero and not self.trainer.fast_dev_run:  # type: ignore[attr-defined]
+            save_stage(model, self.model.processor, folder)
+        if self.resume.signal is not None:  # it came in the last step
+            raise Interrupted(self.resume.signal, self.trainer.global_step, folder / "model")
 
 
 class ConfigCheck(TrainCLI):
@@ -171,21 +223,23 @@ def read_schedule(files: list[Path], overrides: list[str]) -> dict[str, Any] | N
 def run(arguments: Sequence[str]) -> int:
     """Run a Lightning verb; a configuration with `stages` is a schedule and runs stage by stage.
 
-    A configuration that cannot be read is a short message on standard error and status 2.
+    A configuration that cannot be read is a short message on standard error and status 2, a run that fails a sentence and status 1, with
+    the traceback in a file. A run that a signal ends saves where it goes on, and has the status of a process that the signal killed.
     """
     quiet()
-    where = ""
+    verb, where, folder = arguments[0], "", Path(tempfile.gettempdir())
     try:
-        files, rest = _configs(arguments[1:])
-        may_be_schedule = arguments[0] == "fit" and not {"-h", "--help"} & set(rest)
+        given, rest = _configs(arguments[1:])
         if empty := next((word for word in rest if word.startswith("--") and word.endswith("=")), None):
             raise _no_value(empty[2:-1])
-        schedule = (
-            read_schedule(files, [word for word in rest if word != "--print_config"]) if may_be_schedule else None
-        )
+        schedule = None
+        if not {"-h", "--help"} & set(rest):
+            schedule = read_schedule(given, [word for word in rest if word != "--print_config"])
         if schedule is None:
             TrainCLI(list(arguments))
             return 0
+        if verb != "fit":
+            raise ConfigError(advice(verb, schedule))
         for name, _, config in stage_configs(schedule):
             where = f"stage {name!r}: "
             ConfigCheck({**config, "seed_everything": False}, run=False)
@@ -193,11 +247,62 @@ def run(arguments: Sequence[str]) -> int:
         if "--print_config" in rest:
             print(words.dump(schedule), end="")
         else:
-            run_schedule(schedule, lambda config: TrainCLI(config, run=False))
+            folder = output_folder(schedule)
+            every = schedule.get("checkpoint_every", 200)
+            run_schedule(schedule, lambda config: TrainCLI(config, run=False, checkpoint_every=every))
     except (ArgumentError, ConfigError) as error:
-        print(f"unimodal {arguments[0]}: {where}{short(str(error))}", file=sys.stderr)
+        print(f"unimodal {verb}: {where}{short(str(error))}", file=sys.stderr)
         return 2
+    except Interrupted as error:
+        print(f"unimodal {verb}: {error}; {_goes_on(error, schedule is not None)}", file=sys.stderr)
+        return int(error.code or 0)
+    except files.InUseError as error:
+        print(f"unimodal {verb}: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print(f"unimodal {verb}: interrupted", file=sys.stderr)
+        return 128 + signal.SIGINT
+    except Exception as error:
+        told = short(str(error)) or type(error).__name__
+        written = _write_traceback(error.folder if isinstance(error, RunError) else folder)
+        print(f"unimodal {verb}: {told}\n  the traceback is in {written}", file=sys.stderr)
+        return 1
     return 0
+
+
+def advice(verb: str, schedule: dict[str, Any]) -> str:
+    """What to do instead of scoring, or embedding by, a schedule."""
+    model = output_folder(schedule) / "model"
+    instead = {
+        "validate": f"`unimodal evaluate --model {model} --data PATH --split val --out DIR` scores what it ends with",
+        "test": f"`unimodal evaluate --model {model} --data PATH --split test --out DIR` scores what it ends with",
+        "predict": f"`unimodal embed --model {model} PATH --out FILE.npy` embeds by what it ends with",
+    }
+    return f"this is a schedule of stages, which only fit runs; {instead[verb]}"
+
+
+def _goes_on(error: Interrupted, schedule: bool) -> str:
+    if error.checkpoint.name == "model":
+        return f"that was the last one, its weights are in {error.checkpoint}"
+    return (
+        f"the same command goes on from {error.checkpoint}"
+        if schedule
+        else f"--ckpt_path {error.checkpoint} goes on from there"
+    )
+
+
+def _write_traceback(folder: Path) -> Path:
+    """Write the traceback of the exception that is handled into the run's folder, or where that cannot be written into a temporary one."""
+    for place in (folder, Path(tempfile.gettempdir())):
+        path = place / f"traceback-{os.getpid()}.txt"
+        try:
+            place.mkdir(parents=True, exist_ok=True)
+            files.write_text(path, traceback.format_exc())
+        except OSError:
+            continue
+        return path
+    traceback.print_exc()
+    return Path(os.devnull)
 
 
 def demo(arguments: Sequence[str]) -> int:

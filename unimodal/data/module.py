@@ -27,6 +27,7 @@ from unimodal.data.negatives import Negatives, read_negatives
 from unimodal.data.pairs import Pairs, is_gallery, require_captions
 from unimodal.data.processor import Processor, scenes_tokenizer
 from unimodal.data.published import open_processor, open_writer
+from unimodal.data.readers import Listed
 from unimodal.data.sampler import hard_batches, random_batches
 from unimodal.data.sides import names_a_side
 from unimodal.data.store import Precision
@@ -194,7 +195,18 @@ def _at_places(rows: Any, given: Tensor) -> Any:
 
 
 class TrainingLoader:
-    """Batches of an endless run, an epoch at a time. Its state is (epoch, step); Lightning saves and restores it."""
+    """Batches of an endless run, an epoch at a time. Its state is (epoch, step); Lightning saves and restores it.
+
+    Args:
+        samples: what is drawn from.
+        batch_size: samples of a batch, on each rank.
+        workers: loader processes.
+        neighbours: mined neighbours that stand beside each image in its batch, if any.
+        rank: which part of the global batch is read here.
+        world: number of parts.
+        limit: batches of an epoch that the trainer takes, or their share: the next epoch begins after them.
+        repeat: every epoch is the first one again (`overfit_batches`).
+    """
 
     def __init__(
         self,
@@ -205,9 +217,11 @@ class TrainingLoader:
         neighbours: Tensor | None,
         rank: int,
         world: int,
+        limit: int | float = 1.0,
+        repeat: bool = False,
     ):
         self.samples, self.batch_size, self.workers, self.neighbours = samples, batch_size, workers, neighbours
-        self.rank, self.world = rank, world
+        self.rank, self.world, self.limit, self.repeat = rank, world, limit, repeat
         self.epoch, self.step, self.resumed = 0, 0, False
         self.plan()  # too few images are an error now: a trainer would take a loader of length 0 for finished work
 
@@ -239,9 +253,13 @@ class TrainingLoader:
         )
         for batch in loader:
             self.step += 1
-            if self.step == len(self):  # before the last batch: who knows the length asks for nothing after it
-                self.epoch, self.step = self.epoch + 1, 0
+            if self.step == self._taken():  # before the last batch: who knows the length asks for nothing after it
+                self.epoch, self.step = self.epoch + (not self.repeat), 0
             yield batch
+
+    def _taken(self) -> int:
+        """Batches of an epoch that the trainer takes."""
+        return min(self.limit, len(self)) if isinstance(self.limit, int) else int(self.limit * len(self))
 
     def state_dict(self) -> dict[str, int]:
         return {"epoch": self.epoch, "step": self.step, "world": self.world}
@@ -317,6 +335,19 @@ class PairData(pl.LightningDataModule):
         self.neighbours: Tensor | None = None
         self.processor: Processor | None = None
         self.caches: dict[str, SplitFeatures] = {}
+
+    def setup(self, stage: str) -> None:
+        self.require_files()
+
+    def require_files(self) -> None:
+        """Look whether the pictures of every split are there, before any work is spent on one of them.
+
+        Raises:
+            FileNotFoundError: names the split, and files that are not there.
+        """
+        for pairs in (self.train, self.val, self.test):
+            if isinstance(pairs, Listed):
+                pairs.require_files()
 
     def bind(self, config: ModelConfig, backbone: Any, language_captioner: Any = None) -> Processor:
         """Fit the preprocessing to a model, and open (or build) the feature caches of its towers.
@@ -415,15 +446,20 @@ class PairData(pl.LightningDataModule):
         )
         if self.hard_neighbours and self.neighbours is None:
             raise RuntimeError("hard_neighbours asks for mined neighbours, which the task mines in its setup")
-        rank, world = (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
-        return TrainingLoader(
+        trainer: Any = self.trainer
+        loader = TrainingLoader(
             samples,
             batch_size=self.batch_size,
             workers=self.workers,
             neighbours=self.neighbours,
-            rank=rank,
-            world=world,
+            rank=trainer.global_rank if trainer else 0,
+            world=trainer.world_size if trainer else 1,
+            limit=trainer.limit_train_batches if trainer else 1.0,
+            repeat=bool(trainer and trainer.overfit_batches),
         )
+        if trainer and not loader.repeat:
+            loader.epoch = trainer.current_epoch  # a trainer may make its loaders anew in every epoch
+        return loader
 
     def val_dataloader(self) -> DataLoader:
         return self._evaluation_loader("val", self.val, purpose="validation")

@@ -117,6 +117,22 @@ class Listed:
     def negatives(self, i: int, c: int) -> list[str]:
         return []
 
+    def require_files(self) -> None:
+        """Look whether the file of every picture is there, without opening one.
+
+        Raises:
+            FileNotFoundError: names the first files that are not there, and how many there are.
+        """
+        files = list(
+            dict.fromkeys(sample.file for sample in self.samples if sample.file != Path())
+        )  # Path(): a row of a table
+        if missing := [file for file in files if not file.exists()]:
+            raise FileNotFoundError(
+                f"{len(missing)} of {len(files)} files of {self.name} {self.split} are not there: "
+                f"{', '.join(map(str, missing[:3]))}{', ...' if len(missing) > 3 else ''}; give the right root, or pass on_error='skip' to "
+                "leave bad samples out"
+            )
+
 
 class KarpathyJson(Listed):
     """The format of Karpathy and Fei-Fei (CVPR 2015, arXiv:1412.2306) for Flickr8k, Flickr30k and COCO.

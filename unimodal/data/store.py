@@ -11,7 +11,6 @@ is cut off before writing goes on.
 Legend: T tokens of a row, C width.
 """
 
-import fcntl
 import json
 import os
 from collections.abc import Iterator, Sequence
@@ -22,6 +21,8 @@ from typing import Any, Literal
 import numpy as np
 import torch
 from torch import Tensor
+
+from unimodal import files
 
 Precision = Literal["half", "int8"]
 LARGEST_HALF = 65504.0
@@ -69,7 +70,10 @@ class TokenStore:
         manifest = self.folder / "manifest.json"
         if not manifest.exists():
             return
-        found = json.loads(manifest.read_text())
+        try:
+            found = json.loads(manifest.read_text(encoding="utf-8"))
+        except ValueError:  # of a full disk or a kill: the cache is made anew, which loses time alone
+            return
         differing = [key for key in self.about if found.get(key) != self.about[key]]
         if differing:
             told = "; ".join(f"{key} {found.get(key)!r} there, {self.about[key]!r} here" for key in differing)
@@ -96,8 +100,7 @@ class TokenStore:
     @contextmanager
     def writing(self) -> Iterator[None]:
         """Alone in the folder: another process that wants to write waits here, and then finds what this one wrote."""
-        with open(self.folder / "lock", "w") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)  # the system lets go of it when the process ends, in whatever way
+        with files.locked(self.folder / "lock", f"the feature cache {self.folder}", timeout=-1):
             self._open()
             yield
 
@@ -111,9 +114,7 @@ class TokenStore:
             self.width = rows[0].shape[1]
             for path in self._files:
                 path.unlink(missing_ok=True)
-            fresh = self.folder / "manifest.new"
-            fresh.write_text(json.dumps({**self.about, "width": self.width}, indent=1) + "\n")
-            fresh.replace(self.folder / "manifest.json")
+            files.write_json(self.folder / "manifest.json", {**self.about, "width": self.width})
         coded = [self._code(row.float().cpu(), name) for row, name in zip(rows, names, strict=True)]
         parts = [np.concatenate(column) for column in zip(*coded)]  # tokens, and scales of int8
         lengths = np.array([len(row) for row in rows], dtype=np.int32)

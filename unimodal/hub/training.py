@@ -6,8 +6,11 @@ instructions were looked through and found to name nothing but descriptions of t
 """
 
 import pickletools
+import re
+import zipfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,7 +19,7 @@ from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from unimodal.hub.weights import CheckpointError
 
-INDEX = ".metadata"
+INDEX, META = ".metadata", "meta.pt"
 WEIGHTS = "state_dict.model."  # where a task keeps its model, in the flat names of an index
 DESCRIBES = (
     *("Metadata", "MetadataIndex", "StorageMeta", "TensorStorageMetadata", "BytesStorageMetadata"),
@@ -41,21 +44,94 @@ def read_training_weights(path: str | Path) -> dict[str, Tensor]:
         FileNotFoundError: there is nothing at `path`.
         CheckpointError: it is no checkpoint of a task, or one that would run code.
     """
-    path = Path(path)
-    if not path.exists():
-        raise FileNotFoundError(
-            f"{path}: no such checkpoint; give the file or folder that a run left, such as resume.ckpt"
-        )
+    path = find_training_checkpoint(path)
     if path.is_dir():
         state = _read_parts(path)
     else:
-        state = {f"state_dict.{name}": tensor for name, tensor in _read_file(path).items()}
+        content = read_training_checkpoint(path, mapped=True)
+        state = {f"state_dict.{name}": tensor for name, tensor in content.get("state_dict", {}).items()}
     weights = {name.removeprefix(WEIGHTS): tensor for name, tensor in state.items() if name.startswith(WEIGHTS)}
     if not weights:
         raise CheckpointError(
             f"{path} holds no weights of a model in training; give a checkpoint that `unimodal fit` left"
         )
     return weights
+
+
+def find_training_checkpoint(path: str | Path) -> Path:
+    """The file or folder of a training checkpoint on this machine.
+
+    Raises:
+        FileNotFoundError: there is nothing.
+        CheckpointError: `path` is an address of another machine.
+    """
+    if re.match(r"[A-Za-z][A-Za-z0-9+.-]+:", str(path)) and not Path(path).exists():
+        raise CheckpointError(
+            f"{path} is an address, expected the path of a training checkpoint on this machine; such files can hold code, so none is "
+            "fetched from elsewhere. Weights from the Hub go into model.init_args.init_from"
+        )
+    if not Path(path).exists():
+        raise FileNotFoundError(
+            f"{path}: no such checkpoint; give the file or folder that a run left, such as resume.ckpt"
+        )
+    return Path(path)
+
+
+def check_training_checkpoint(path: str | Path) -> None:
+    """Look whether a training checkpoint is whole, without loading its tensors.
+
+    Raises:
+        FileNotFoundError: there is nothing at `path`.
+        CheckpointError: it is cut short, it would run code, or it is something else.
+    """
+    path = find_training_checkpoint(path)
+    if path.is_dir():
+        _read_index(path)
+        _read(path / META)
+    else:
+        read_training_checkpoint(path, mapped=True)
+
+
+def read_training_checkpoint(path: str | Path, *, mapped: bool = False) -> dict[str, Any]:
+    """The content of a training checkpoint that is one file, on the CPU; `mapped` leaves its tensors on the disk until they are used.
+
+    Raises:
+        FileNotFoundError: there is nothing at `path`.
+        CheckpointError: it is cut short, it would run code, or it is something else.
+    """
+    path = find_training_checkpoint(path)
+    if path.is_dir():
+        raise CheckpointError(
+            f"{path} is a folder, expected the file of a training checkpoint, such as resume.ckpt; a folder with config.json is a finished "
+            "model, which model.init_args.init_from takes, and a folder with .metadata was left by the strategy unimodal.tasks.FSDP2"
+        )
+    content = _read(path, mapped)
+    if not isinstance(content, dict) or not isinstance(content.get("state_dict"), dict):
+        raise CheckpointError(
+            f"{path} holds no weights of a model in training; give a checkpoint that `unimodal fit` left"
+        )
+    return content
+
+
+def _read(path: Path, mapped: bool = False) -> Any:
+    """What a file of torch's holds, by the restricted loader."""
+    if not path.exists():
+        raise CheckpointError(f"{path} is missing; give a checkpoint that is whole")
+    with open(path, "rb") as file:
+        if not zipfile.is_zipfile(file):
+            raise CheckpointError(
+                f"{path} ({path.stat().st_size} bytes) is cut short or no training checkpoint; give the file that a run left"
+            )
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
+    except OSError:
+        raise
+    except Exception as error:  # torch raises what its restricted loader happens to meet
+        wanted = re.search(r"GLOBAL ([\w.]+)", str(error))
+        what = f"it asks for {wanted[1]}" if wanted else str(error).splitlines()[0]
+        raise CheckpointError(
+            f"{path} is no checkpoint that can be read without running code: {what}; do not use this file"
+        ) from error
 
 
 def refuse_code(folder: Path) -> None:
@@ -98,32 +174,28 @@ def _imports(pickle: bytes) -> Iterator[str]:
             below, top = top, argument if isinstance(argument, str) else None
 
 
-def _read_parts(folder: Path) -> dict[str, Tensor]:
+def _read_index(folder: Path) -> FileSystemReader:
+    """A reader of the parts of a sharded checkpoint, which are all there."""
     refuse_code(folder)
     reader = FileSystemReader(folder)
-    index = reader.read_metadata()
-    outside = {
-        part.relative_path
-        for part in index.storage_data.values()
-        if Path(part.relative_path).name != part.relative_path
-    }
-    if outside:
-        raise CheckpointError(
-            f"{folder / INDEX} points out of its folder, to {sorted(outside)}; do not use this checkpoint"
-        )
+    for part in reader.read_metadata().storage_data.values():
+        file = folder / part.relative_path
+        if file.name != part.relative_path:
+            raise CheckpointError(
+                f"{folder / INDEX} points out of its folder, to {part.relative_path}; do not use this checkpoint"
+            )
+        if not file.is_file() or file.stat().st_size < part.offset + part.length:
+            raise CheckpointError(f"{folder}: {file.name} is missing or cut short; give a checkpoint that is whole")
+    return reader
+
+
+def _read_parts(folder: Path) -> dict[str, Tensor]:
+    reader = _read_index(folder)
     state = {
         name: torch.empty(tensor.size, dtype=tensor.properties.dtype)
-        for name, tensor in index.state_dict_metadata.items()
+        for name, tensor in reader.read_metadata().state_dict_metadata.items()
         if name.startswith(WEIGHTS) and isinstance(tensor, TensorStorageMetadata)
     }
     if state:
         load(state, storage_reader=reader, no_dist=True)
     return state
-
-
-def _read_file(path: Path) -> dict[str, Tensor]:
-    try:
-        content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except Exception as error:  # torch raises what its restricted loader happens to meet
-        raise CheckpointError(f"{path} is no checkpoint that can be read without running code: {error}") from error
-    return content.get("state_dict", {}) if isinstance(content, dict) else {}

@@ -8,6 +8,7 @@ from unimodal.tasks.generation import Conditioning, Flow, Generation
 from unimodal.tasks.joint import Joint
 from unimodal.tasks.matching import ITM, LCE, Matching
 from unimodal.tasks.optimizer import OptimizerSettings
+from unimodal.tasks.resume import Interrupted, LocalCheckpoints, Resume
 from unimodal.tasks.retrieval import ITC, Distillation, EmbeddingObjective, MaskedITC, Retrieval, SigmoidITC
 from unimodal.tasks.strategy import FSDP2
 
@@ -27,12 +28,15 @@ __all__ = [
     "EvaluationSettings",
     "Flow",
     "Generation",
+    "Interrupted",
     "Joint",
+    "LocalCheckpoints",
     "LossLog",
     "MaskedITC",
     "Matching",
     "Objective",
     "OptimizerSettings",
+    "Resume",
     "Retrieval",
     "SigmoidITC",
     "StageProof",

@@ -19,7 +19,7 @@ from pytorch_lightning.utilities.types import OptimizerLRSchedulerConfig
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from unimodal import stages
+from unimodal import files, stages
 from unimodal.blocks import compile_blocks, recompute
 from unimodal.chunks import at, by_chunks, refuse_coupled_rows
 from unimodal.config import ModelConfig
@@ -461,7 +461,8 @@ class Task(pl.LightningModule):
             )
             self.model.train()
             path.parent.mkdir(parents=True, exist_ok=True)
-            save_file({"neighbours": neighbours}, path)
+            with files.replacing(path) as unfinished:
+                save_file({"neighbours": neighbours}, unfinished)
         return load_file(path)["neighbours"]
 
     def _begin(self, pairs: Pairs) -> None:

@@ -1,6 +1,7 @@
 """What accompanies a training run: a loss log that survives a kill, an average of the weights, the proof that the frozen stood still."""
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -8,27 +9,41 @@ import pytorch_lightning as pl
 import torch
 from torch import Tensor
 
-from unimodal import stages
+from unimodal import files, stages
 from unimodal.sharding import cut_like, whole
 
 
 class LossLog(pl.Callback):
-    """One JSON line per step in `losses.jsonl` of the run's folder. A resumed run first drops the lines after its checkpoint."""
+    """One JSON line per optimizer step in `losses.jsonl` of the run's folder: the means over the batches whose gradients the step took
+    together. A resumed run first drops the lines after its checkpoint."""
 
     def on_train_start(self, trainer: pl.Trainer, task: pl.LightningModule) -> None:
         self.path = Path(trainer.default_root_dir) / "losses.jsonl"
+        self.step = trainer.global_step
+        self.batches: list[dict[str, float]] = []
         if not trainer.is_global_zero:
             return
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        lines = self.path.read_text().splitlines(keepends=True) if self.path.exists() else []
-        kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] < trainer.global_step]
-        self.path.write_text("".join(kept))
+        lines = self.path.read_text(encoding="utf-8").splitlines(keepends=True) if self.path.exists() else []
+        files.write_text(self.path, "".join(line for line in lines if _step(line) < trainer.global_step))
 
     def on_train_batch_end(self, trainer: pl.Trainer, task: Any, outputs: Any, batch: Any, batch_index: int) -> None:
+        self.batches.append({**task.step_losses, **task.step_report})
+        if trainer.global_step == self.step:  # gradients accumulate
+            return
+        self.step, batches, self.batches = trainer.global_step, self.batches, []
         if trainer.is_global_zero:
-            row = {"step": trainer.global_step - 1, **task.step_losses, **task.step_report}
-            with open(self.path, "a") as file:
-                file.write(json.dumps(row) + "\n")
+            means = {key: sum(row[key] for row in batches) / len(batches) for key in batches[-1]}
+            with open(self.path, "a", encoding="utf-8") as file:
+                file.write(json.dumps({"step": self.step - 1, **means}) + "\n")
+
+
+def _step(line: str) -> float:
+    """The step of a line of the log; infinity for what a kill left of one."""
+    try:
+        return json.loads(line)["step"] if line.endswith("\n") else math.inf
+    except (ValueError, TypeError, KeyError):
+        return math.inf
 
 
 class EMA(pl.Callback):

@@ -6,8 +6,8 @@ from typing import Any
 
 from pytorch_lightning.strategies import ModelParallelStrategy
 
-from unimodal.hub.folder import replacing
-from unimodal.hub.training import refuse_code
+from unimodal import files
+from unimodal.hub.training import check_training_checkpoint
 
 
 class FSDP2(ModelParallelStrategy):
@@ -33,13 +33,16 @@ class FSDP2(ModelParallelStrategy):
     def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any = None) -> None:
         if not self._save_distributed_checkpoint:
             return super().save_checkpoint(checkpoint, filepath, storage_options)
-        # The first process decides where, and puts the new folder in the place of the old one when all have written.
-        with replacing(filepath, lambda _: True) if self.is_global_zero else nullcontext() as fresh:
+        # The first process decides where, and exchanges the parts of the old checkpoint for the new ones when all have written.
+        with files.replacing_contents(filepath, lambda _: True) if self.is_global_zero else nullcontext() as fresh:
             super().save_checkpoint(checkpoint, fresh, storage_options)  # type: ignore[arg-type]
             self.barrier()
         self.barrier()
 
     def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
-        if self._save_distributed_checkpoint:
-            refuse_code(Path(checkpoint_path))
-        return super().load_checkpoint(checkpoint_path, weights_only)
+        path = Path(checkpoint_path)
+        if self.is_global_zero and path.is_dir():
+            files.restore(path)
+        self.barrier()
+        check_training_checkpoint(path)
+        return super().load_checkpoint(path, weights_only=True)
