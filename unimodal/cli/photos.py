@@ -17,8 +17,9 @@ import torch
 from unimodal.app import require_gradio, serve
 from unimodal.cli.options import Parser, whole
 from unimodal.cli.output import add_json, add_overwrite, require_free_file, say
+from unimodal.data.folders import find_pictures, pictures_in, require_unicode
 from unimodal.data.images import load_image
-from unimodal.data.items import as_item, other_pictures_in, pictures_in, require_unicode
+from unimodal.data.items import as_item
 from unimodal.files import replacing
 from unimodal.inference import Unimodal
 from unimodal.report import Found, write_search
@@ -216,7 +217,7 @@ def caption(
                 write(name, text)
         say_skipped(skipped, len(paths))
         for folder in filter(os.path.isdir, options.paths):
-            if others := other_pictures_in(Path(folder)):
+            if others := find_pictures(Path(folder)).left_out(Path(folder)):
                 say(f"{folder}: {others}")
         if not captions:
             raise ValueError(f"none of the {len(paths)} inputs can be read")

@@ -23,8 +23,10 @@ from unimodal.cli.data import add_parser, check_data
 from unimodal.cli.options import Parser, add_model, names, number, whole
 from unimodal.cli.output import add_json, add_overwrite, print_json, require_free_file
 from unimodal.cli.photos import say_skipped
+from unimodal.data.endings import names_picture
+from unimodal.data.folders import pictures_in
 from unimodal.data.images import load_image
-from unimodal.data.items import SUFFIXES, as_item, pictures_in
+from unimodal.data.items import as_item
 from unimodal.files import replacing, write_json
 from unimodal.hub import push_to_hub
 from unimodal.inference import Unimodal
@@ -252,7 +254,7 @@ def _expand(inputs: Iterable[str]) -> list[str | Path]:
 def _readable(items: list[str | Path]) -> tuple[list[str | Path], dict[str, str]]:
     """The items without the pictures that cannot be read, and these, each with its reason, which are also listed."""
     bad: dict[str, str] = {}
-    pictures = [item for item in items if isinstance(item, Path) or item.lower().endswith(SUFFIXES)]
+    pictures = [item for item in items if isinstance(item, Path) or names_picture(item)]
     for picture in pictures:
         try:
             load_image(picture)

@@ -7,9 +7,8 @@ names it. Only http and https are fetched, with a time and a size limit, and a r
 from __future__ import annotations
 
 import io
+import os
 import stat
-import urllib.error
-import urllib.request
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -17,64 +16,52 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageFile
 
-# Pillow knows others that run external programs, PostScript first of all.
-FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM")
-TIFF_MARKS = (b"II*\0", b"MM\0*")
-MAX_BYTES = 64 * 2**20  # of a download
-TIMEOUT = 20.0  # seconds without an answer
+from unimodal.arguments import described
+from unimodal.data.addresses import TIMEOUT, fetched
+from unimodal.data.decoding import ImageError, as_rgb, corrupt, opened, pixel_limit, read_picture, require_size
+from unimodal.data.endings import CONVERT, UNREAD, ending, is_data, is_remote, picture_address, shown
 
-# urllib's default opener would also follow a redirect to ftp; this one knows the web only.
-_WEB = urllib.request.OpenerDirector()
-for _handler in (
-    urllib.request.ProxyHandler,
-    urllib.request.HTTPHandler,
-    urllib.request.HTTPSHandler,
-    urllib.request.HTTPRedirectHandler,
-    urllib.request.HTTPErrorProcessor,
-    urllib.request.HTTPDefaultErrorHandler,
-    urllib.request.UnknownHandler,
-):
-    _WEB.add_handler(_handler())
+FORMS = "a path, URL, data URL, bytes, open binary file, PIL image, array or tensor"
 
 
-class ImageError(ValueError):
-    """Something that was given as an image is none, or none that may be opened."""
-
-
-def load_image(item: Any, *, max_pixels: int = 64_000_000, timeout: float = TIMEOUT) -> Image.Image:
+def load_image(item: Any, *, max_pixels: int | None = None, timeout: float = TIMEOUT) -> Image.Image:
     """A picture in RGB, turned upright if its EXIF data say how, transparent parts on white.
 
     Args:
-        item: path; http or https URL; the bytes of an image file; PIL image; array [H, W] or [H, W, 1 | 3 | 4] or tensor
-            [H, W] or [1 | 3 | 4, H, W], uint8 or float in [0, 1].
-        max_pixels: width times height from which a picture is refused before it is decoded.
+        item: path; http, https or `file:` URL; data URL; the bytes of an image file; one that is open for reading in binary; PIL
+            image; array [H, W] or [H, W, 1 | 3 | 4] or tensor [H, W] or [1 | 3 | 4, H, W], uint8 or float in [0, 1].
+        max_pixels: width times height up to which a picture is decoded; by default the environment variable UNIMODAL_MAX_PIXELS, or 64
+            million. A JPEG or JPEG 2000 of up to four times as many is read at half its scale.
         timeout: seconds that a web server may stay silent.
 
     Raises:
         FileNotFoundError: the path names nothing.
         ImageError: a folder, a file that is no image, a broken or truncated one, too many pixels, values or a shape that
-            make no picture, a download that fails or is too large.
+            make no picture, a malformed data URL, a download that fails or is too large, a picture or file that was closed.
         TypeError: none of the kinds above, or an array of another type.
     """
+    limit = pixel_limit() if max_pixels is None else max_pixels
     if isinstance(item, Image.Image):
-        return _decode(item, "the PIL image", max_pixels)
+        return _from_pil(item, limit)
     if isinstance(item, np.ndarray):
         return _from_array(item, "an array", "[H, W] or [H, W, 1 | 3 | 4]")
     if isinstance(item, torch.Tensor):
         array = item.detach().cpu()
         array = array.float() if array.dtype == torch.bfloat16 else array  # numpy has no bfloat16
         return _from_array(_channels_last(array).numpy(), "a tensor", "[H, W] or [1 | 3 | 4, H, W]")
-    if isinstance(item, bytes):
-        return _open(io.BytesIO(item), f"the {len(item)} bytes given as an image", max_pixels)
-    if isinstance(item, str) and "://" in item:
-        return _open(io.BytesIO(_download(item, timeout)), repr(item), max_pixels)
-    if isinstance(item, str | Path):
-        return _from_path(Path(item), max_pixels)
-    raise TypeError(
-        f"an image is a path, URL, bytes, PIL image, array or tensor, got {type(item).__name__}: {item!r:.80}"
-    )
+    if isinstance(item, bytes | bytearray | memoryview):
+        return read_picture(io.BytesIO(item), f"the {len(item)} bytes given as an image", limit)
+    if hasattr(item, "read"):
+        return _from_open_file(item, limit)
+    if isinstance(item, str):
+        item = picture_address(item)
+        if is_data(item) or is_remote(item):
+            return read_picture(io.BytesIO(fetched(item, timeout)), shown(item), limit)
+    if isinstance(item, str | os.PathLike):
+        return _from_path(Path(item), limit)
+    raise TypeError(f"an image is {FORMS}, got {described(item)}")
 
 
 def load_images(items: Sequence[Any]) -> list[Image.Image]:
@@ -97,81 +84,53 @@ def picture_area(item: Any) -> int:
         sides = [side for side in item.shape if side > 4]
         return int(np.prod(sides[:2])) if sides else 0
     try:
-        with Image.open(io.BytesIO(item) if isinstance(item, bytes) else item, formats=FORMATS) as picture:
-            return picture.width * picture.height
+        with io.BytesIO(item) if isinstance(item, bytes) else open(item, "rb") as file:
+            width, height = opened(file).size
+            return width * height
     except Exception:  # opening it in earnest will say what is wrong
         return 0
 
 
-def _from_path(path: Path, max_pixels: int) -> Image.Image:
+def _from_path(path: Path, limit: int) -> Image.Image:
     try:
         kind = path.stat().st_mode
     except (FileNotFoundError, NotADirectoryError):
-        raise FileNotFoundError(f"there is no image file {str(path)!r}; check the path") from None
+        raise FileNotFoundError(f"there is no image file {shown(str(path))}; check the path") from None
     except (OSError, ValueError) as error:  # a name too long, or with a null byte
         raise ImageError(f"{str(path)[:80]!r} cannot be the path of an image: {error}") from None
     if not stat.S_ISREG(kind):
         raise ImageError(f"{str(path)!r} is not a file; name one image in it")
+    if ending(path) in UNREAD:
+        raise ImageError(f"{str(path)!r} is in a format that is not read ({ending(path)}); {CONVERT}")
     with path.open("rb") as file:
-        return _open(file, repr(str(path)), max_pixels)
+        return read_picture(file, repr(str(path)), limit)
 
 
-def _download(url: str, timeout: float) -> bytes:
-    if not url.lower().startswith(("http://", "https://")):
-        raise ImageError(f"{url!r} is neither http nor https; download it yourself and pass the file")
-    try:
-        request = urllib.request.Request(url, headers={"User-Agent": "unimodal"})
-        with _WEB.open(request, timeout=timeout) as response:
-            data = response.read(MAX_BYTES + 1)
-    except urllib.error.HTTPError as error:
-        raise ImageError(f"the server of {url!r} answered {error.code} {error.reason}; check the address") from error
-    except Exception as error:  # urllib, http.client and ssl raise kinds of their own; none of them says which address
-        raise ImageError(f"{url!r} could not be fetched: {error}; check the address and the network") from error
-    if len(data) > MAX_BYTES:
-        raise ImageError(f"{url!r} is larger than {MAX_BYTES} bytes; download it yourself and pass the file")
-    return data
-
-
-def _open(file: Any, name: str, max_pixels: int) -> Image.Image:
-    try:
-        picture = Image.open(file, formats=FORMATS)
-    except UnidentifiedImageError as error:
+def _from_open_file(file: Any, limit: int) -> Image.Image:
+    """The picture in a file that the user has opened, from its start, as Pillow reads it."""
+    if getattr(file, "closed", False):
+        raise ImageError("the file given as an image is closed; pass it while it is open, or its path")
+    if getattr(file, "seekable", bool)():
         file.seek(0)
-        if file.read(4) in TIFF_MARKS:
-            raise ImageError(
-                f"{name} is a TIFF with more bands or another depth than Pillow reads; write three bands of 8 bits, for "
-                "example with gdal_translate -ot Byte -scale -b 1 -b 2 -b 3"
-            ) from error
-        raise ImageError(f"{name} is no image; expected one of {', '.join(FORMATS)}") from error
-    except Image.DecompressionBombError as error:
-        raise ImageError(f"{name} has too many pixels: {error}") from error
-    except Exception as error:  # every file format has its own way to fail
-        raise ImageError(f"{name} is no image that can be read, or is broken from its start: {error}") from error
-    return _decode(picture, name, max_pixels)
+    content = file.read()
+    if not isinstance(content, bytes):
+        raise TypeError(f"the file given as an image was opened as text; open it with mode 'rb'")
+    return read_picture(io.BytesIO(content), f"the open file {getattr(file, 'name', '')!r} given as an image", limit)
 
 
-def _decode(picture: Image.Image, name: str, max_pixels: int) -> Image.Image:
-    width, height = picture.size
-    if width * height > max_pixels:
-        raise ImageError(
-            f"{name} has {width} x {height} pixels, more than max_pixels={max_pixels}; shrink it or raise the limit"
-        )
-    if width * height == 0:
-        raise ImageError(f"{name} has {width} x {height} pixels; expected at least one")
+def _from_pil(picture: Image.Image, limit: int) -> Image.Image:
+    name = "the PIL image"
+    require_size(picture.size, name, limit)
+    file = picture.fp if isinstance(picture, ImageFile.ImageFile) else None
     try:
-        picture = ImageOps.exif_transpose(picture)
-    except Exception as error:
-        raise ImageError(f"{name} is truncated or corrupt: {error}; make the file again") from error
-    if picture.mode.startswith("I;16"):
-        picture = Image.fromarray((np.asarray(picture) >> 8).astype(np.uint8))
-    if picture.mode in ("I", "F"):
-        raise ImageError(
-            f"{name} has pixels of type {picture.mode!r}, of unknown range; expected 8 or 16 bits per channel"
-        )
-    if picture.has_transparency_data:
-        picture = picture.convert("RGBA")
-        picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture)
-    return picture if picture.mode == "RGB" else picture.convert("RGB")
+        picture.load()
+    except Exception as error:  # every file format has its own way to fail
+        if file is None or file.closed:
+            raise ImageError(
+                f"{name} was closed before its pixels were read; open it again, or call its load() before it is closed"
+            ) from error
+        raise corrupt(name, error) from error
+    return as_rgb(picture, name)
 
 
 def _channels_last(tensor: torch.Tensor) -> torch.Tensor:
@@ -193,4 +152,4 @@ def _from_array(array: np.ndarray, name: str, shapes: str) -> Image.Image:
         array = np.round(array.astype(np.float32) * 255).astype(np.uint8)
     if array.ndim == 3 and array.shape[-1] == 1:
         array = array[..., 0]
-    return _decode(Image.fromarray(np.ascontiguousarray(array)), name, array.size)
+    return as_rgb(Image.fromarray(np.ascontiguousarray(array)), name)

@@ -1,51 +1,31 @@
 """What an item is: images, a video, a text, or several of these together, in any of the forms in which users pass them.
 
-A `str` is told apart by how it is written, never by what happens to lie on the disk:
-
     {"image": x}, {"text": s}, {"image": x, "text": s}    as it says; removes all doubt
     {"image": [x, y]}, {"video": v}                       several images; a video: its frames in order, or its file
-    pathlib.Path, PIL image, array, tensor, bytes         an image
-    "photo.jpg", "https://host/photo.jpg"                 an image: the string ends in a picture's suffix
+    pathlib.Path, PIL image, array, tensor, bytes         an image; so is a file that is open for reading in binary
+    "photo.jpg", "https://host/photo.jpg"                 an image: the string is written like one
     any other string                                      a text
 
-A string with a picture's suffix that names no file is an error, not a text, so that a mistyped path cannot slip through
-as words; so is a URL without such a suffix, which could be meant either way.
+How a string is told apart, `unimodal.data.endings` says.
 """
 
 import os
-from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
-from urllib.parse import urlsplit
 
 import numpy as np
 import torch
 from PIL import Image
 
+from unimodal.arguments import described
+from unimodal.data.endings import is_data, is_remote, names_picture, picture_address, shown
 from unimodal.data.images import load_image
 from unimodal.data.video import read_video, sample_frames
 
-SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".ppm")
-# Pictures that nothing here decodes; a folder that holds some is told so.
-OTHER_SUFFIXES = (
-    ".heic",
-    ".heif",
-    ".avif",
-    ".jxl",
-    ".dng",
-    ".cr2",
-    ".cr3",
-    ".nef",
-    ".arw",
-    ".raf",
-    ".orf",
-    ".rw2",
-    ".psd",
-    ".svg",
-)
-FORMS = "a text, an image (path, URL, PIL image, array, tensor, bytes), or a dict with one or more of the keys 'image', 'video', 'text'"
+IMAGE_FORMS = "path, URL, PIL image, array, tensor, bytes, open file"
+FORMS = f"a text, an image ({IMAGE_FORMS}), or a dict with one or more of the keys 'image', 'video', 'text'"
 KEYS = ("image", "video", "text", "fps")
 FPS = 2.0  # of a list of frames whose rate is not given, as Qwen's own tools take it
 
@@ -149,59 +129,10 @@ def _name(value: Any) -> Any:
     return str(value) if isinstance(value, str | Path) else None
 
 
-def pictures_in(folder: Path) -> list[Path]:
-    """The pictures in a folder and the folders in it, by suffix, in order; hidden ones, such as a file manager's thumbnails, are none.
-
-    Raises:
-        FileNotFoundError: no such folder.
-        ValueError: there is no picture in it, or it is a file.
-    """
-    if folder.is_file():
-        raise ValueError(f"{folder} is a file; give the folder that holds the pictures")
-    if not folder.is_dir():
-        raise FileNotFoundError(f"{folder}: no such folder; give the folder that holds the pictures")
-    found = _seen_in(folder, SUFFIXES)
-    if not found:
-        others = other_pictures_in(folder)
-        raise ValueError(
-            f"{folder} holds no pictures; expected files that end in {', '.join(SUFFIXES)}"
-            + (f"; {others}" if others else "")
-        )
-    return found
-
-
-def other_pictures_in(folder: Path) -> str:
-    """How many pictures of a folder are of formats that are not read, and what to do; empty where there are none."""
-    kinds = Counter(path.suffix.lower() for path in _seen_in(folder, OTHER_SUFFIXES))
-    counts = ", ".join(f"{count} {kind}" for kind, count in sorted(kinds.items()))
-    return f"not read: {counts}; convert these to JPEG" if kinds else ""
-
-
-def _seen_in(folder: Path, suffixes: tuple[str, ...]) -> list[Path]:
-    return sorted(
-        path
-        for path in folder.rglob("*")
-        if path.suffix.lower() in suffixes
-        and not any(part.startswith(".") for part in path.relative_to(folder).parts)
-        and path.is_file()
-    )
-
-
-def require_unicode(path: Path) -> None:
-    """Refuse a path that no file of results can hold.
-
-    Raises:
-        ValueError: its name is not UTF-8, as of a file from an old disk or archive.
-    """
-    try:
-        str(path).encode()
-    except UnicodeEncodeError:
-        raise ValueError(f"{str(path)!r} has a name that is not UTF-8; rename it") from None
-
-
 def is_single(inputs: Any) -> bool:
     """Whether `inputs` is one item rather than several."""
-    return isinstance(inputs, str | bytes | dict | Path | Image.Image | np.ndarray | torch.Tensor | Item)
+    one = str | bytes | bytearray | memoryview | dict | os.PathLike | Image.Image | np.ndarray | torch.Tensor | Item
+    return isinstance(inputs, one) or hasattr(inputs, "read")
 
 
 def as_items(inputs: Any, *, check_files: bool = True) -> list[Item]:
@@ -215,7 +146,7 @@ def as_items(inputs: Any, *, check_files: bool = True) -> list[Item]:
     if is_single(inputs):
         return [as_item(inputs, check_files=check_files)]
     if not isinstance(inputs, Iterable):
-        raise TypeError(f"expected {FORMS}, or a list of these, got {type(inputs).__name__} {inputs!r}")
+        raise TypeError(f"expected {FORMS}, or a list of these, got {described(inputs)}")
     return [as_item(value, f"item {i}: ", check_files=check_files) for i, value in enumerate(inputs)]
 
 
@@ -233,17 +164,10 @@ def as_item(value: Any, where: str = "", *, check_files: bool = True) -> Item:
         video = _video(value["video"], where, check_files) if "video" in value else None
         return Item(image, text, video, _rate(value, where))
     if not is_single(value):
-        raise TypeError(f"{where}expected {FORMS}, got {type(value).__name__} {value!r}")
-    if not isinstance(value, str) or value.lower().endswith(SUFFIXES):
-        return Item(_image(value, where, check_files))
-    if value.startswith(("http://", "https://")) and len(value.split()) == 1:
-        if not urlsplit(value).path.lower().endswith(SUFFIXES):
-            raise ValueError(
-                f"{where}{value!r} is a URL without a picture's suffix; pass {{'image': url}} for the picture behind "
-                "it, or {'text': url} for these characters"
-            )
-        return Item(value)
-    return Item(text=_text(value, where))
+        raise TypeError(f"{where}expected {FORMS}, got {described(value)}")
+    if isinstance(value, str) and not names_picture(value, where):
+        return Item(text=_text(value, where))
+    return Item(_image(value, where, check_files))
 
 
 def _images(value: Any, where: str, check_files: bool) -> Any:
@@ -262,19 +186,19 @@ def _video(value: Any, where: str, check_files: bool) -> Any:
         return tuple(_image(one, f"{where}frame {i}: ", check_files) for i, one in enumerate(value))
     if not isinstance(value, str | Path):
         raise TypeError(
-            f"{where}expected a video as a list of frames or the path of a file, got {type(value).__name__} {value!r:.80}"
+            f"{where}expected a video as a list of frames or the path of a file, got {described(value)}"
         )
     if str(value).startswith(("http://", "https://")):
-        raise ValueError(f"{where}{value!r}: videos are not downloaded; fetch the file yourself and pass its path")
+        raise ValueError(f"{where}{shown(value)}: videos are not downloaded; fetch the file yourself and pass its path")
     if check_files and not os.path.isfile(value):
-        raise FileNotFoundError(f"{where}there is no video file {str(value)!r}; check the path")
+        raise FileNotFoundError(f"{where}there is no video file {shown(str(value))}; check the path")
     return value
 
 
 def _rate(value: dict[str, Any], where: str) -> float:
     fps = value.get("fps", FPS)
     if isinstance(fps, bool) or not isinstance(fps, int | float) or not fps > 0:
-        raise ValueError(f"{where}'fps' is the number of frames per second, expected one above 0, got {fps!r}")
+        raise ValueError(f"{where}'fps' is the number of frames per second, expected one above 0, got {described(fps)}")
     if "fps" in value and not isinstance(value.get("video"), list | tuple):
         raise ValueError(f"{where}'fps' belongs to a video that is given as a list of frames; leave it out")
     return float(fps)
@@ -282,21 +206,23 @@ def _rate(value: dict[str, Any], where: str) -> float:
 
 def _image(value: Any, where: str, check_files: bool) -> Any:
     if not is_single(value) or isinstance(value, dict | Item):
-        raise TypeError(
-            f"{where}expected an image (path, URL, PIL image, array, tensor, bytes), "
-            f"got {type(value).__name__} {value!r}"
-        )
-    is_path = isinstance(value, str | Path) and not str(value).startswith(("http://", "https://"))
-    if check_files and is_path and not os.path.isfile(value):
+        raise TypeError(f"{where}expected an image ({IMAGE_FORMS}), got {described(value)}")
+    if isinstance(value, str):
+        value = picture_address(value)
+        if is_data(value) or is_remote(value):
+            return value
+    elif isinstance(value, os.PathLike):
+        value = Path(value)
+    if check_files and isinstance(value, str | Path) and not os.path.isfile(value):
         raise FileNotFoundError(
-            f"{where}there is no image file {str(value)!r}; check the path, or pass {{'text': ...}} to mean these words"
+            f"{where}there is no image file {shown(str(value))}; check the path, or pass {{'text': ...}} to mean these words"
         )
     return value
 
 
 def _text(value: Any, where: str) -> str:
     if not isinstance(value, str):
-        raise TypeError(f"{where}expected a text as str, got {type(value).__name__} {value!r}")
+        raise TypeError(f"{where}expected a text as str, got {described(value)}")
     if not value.strip():
         raise ValueError(f"{where}the text is empty; leave it out, or give it words")
     return value

@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from unimodal.data.items import SUFFIXES
+from unimodal.data.folders import find_pictures
 from unimodal.data.pairs import Pairs
 from unimodal.data.readers import Listed, OnError, Sample, inside, lines
 
@@ -79,7 +79,7 @@ class PascalSentence(Listed):
             raise ValueError(f"split: expected train, val, test or all, got {split!r}")
         samples = []
         for folder in sorted(path for path in pictures.iterdir() if path.is_dir()):
-            files = [path for path in folder.iterdir() if path.suffix.lower() in SUFFIXES]
+            files = [path for path in find_pictures(folder).pictures if path.parent == folder]
             files.sort(key=lambda path: hashlib.sha256(f"{seed}/{path.parent.name}/{path.stem}".encode()).digest())
             tenth = len(files) // 10
             parts = {"val": files[:tenth], "test": files[tenth : 2 * tenth], "train": files[2 * tenth :], "all": files}

@@ -15,8 +15,8 @@ from typing import Any, Literal
 
 from PIL import Image
 
+from unimodal.data.folders import find_pictures
 from unimodal.data.images import load_image
-from unimodal.data.items import SUFFIXES
 from unimodal.data.pairs import Problem, caption_fault, check, fingerprint
 
 OnError = Literal["raise", "skip", "keep"]
@@ -238,7 +238,10 @@ class ImageFolder(Listed):
         folder = inside(Path(root), split or "")
         if not folder.is_dir():
             raise FileNotFoundError(f"there is no folder {str(folder)!r}; the pictures of a split lie in root/split")
-        files = sorted(path for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES)
+        seen = find_pictures(folder)
+        if left_out := seen.left_out(folder):
+            warnings.warn(f"{folder}: {left_out}", stacklevel=2)
+        files = seen.pictures
         samples = [Sample(path.relative_to(folder).as_posix(), _lines_beside(path), path) for path in files]
         super().__init__(Path(root).resolve().name, split or "all", samples, on_error, gallery=True)
 

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from unimodal.data.items import SUFFIXES
+from unimodal.data.endings import PICTURES
 from unimodal.data.readers import Listed, OnError, Sample, as_labels, inside, lines
 
 
@@ -55,7 +55,7 @@ def _index(shard: Path) -> Iterator[Sample]:
                 if not stem:  # .DS_Store and its like
                     continue
                 sample = str(place.with_name(stem))
-                if f".{suffix.lower()}" in SUFFIXES:
+                if f".{suffix.lower()}" in PICTURES:
                     found.setdefault(sample, {})["picture"] = (member.offset_data, member.size)
                 elif suffix in ("json", "txt"):
                     content = tar.extractfile(member).read()  # type: ignore[union-attr]

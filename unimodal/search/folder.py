@@ -14,7 +14,7 @@ import warnings
 from dataclasses import dataclass
 from pathlib import Path
 
-from unimodal.data.items import other_pictures_in, pictures_in, require_unicode
+from unimodal.data.folders import find_pictures, pictures_in, require_unicode
 from unimodal.search.build import build_index
 from unimodal.search.catalogue import Document, Id
 from unimodal.search.encoder import Encoder
@@ -30,7 +30,7 @@ class FolderIndex:
         fresh: how many pictures are new or have changed.
         stale: how many that it held are gone or have changed.
         skipped: path within the folder -> why the picture cannot be read.
-        others: how many pictures are of formats that are not read, as a sentence; empty where there are none.
+        others: which formats and which linked or closed folders in it are not read, as a sentence; empty where everything is.
     """
 
     index: Index
@@ -85,10 +85,10 @@ def index_folder(
             name = path.relative_to(folder).as_posix()
             try:
                 require_unicode(root / name)
-            except ValueError as error:
+                stat = path.stat()
+            except (OSError, ValueError) as error:
                 unnamed[name] = str(error)
                 continue
-            stat = path.stat()
             wanted[name] = Document(name, str(root / name), {"version": f"{stat.st_size} {stat.st_mtime_ns}"})
         held = {document.id: document for document in index.catalogue.listed()}
         fresh = [document for name, document in wanted.items() if held.get(name) != document]
@@ -113,7 +113,9 @@ def index_folder(
             f"none of the {len(pictures)} pictures in {folder} can be read: {next(iter(skipped.values()))}"
         )
     changed = sum(one.id in held for one in fresh)
-    return FolderIndex(index, len(fresh), len(gone) + changed, skipped, other_pictures_in(Path(folder)))
+    return FolderIndex(
+        index, len(fresh), len(gone) + changed, skipped, find_pictures(Path(folder)).left_out(Path(folder))
+    )
 
 
 def _open(encoder: Encoder, place: Path, root: Path) -> Index:

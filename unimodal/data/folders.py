@@ -1,0 +1,138 @@
+"""The pictures in a folder and the folders in it, and what is left out of them and why.
+
+A picture is told by its ending. Hidden files and folders are none, nor is what a system keeps beside one's pictures: thumbnails,
+resource forks, deleted files. A linked folder is followed once: not where it leads to a folder that is read anyway, nor where it leads
+back to one that holds it. A link that leads nowhere counts as a picture, so that whoever opens it says so.
+"""
+
+import os
+from collections import Counter
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from unimodal.data.endings import PICTURES, UNREAD, ending
+
+# Beside those that begin with a dot: of macOS, Synology, QNAP, Windows.
+SYSTEM_FOLDERS = frozenset(("__MACOSX", "@eaDir", "#recycle", "@Recycle", ".@__thumb", "$RECYCLE.BIN", "Thumbs"))
+TOLD = 3  # links or folders that are named
+
+
+@dataclass
+class Found:
+    """What lies in a folder.
+
+    Attributes:
+        pictures: their paths, in order.
+        unread: the endings of pictures that are not read, as often as they occur.
+        links: linked folders that are not followed.
+        closed: folders that cannot be opened.
+    """
+
+    pictures: list[Path] = field(default_factory=list)
+    unread: list[str] = field(default_factory=list)
+    links: list[Path] = field(default_factory=list)
+    closed: list[Path] = field(default_factory=list)
+
+    def left_out(self, folder: Path) -> str:
+        """What is not read of the folder, as a sentence; empty where everything is."""
+        told = []
+        if self.unread:
+            counts = ", ".join(f"{count} {kind}" for kind, count in sorted(Counter(self.unread).items()))
+            told.append(f"not read: {counts}; convert these to JPEG")
+        if self.links:
+            told.append(
+                f"not followed: {_named(self.links, folder)}, linked to a folder that is read already or holds this one"
+            )
+        if self.closed:
+            told.append(f"not opened: {_named(self.closed, folder)}; ask for the right to read it")
+        return "; ".join(told)
+
+
+def find_pictures(folder: Path) -> Found:
+    """The pictures of a folder, by their endings.
+
+    Raises:
+        FileNotFoundError: no such folder.
+        ValueError: it is a file.
+    """
+    if folder.is_file():
+        raise ValueError(f"{folder} is a file; give the folder that holds the pictures")
+    if not folder.is_dir():
+        raise FileNotFoundError(f"{folder}: no such folder; give the folder that holds the pictures")
+    found = Found()
+    whole = folder.resolve()
+    read: set[Path] = set()  # folders by their real path
+    links = _walk(folder, found, read)
+    while links:  # folders that are there come before those that are only linked
+        link = links.pop(0)
+        place = link.resolve()
+        if place in read or whole.is_relative_to(place):
+            found.links.append(link)
+        else:
+            links += _walk(link, found, read)
+    found.pictures.sort()
+    return found
+
+
+def pictures_in(folder: Path) -> list[Path]:
+    """The pictures of a folder, at least one.
+
+    Raises:
+        FileNotFoundError: no such folder.
+        ValueError: there is no picture in it, or it is a file.
+    """
+    found = find_pictures(folder)
+    if not found.pictures:
+        others = found.left_out(folder)
+        raise ValueError(
+            f"{folder} holds no pictures; expected files that end in {', '.join(PICTURES)}"
+            + (f"; {others}" if others else "")
+        )
+    return found.pictures
+
+
+def is_hidden(name: str) -> bool:
+    """Whether a file or folder of this name is not the user's own picture, or holds none."""
+    return name.startswith(".") or name in SYSTEM_FOLDERS
+
+
+def require_unicode(path: Path) -> None:
+    """Refuse a path that no file of results can hold.
+
+    Raises:
+        ValueError: its name is not UTF-8, as of a file from an old disk or archive.
+    """
+    try:
+        str(path).encode()
+    except UnicodeEncodeError:
+        raise ValueError(f"{str(path)!r} has a name that is not UTF-8; rename it") from None
+
+
+def _walk(folder: Path, found: Found, read: set[Path]) -> list[Path]:
+    """Put what lies in a folder and the folders in it into `found`; the links to folders that were met, in order."""
+    read.add(folder.resolve())
+    try:
+        entries = sorted(
+            (entry for entry in os.scandir(folder) if not is_hidden(entry.name)), key=lambda entry: entry.name
+        )
+    except OSError:
+        found.closed.append(folder)
+        return []
+    links = []
+    for entry in entries:
+        path = folder / entry.name
+        if entry.is_dir():
+            if entry.is_symlink():
+                links.append(path)
+            elif path.resolve() not in read:
+                links += _walk(path, found, read)
+        elif ending(entry.name) in PICTURES:
+            found.pictures.append(path)
+        elif ending(entry.name) in UNREAD:
+            found.unread.append(ending(entry.name))
+    return links
+
+
+def _named(paths: list[Path], folder: Path) -> str:
+    names = [repr(path.relative_to(folder).as_posix()) for path in paths[:TOLD]]
+    return ", ".join(names) + (f" and {len(paths) - TOLD} more" if len(paths) > TOLD else "")
