@@ -163,16 +163,16 @@ def test_hidden_and_foreign_files_are_no_pictures(encoder: Encoder, photos: Path
     (photos / ".thumbnails").mkdir()
     for name in (".thumbnails/a.png", "._a.png"):
         Scenes("val", count=1).image(0).save(photos / name)
-    for name in ("one.HEIC", "two.heic", "three.cr2", "four.txt"):
+    for name in ("one.DNG", "two.dng", "three.cr2", "four.txt"):
         (photos / name).write_bytes(b"x")
     found = index_folder(encoder, photos)
     assert found.index.ids == ["a.png", "b.png", "more/c.png"] and list(found.skipped) == ["bad.jpg"]
-    assert found.others == "not read: 1 .cr2, 2 .heic; convert these to JPEG"
+    assert found.others == "not read: 1 .cr2, 2 .dng; convert these to JPEG"
     only = photos.parent / "only"
     only.mkdir()
-    (only / "one.heic").write_bytes(b"x")
+    (only / "one.dng").write_bytes(b"x")
     with pytest.raises(
-        ValueError, match=r"only holds no pictures; expected files that end in \.jpg.*; not read: 1 \.heic"
+        ValueError, match=r"only holds no pictures; expected files that end in \.jpg.*; not read: 1 \.dng"
     ):
         index_folder(encoder, only)
     with pytest.raises(ValueError, match="a.png is a file; give the folder that holds the pictures"):

@@ -362,11 +362,11 @@ def test_a_string_is_an_image_by_its_suffix_only(photos: list[str], tmp_path: Pa
         ("https://example.org/picture?id=3", ValueError, r"a URL without a picture's suffix; pass \{'image': url\}"),
         (["a", " \n"], ValueError, "item 1: the text is empty"),
         ([1], TypeError, "item 0: expected a text, an image .*, got int 1"),
-        (None, TypeError, "expected a text, an image .*, or a list of these, got NoneType None"),
+        (None, TypeError, "expected a text, an image .*, or a list of these, got None"),
         ({"picture": 1}, ValueError, r"the keys 'image', 'video', 'text', got \['picture'\]"),
         ({}, ValueError, r"got \[\]"),
         ({"text": 3}, TypeError, "expected a text as str, got int 3"),
-        ({"image": None}, TypeError, "expected an image .*, got NoneType None"),
+        ({"image": None}, TypeError, "expected an image .*, got None"),
         ({"image": 3}, TypeError, "expected an image .*, got int 3"),
     ],
 )

@@ -28,6 +28,7 @@ LIMIT_VARIABLE = "UNIMODAL_MAX_PIXELS"  # reaches every verb, call and worker pr
 MAX_PIXELS = 64_000_000
 MISSING = 0.1  # of a cut picture's rows, at most
 END_OF_JPEG = b"\xff\xd9"
+SEGMENTS = (b"\xff\xc4", b"\xff\xda")  # a table, a scan: what a JPEG may have several of
 TURNS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -173,21 +174,26 @@ def _prepared(file: IO[bytes], name: str, limit: int) -> Any:
 def _completed(file: IO[bytes], name: str, limit: int, error: Exception) -> Image.Image:
     """A JPEG whose end is missing, with the rows that are there; a decoder leaves the others grey."""
     file.seek(0)
-    try:
-        picture = _prepared(io.BytesIO(file.read() + END_OF_JPEG), name, limit)
-        picture.load()
-    except Exception:
+    content = file.read()
+    last = max(content.rfind(marker) for marker in SEGMENTS)
+    for end in (len(content), last):  # where the last segment is cut itself, the picture ends before it
+        picture = _prepared(io.BytesIO(content[:end] + END_OF_JPEG), name, limit)
+        try:
+            picture.load()
+            break
+        except Exception:
+            continue
+    else:
         raise corrupt(name, error) from error
     height = picture.height
-    end = np.asarray(picture)[-int(MISSING * height) - 1 :]
-    grey = np.all((end == 127) | (end == 128), axis=tuple(range(1, end.ndim)))
+    bottom = np.asarray(picture)[-int(MISSING * height) - 1 :]
+    grey = np.all((bottom == 127) | (bottom == 128), axis=tuple(range(1, bottom.ndim)))
     if grey.all():
         raise corrupt(name, ValueError(f"more than {MISSING:.0%} of its rows are missing")) from error
     missing = int(np.argmin(grey[::-1]))
-    more = " and fine detail everywhere" if "progressive" in picture.info else ""
-    warnings.warn(
-        f"{name} is cut short: {missing} of its {height} rows are missing{more}; it is read as it is", stacklevel=4
-    )
+    told = f"{missing} of its {height} rows are missing" if missing else "its last bytes are missing"
+    detail = ", and fine detail everywhere" if "progressive" in picture.info else ""
+    warnings.warn(f"{name} is cut short: {told}{detail}; it is read as it is", stacklevel=4)
     return picture
 
 

@@ -114,7 +114,7 @@ def _from_open_file(file: Any, limit: int) -> Image.Image:
         file.seek(0)
     content = file.read()
     if not isinstance(content, bytes):
-        raise TypeError(f"the file given as an image was opened as text; open it with mode 'rb'")
+        raise TypeError("the file given as an image was opened as text; open it with mode 'rb'")
     return read_picture(io.BytesIO(content), f"the open file {getattr(file, 'name', '')!r} given as an image", limit)
 
 

@@ -157,7 +157,7 @@ def as_item(value: Any, where: str = "", *, check_files: bool = True) -> Item:
     if isinstance(value, dict):
         if value.keys() - set(KEYS) or not value.keys() - {"fps"}:
             raise ValueError(
-                f"{where}a dict has one or more of the keys 'image', 'video', 'text', got {sorted(map(str, value))}"
+                f"{where}a dict has one or more of the keys 'image', 'video', 'text', got [{', '.join(shown(str(key)) for key in value)}]"
             )
         image = _images(value["image"], where, check_files) if "image" in value else None
         text = _text(value["text"], where) if "text" in value else None
@@ -185,11 +185,11 @@ def _video(value: Any, where: str, check_files: bool) -> Any:
             raise ValueError(f"{where}'video' is an empty list; give its frames in order")
         return tuple(_image(one, f"{where}frame {i}: ", check_files) for i, one in enumerate(value))
     if not isinstance(value, str | Path):
-        raise TypeError(
-            f"{where}expected a video as a list of frames or the path of a file, got {described(value)}"
-        )
+        raise TypeError(f"{where}expected a video as a list of frames or the path of a file, got {described(value)}")
     if str(value).startswith(("http://", "https://")):
-        raise ValueError(f"{where}{shown(value)}: videos are not downloaded; fetch the file yourself and pass its path")
+        raise ValueError(
+            f"{where}{shown(str(value))}: videos are not downloaded; fetch the file yourself and pass its path"
+        )
     if check_files and not os.path.isfile(value):
         raise FileNotFoundError(f"{where}there is no video file {shown(str(value))}; check the path")
     return value
