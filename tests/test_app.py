@@ -1,8 +1,12 @@
 """The page of `unimodal app` in a real browser: words and Enter find pictures, a phone shows it whole, and nothing comes from outside."""
 
+import http.client
+import json
 import re
 import shutil
+import socket
 from collections.abc import Iterator
+from contextlib import suppress
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -11,6 +15,7 @@ import pytest
 from toy import toy_model, toy_processor
 
 from unimodal import app
+from unimodal.app import door, page
 from unimodal.data.scenes import Scenes
 from unimodal.inference import Unimodal
 
@@ -19,6 +24,7 @@ BROWSER = pytest.mark.skipif(
     find_spec("gradio") is None or find_spec("playwright") is None or CHROMIUM is None,
     reason="needs unimodal[demo], playwright, and chromium on the path",
 )
+GRADIO = pytest.mark.skipif(find_spec("gradio") is None, reason="needs unimodal[demo]")
 DESKTOP, PHONE = {"width": 1200, "height": 900}, {"width": 375, "height": 740}
 
 
@@ -230,6 +236,187 @@ def test_it_listens_here_alone_and_sends_its_policy(served, visit) -> None:
     said: list[str] = []
     assert page.evaluate(refused) == "TypeError"
     assert any("Content Security Policy" in text for text in said), said
+
+
+# Who may ask it for what.
+
+
+def ask(
+    served: Any, method: str, path: str, body: Any = None, headers: dict[str, str] | None = None
+) -> tuple[int, dict[str, str], bytes]:
+    """Status, headers and body of an answer. `headers` may name another Host; a body of pieces is sent without its length."""
+    link = http.client.HTTPConnection("127.0.0.1", served.server_port, timeout=60)
+    try:
+        link.request(method, path, body, {"Content-Type": "application/json", **(headers or {})})
+        answer = link.getresponse()
+        return answer.status, {key.lower(): value for key, value in answer.getheaders()}, answer.read()
+    finally:
+        link.close()
+
+
+def form(content: bytes, name: str = "a.png") -> tuple[bytes, dict[str, str]]:
+    head = f'--x\r\nContent-Disposition: form-data; name="files"; filename="{name}"\r\nContent-Type: image/png\r\n\r\n'
+    return head.encode() + content + b"\r\n--x--\r\n", {"Content-Type": "multipart/form-data; boundary=x"}
+
+
+def held() -> list[Path]:
+    """The files that were uploaded and are still there."""
+    return [path for path in Path(page.upload_folder().name).rglob("*") if path.is_file()]
+
+
+def joined(served: Any, name: str, *data: Any) -> tuple[int, dict[str, str], bytes]:
+    """Asks for the work behind a button, by gradio's API."""
+    return ask(served, "POST", f"/gradio_api/run/{name}", json.dumps({"data": data, "session_hash": "s"}))
+
+
+@GRADIO
+@pytest.mark.parametrize("host", ["127.0.0.1", "localhost", "[::1]", "LocalHost"])
+@pytest.mark.parametrize("port", ["", ":7860", "here"])
+def test_it_answers_to_the_names_of_this_machine(host, port, served) -> None:
+    port = f":{served.server_port}" if port == "here" else port
+    status, headers, _ = ask(served, "GET", "/config", headers={"Host": host + port})
+    assert status == 200 and headers["content-security-policy"] == door.POLICY
+
+
+@GRADIO
+@pytest.mark.parametrize(
+    "host",
+    [
+        "evil.example",
+        "127.0.0.1.evil.example",
+        "evil.example:80",
+        "localhost.",
+        "127.0.0.2",
+        "0.0.0.0",
+        "[::2]",
+        "",
+        "localhost:x",
+        "a@localhost",
+    ],
+)
+@pytest.mark.parametrize(("method", "path"), [("GET", "/"), ("GET", "/config"), ("POST", "/gradio_api/upload")])
+def test_it_answers_to_no_other_name(host, method, path, served) -> None:
+    status, headers, body = ask(served, method, path, b"{}", {"Host": host, "Origin": f"http://{host}"})
+    assert status == 403 and b"on this machine alone" in body and "access-control-allow-origin" not in headers
+
+
+@GRADIO
+@pytest.mark.parametrize(
+    "origin", ["http://evil.example", "null", "http://127.0.0.1:1", "http://localhost:{port}", "file://"]
+)
+@pytest.mark.parametrize("path", ["/gradio_api/upload", "/gradio_api/queue/join", "/gradio_api/run/by_words"])
+def test_another_origin_changes_nothing(origin, path, served) -> None:
+    before = held()
+    body, headers = form(b"0" * 1000)
+    own = {"Host": f"127.0.0.1:{served.server_port}", "Origin": origin.format(port=served.server_port)}
+    status, _, told = ask(served, "POST", path, body, headers | own)
+    assert status == 403 and b"from itself alone" in told and held() == before
+    status, headers, _ = ask(served, "OPTIONS", path, None, own | {"Access-Control-Request-Method": "POST"})
+    assert status == 403 and "access-control-allow-origin" not in headers
+
+
+@GRADIO
+def test_two_hosts_are_refused(served) -> None:
+    with socket.create_connection(("127.0.0.1", served.server_port), timeout=60) as link:
+        link.sendall(b"GET /config HTTP/1.1\r\nHost: localhost\r\nHost: evil.example\r\nConnection: close\r\n\r\n")
+        assert link.recv(100).split(b" ")[1] in (b"400", b"403")
+
+
+@GRADIO
+@pytest.mark.parametrize("lengthless", [False, True])
+def test_an_upload_has_a_bound_and_leaves_nothing(lengthless: bool, served, monkeypatch) -> None:
+    monkeypatch.setattr(door, "UPLOAD", 100_000)
+    before = held()
+    body, headers = form(b"0" * 1_000_000)
+    pieces = (body[i : i + 10_000] for i in range(0, len(body), 10_000))
+    with suppress(ConnectionError):  # refused before all of it was sent
+        status, _, told = ask(served, "POST", "/gradio_api/upload", pieces if lengthless else body, headers)
+        assert status == 413 and b"maximum allowed size" in told
+    assert held() == before
+
+
+@GRADIO
+def test_a_long_request_is_refused(served) -> None:
+    with suppress(ConnectionError):  # refused before all of it was sent
+        assert joined(served, "by_words", "x" * (2 << 20), 1, 0)[0] == 413
+
+
+@GRADIO
+def test_an_upload_is_deleted_once_it_was_read(served, photos: Path) -> None:
+    before = held()
+    body, headers = form(sorted(photos.iterdir())[0].read_bytes())
+    origin = {"Origin": f"http://127.0.0.1:{served.server_port}"}
+    status, _, answer = ask(served, "POST", "/gradio_api/upload", body, headers | origin)
+    (path,) = json.loads(answer)
+    assert status == 200 and Path(path).is_relative_to(page.upload_folder().name)
+    assert Path(page.upload_folder().name).stat().st_mode & 0o77 == 0
+    sent = {"path": path, "meta": {"_type": "gradio.FileData"}}
+    status, _, answer = joined(served, "write", sent)
+    assert status == 200 and isinstance(json.loads(answer)["data"][0], str)
+    assert held() == before
+
+
+@GRADIO
+@pytest.mark.parametrize(
+    "file",
+    [
+        {"path": "http://name-that-is-not.example/a.png"},
+        {"path": "HTTPS://name-that-is-not.example/a.png"},
+        {"path": "//name-that-is-not.example/a.png"},
+        {"path": "ftp://name-that-is-not.example/a.png"},
+        {"path": "a.png", "url": "http://name-that-is-not.example/a.png"},
+    ],
+)
+@pytest.mark.parametrize("work", ["write", "by_picture", "by_words"])
+def test_no_address_is_looked_up(file, work, served, monkeypatch) -> None:
+    asked: list[object] = []
+    look = socket.getaddrinfo
+    monkeypatch.setattr(
+        socket, "getaddrinfo", lambda host, *rest, **more: asked.append(host) or look(host, *rest, **more)
+    )
+    status, _, told = joined(served, work, {**file, "meta": {"_type": "gradio.FileData"}}, 1, 0)
+    assert status == 403 and b"nothing is fetched from an address" in told
+    assert set(asked) <= {"127.0.0.1"}
+
+
+@GRADIO
+@pytest.mark.parametrize(
+    "path",
+    [
+        "/gradio_api/file=http://name-that-is-not.example/a.png",
+        "/gradio_api/file=http%3A%2F%2Fname-that-is-not.example/a.png",
+        "/gradio_api/file/https://name-that-is-not.example/a.png",
+        "/gradio_api/proxy=http://name-that-is-not.example/a.png",
+        "/gradio_api/proxy=name-that-is-not.hf.space/a.png",
+    ],
+)
+def test_nothing_is_fetched_for_the_browser(path, served) -> None:
+    status, _, told = ask(served, "GET", path)
+    assert status == 403 and b"fetches nothing from other addresses" in told
+
+
+@GRADIO
+def test_files_of_this_machine_stay_here(served, photos: Path) -> None:
+    secret = photos.parent / "secret.png"
+    shutil.copy(sorted(photos.iterdir())[0], secret)
+    for path in (secret, Path("/etc/passwd"), Path(__file__), Path(page.upload_folder().name, "../../etc/passwd")):
+        assert ask(served, "GET", f"/gradio_api/file={path}")[0] in (403, 404), path
+        status, _, answer = joined(served, "write", {"path": str(path), "meta": {"_type": "gradio.FileData"}})
+        assert status >= 400, answer
+
+
+@GRADIO
+@pytest.mark.parametrize(
+    "path", ["/gradio_api/process_recording", "/gradio_api/vibe-edit", "/gradio_api/component_server", "/login"]
+)
+def test_what_the_page_has_no_use_for_is_not_there(path, served) -> None:
+    assert ask(served, "POST", path, b"{}")[0] == 404
+
+
+@GRADIO
+def test_words_are_searched_by_the_api_too(served) -> None:
+    status, _, answer = joined(served, "by_words", "http://a.example is a text here", 2, 0)
+    assert status == 200 and "2 of 4 pictures" in str(json.loads(answer)["data"]), answer
 
 
 @BROWSER

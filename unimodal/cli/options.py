@@ -5,8 +5,7 @@ import math
 from collections.abc import Callable
 from typing import NoReturn
 
-import torch
-
+from unimodal import arguments
 from unimodal.recipes import CHECKPOINT
 
 LARGEST = 2**63 - 1  # of the whole numbers that torch and SQLite take
@@ -54,22 +53,9 @@ def number(least: float = -math.inf, most: float = math.inf) -> Callable[[str], 
 def device(text: str) -> str:
     """The type of an option that takes a device of this machine."""
     try:
-        wanted = torch.device(text)
-    except RuntimeError:
-        wanted = None
-    if wanted is None or str(wanted) != text:  # torch reads cuda:300 as cuda:44
-        raise argparse.ArgumentTypeError(f"expected a device such as cpu, cuda, cuda:1 or mps, got {text!r}")
-    if wanted.type == "cpu":
-        return text
-    accelerator = torch.accelerator.current_accelerator(check_available=True)
-    if (
-        accelerator is None
-        or accelerator.type != wanted.type
-        or (wanted.index or 0) >= torch.accelerator.device_count()
-    ):
-        here = "cpu" if accelerator is None else f"cpu and {torch.accelerator.device_count()} of {accelerator.type}"
-        raise argparse.ArgumentTypeError(f"{text!r} is not on this machine, which has {here}")
-    return text
+        return str(arguments.device(text))
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
 
 
 def names(text: str) -> list[str]:

@@ -4,6 +4,8 @@ import argparse
 import csv
 import json
 import os
+import signal
+import sys
 import warnings
 import webbrowser
 from collections.abc import Callable, Iterator, Sequence
@@ -244,6 +246,7 @@ def writing(path: Path | None) -> Iterator[Callable[[str, str], None]]:
 def app(model: Unimodal, options: argparse.Namespace) -> None:
     """Serve the page until it is interrupted."""
     require_gradio()  # rather now than after a folder was read
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # so that what was uploaded is deleted
     index = None if options.folder is None else open_folder(model, options.folder, options.index).index
     serve(model, index, port=options.port, open_browser=options.open)
 

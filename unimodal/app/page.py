@@ -1,14 +1,17 @@
 """A page of one's own in the browser: search a folder by words or by a picture, see why something matched, caption, draw.
 
 `unimodal app FOLDER` in the shell, or from Python `serve(model, model.index_folder(FOLDER))`. It needs gradio
-(`pip install 'unimodal[demo]'`), listens on 127.0.0.1 alone, and is never shared. Whatever the page shows comes from this machine, and a
-content security policy has the browser refuse anything else.
+(`pip install 'unimodal[demo]'`), listens on 127.0.0.1 alone, and is never shared. Whatever the page shows comes from this machine, and
+what is uploaded goes into a folder of this process, is deleted once it was read, and with the folder when the process ends.
 """
 
+import os
+import tempfile
 import time
 import webbrowser
-from collections.abc import Callable
-from functools import wraps
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from functools import cache, wraps
 from html import escape
 from pathlib import Path
 from typing import Any
@@ -16,13 +19,12 @@ from typing import Any
 import torch
 from PIL import Image
 
+from unimodal.app.door import HOST, UPLOAD, Door
 from unimodal.data.images import load_image
 from unimodal.inference import Unimodal
 from unimodal.report.pieces import chance, image
 from unimodal.search import Index
 
-HOST = "127.0.0.1"
-POLICY = "default-src 'self' data: blob: 'unsafe-inline' 'unsafe-eval'"  # gradio's page runs scripts of its own
 THUMBNAIL, SHOWN = 384, 512  # pixels of a side
 STEPS = 16  # of a heat-map
 LACKS = {
@@ -72,6 +74,7 @@ def serve(
         OSError: the port is taken.
     """
     gradio = require_gradio()
+    os.environ["GRADIO_TEMP_DIR"] = upload_folder().name
     page = build(gradio, model, index)
     try:
         page.launch(
@@ -83,7 +86,8 @@ def serve(
             show_error=True,
             prevent_thread_lock=True,
             footer_links=[],
-            app_kwargs={"middleware": [(Policy, (), {})]},
+            max_file_size=UPLOAD,
+            app_kwargs={"lifespan": guarded},
             theme=gradio.themes.Default(
                 primary_hue="blue", font=["system-ui", "sans-serif"], font_mono=["monospace"]
             ).set(
@@ -114,26 +118,26 @@ def require_gradio() -> Any:
     return gradio
 
 
-class Policy:
-    """ASGI middleware that sends the content security policy with every answer."""
+@asynccontextmanager
+async def guarded(app: Any) -> AsyncIterator[None]:
+    """Put the door before all that gradio answers with, its own middleware included, before the first request comes."""
+    from starlette.formparsers import MultiPartException  # it has gradio take back what it wrote of an upload
 
-    def __init__(self, app: Any) -> None:
-        self.app = app
+    app.middleware_stack = Door(app.middleware_stack, MultiPartException)
+    yield
 
-    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
-        async def with_policy(message: Any) -> None:
-            if message["type"] == "http.response.start":
-                message["headers"] = [*message["headers"], (b"content-security-policy", POLICY.encode())]
-            await send(message)
 
-        await self.app(scope, receive, with_policy)
+@cache
+def upload_folder() -> tempfile.TemporaryDirectory:
+    """Where this process keeps what is uploaded: for its user alone, and as long as it runs."""
+    return tempfile.TemporaryDirectory(prefix="unimodal-app-", dir=os.environ.get("GRADIO_TEMP_DIR"))
 
 
 def build(gradio: Any, model: Unimodal, index: Index | None) -> Any:
     """The page: a tab for each thing that can be done."""
     one_at_a_time = {"concurrency_id": "model", "concurrency_limit": 1}
     lacking = [LACKS[head] for head in model.missing_heads if head in LACKS]
-    with gradio.Blocks(title="unimodal", analytics_enabled=False, delete_cache=(86400, 86400)) as page:
+    with gradio.Blocks(title="unimodal", analytics_enabled=False, delete_cache=(600, 3600)) as page:
         about = (
             f"{len(index)} pictures to search"
             if index is not None
@@ -194,12 +198,11 @@ def search_tab(gradio: Any, model: Unimodal, index: Index, options: dict[str, An
     asked = gradio.State(None)
     found = gradio.State([])
 
-    def search(query: dict[str, str] | None, count: int, depth: int) -> tuple[Any, ...]:
+    def search(query: dict[str, Any] | None, count: int, depth: int) -> tuple[Any, ...]:
         if query is None:
             return [], "Write what the picture should show, then press Enter.", [], gradio.HTML(visible=False)
         started = time.perf_counter()
-        item = {"image": _opened(query["image"])} if "image" in query else query
-        best = index.search(item, top_k=int(count), rerank_top_k=int(depth))
+        best = index.search(query, top_k=int(count), rerank_top_k=int(depth))
         hits = [hit for hit in best if Path(hit["document"]).is_file()]
         said = f"{len(hits)} of {len(index)} pictures in {time.perf_counter() - started:.1f} s. Choose one to see more."
         if gone := len(best) - len(hits):
@@ -215,10 +218,10 @@ def search_tab(gradio: Any, model: Unimodal, index: Index, options: dict[str, An
         return query, *search(query, count, depth)
 
     def by_picture(path: str | None, count: int, depth: int) -> tuple[Any, ...]:
-        query = {"image": path} if path else None
+        query = {"image": _taken(path)} if path else None
         return query, *search(query, count, depth)
 
-    def again(query: dict[str, str] | None, count: int, depth: int) -> tuple[Any, ...]:
+    def again(query: dict[str, Any] | None, count: int, depth: int) -> tuple[Any, ...]:
         return search(query, count, depth) if query else tuple(gradio.skip() for _ in outputs)
 
     def why(hits: list[tuple[str, str | None, str]], chosen: gradio.SelectData) -> Any:
@@ -252,7 +255,7 @@ def caption_tab(gradio: Any, model: Unimodal, options: dict[str, Any]) -> None:
     text = gradio.Textbox(label="Caption", interactive=False)
 
     def write(path: str | None) -> str:
-        return model.caption(_opened(path)) if path else ""
+        return model.caption(_taken(path)) if path else ""
 
     picture.input(told(gradio)(write), [picture], [text], **options)
 
@@ -310,6 +313,15 @@ def _opened(path: str) -> Image.Image:
         return load_image(Path(path))
     except (OSError, ValueError) as error:
         raise ValueError(str(error).replace(path, Path(path).name)) from error
+
+
+def _taken(path: str) -> Image.Image:
+    """A picture that was uploaded, whose file is no longer needed."""
+    try:
+        return _opened(path)
+    finally:
+        if Path(path).resolve().is_relative_to(Path(upload_folder().name).resolve()):
+            Path(path).unlink(missing_ok=True)
 
 
 def label(hit: Any, name: str = "") -> str:
