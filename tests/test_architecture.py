@@ -16,6 +16,7 @@ ROOMS: dict[str, tuple[set[str], str]] = {
     "config": (set(), "configuration is plain data"),
     "files": (set(), "it knows the file system only"),
     "arguments": ({"config"}, "it checks what came, whatever it is for"),
+    "draws": (set(), "it knows torch's generators only"),
     "layers": (set(), "layers know torch only"),
     "onednn": (set(), "it knows torch only"),
     "tuning": ({"config"}, "adapters go on any module, by name"),
@@ -132,7 +133,7 @@ ROOMS: dict[str, tuple[set[str], str]] = {
 }
 
 # Rooms at the very bottom, which know at most `config` of ours: every room may import them.
-FOUNDATION = {"files", "arguments"}
+FOUNDATION = {"files", "arguments", "draws"}
 
 # library: the only places of ours that may import it
 LIBRARIES: dict[str, tuple[str, ...]] = {

@@ -107,7 +107,7 @@ def test_nothing_is_left_behind() -> None:
 
 @pytest.mark.parametrize(
     ("text", "steps", "message"),
-    [("", 4, "empty"), (TEXT, 0, "steps: expected at least 1, got 0")],
+    [("", 4, "empty"), (TEXT, 0, "steps: expected 1 to 10000, got 0")],
 )
 def test_bad_input_is_named(text: str, steps: int, message: str) -> None:
     with pytest.raises(ValueError, match=message):

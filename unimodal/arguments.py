@@ -5,6 +5,7 @@ or raises a TypeError (another kind of thing) or a ValueError (the right kind, b
 expected, what came, and what to do. Functions behind the doors take their arguments as checked.
 """
 
+import difflib
 import math
 import os
 import reprlib
@@ -31,14 +32,13 @@ def described(value: Any) -> str:
     kind = type(value).__name__
     if isinstance(value, np.ndarray | Tensor):
         return f"{kind} {list(value.shape)} of {value.dtype}"
-    if value is None or isinstance(value, bool):
-        return repr(value)
     if isinstance(value, type):
         return f"the class {value.__name__}"
     try:
-        return f"{kind} {reprlib.repr(value)}"
+        words = reprlib.repr(value)
     except Exception:  # a number of thousands of digits, an object that cannot say what it is
         return kind
+    return words if type(value) in (type(None), bool, int, float, str) else f"{kind} {words}"
 
 
 def refused(name: str, expected: str, value: Any, advice: str = "") -> str:
@@ -63,11 +63,11 @@ def flag(value: Any, name: str) -> bool:
 
 def integer(value: Any, name: str, *, least: int = 1, most: int = WIDEST - 1) -> int:
     """A whole number from `least` to `most`, also numpy's; a bool is none."""
-    span = f"{least} to {most}" if most < WIDEST - 1 else f"{least} or more" if least > -WIDEST else "64 bits"
+    span = f"{least} to {most}" if most < WIDEST - 1 else f"at least {least}"
     if isinstance(value, bool) or not isinstance(value, Integral):
         raise TypeError(refused(name, f"a whole number, {span}", value))
     if not least <= int(value) <= most:
-        raise ValueError(refused(name, f"a whole number, {span}", value))
+        raise ValueError(refused(name, span if int(value) < most else f"{least} to {most}", value))
     return int(value)
 
 
@@ -111,10 +111,12 @@ def text(value: Any, name: str, *, empty: bool = False) -> str:
 def choice(value: Any, name: str, choices: Iterable[str]) -> str:
     """One of several names."""
     known = list(choices)
+    expected = f"one of {', '.join(known)}"
     if not isinstance(value, str):
-        raise TypeError(refused(name, f"one of {', '.join(map(repr, known))}", value))
+        raise TypeError(refused(name, expected, value))
     if value not in known:
-        raise ValueError(refused(name, "one of the known names", value, nearest(value, known)))
+        close = difflib.get_close_matches(value, known, n=1, cutoff=0.5)
+        raise ValueError(refused(name, expected, value, f"did you mean {close[0]!r}?" if close else ""))
     return value
 
 
@@ -234,7 +236,7 @@ def tensor(value: Any, name: str, expected: str) -> Tensor:
 
 
 def vectors(value: Any, name: str, *, dimensions: tuple[int, ...] = (2,), width: int | None = None) -> Tensor:
-    """Finite embeddings as a floating-point tensor, from a tensor, an array or lists.
+    """Finite embeddings as a float32 tensor, from a tensor, an array or lists of floating-point numbers.
 
     Args:
         value: what came.
@@ -249,10 +251,11 @@ def vectors(value: Any, name: str, *, dimensions: tuple[int, ...] = (2,), width:
         raise TypeError(refused(name, expected, value, "unimodal.search.dequantise makes vectors of codes"))
     if found.ndim not in dimensions or found.shape[-1] != (width or found.shape[-1]) or not found.shape[-1]:
         raise ValueError(refused(name, expected, value))
-    if not bool((finite := found.isfinite().flatten()).all()):
+    found = found.float()
+    if found.numel() and not bool((finite := found.isfinite().flatten(1 if found.ndim > 1 else 0)).all()):
+        row = int((~finite).nonzero()[0, 0])
         raise ValueError(
-            f"{name}: expected finite numbers, got {int((~finite).sum())} that are NaN or infinite in {described(value)}; look at what "
-            "made them"
+            f"{name}: expected finite numbers, got NaN or infinite ones in {described(value)}, first at place {row}; look at what made them"
         )
     return found
 

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from unimodal.data.processor import Processor
+from unimodal.draws import SAMPLING, Generators, own_generators
 from unimodal.model import ImageState, TextState, UnimodalModel
 
 
@@ -37,7 +38,7 @@ def best_captions(
     *,
     match_scale: float,
     prompts: Sequence[str] | None = None,
-    generator: torch.Generator | None = None,
+    generator: Generators = None,
     **settings: Any,
 ) -> list[str]:
     """One caption per image: the best of the decoder's own choice and K - 1 that are drawn by their probability.
@@ -46,14 +47,12 @@ def best_captions(
         candidates: K; 1 leaves nothing to choose.
         match_scale: see `agreement`.
         prompts: what a language model continues, one for each image or one for all; None is the one it was trained with.
-        generator: source of randomness of the draws.
+        generator: what the draws follow from: a source for all images, or one for each, see `unimodal.draws`.
         settings: see `generate` of the model's captioning head; those of a beam search hold for the first candidate only.
 
     Raises:
-        ValueError: K below 1, prompts for a head that takes none, several sequences to choose among.
+        ValueError: prompts for a head that takes none, several sequences to choose among.
     """
-    if candidates < 1:
-        raise ValueError(f"candidates: expected at least 1, got {candidates}")
     if candidates > 1 and settings.get("num_return_sequences", 1) > 1:
         raise ValueError("candidates and num_return_sequences both ask for several captions; leave one of them at 1")
     if (writer := processor.writer) is not None:
@@ -63,10 +62,14 @@ def best_captions(
         raise ValueError(
             "caption: this model's captioning head takes no prompt; only a language model (captioning.kind: language_model) does"
         )
-    drawn = {key: value for key, value in settings.items() if key not in ("num_beams", "length_penalty")}
-    ways = [settings] + [{**drawn, "do_sample": True}] * (candidates - 1)
+    draw = {key: value for key, value in settings.items() if key not in ("num_beams", "length_penalty")}
+    own_choice = settings
+    if not settings.get("do_sample"):
+        own_choice = {key: value for key, value in settings.items() if key not in SAMPLING}
+    ways = [own_choice] + [{**draw, "do_sample": True}] * (candidates - 1)
+    own = own_generators(generator, len(image.tokens)) if candidates > 1 or settings.get("do_sample") else None
     written = [  # [K, B]
-        [processor.decode(ids) for ids in model.caption(image, generator=generator, **way)] for way in ways
+        [processor.decode(ids) for ids in model.caption(image, generator=own, **way)] for way in ways
     ]
     if candidates == 1:
         return written[0]

@@ -20,9 +20,12 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
+from unimodal import arguments
 from unimodal.data.images import load_image
 from unimodal.data.processor import Processor
 from unimodal.model import ImageState, TextState, UnimodalModel
+
+MOST_STEPS = 10_000  # the gap is far below rounding by then
 
 
 @dataclass(frozen=True)
@@ -97,8 +100,9 @@ def explain(
     Raises:
         ValueError: no matching head, an empty text, fewer than one step; also what `load_image` raises.
     """
-    if steps < 1:
-        raise ValueError(f"steps: expected at least 1, got {steps}")
+    steps = arguments.integer(steps, "steps", most=MOST_STEPS)
+    batch_size = arguments.integer(batch_size, "batch_size")
+    text = arguments.text(text, "text")
     model.head("matching")
     model.eval()
     picture = load_image(image)

@@ -12,25 +12,27 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
-from unimodal import hub
+from unimodal import arguments, hub
 from unimodal.candidates import best_captions
 from unimodal.config import nearest
 from unimodal.data.items import Item, as_item, as_items, is_single, picture_key
 from unimodal.data.processor import Processor
+from unimodal.draws import SAMPLING, Generators, one_each
 from unimodal.explain import Explanation, explain
 from unimodal.model import UnimodalModel
 from unimodal.onednn import inference
 from unimodal.search import Calibration, Encoder, Index, Precision, build_index, index_folder, quantise, similarity
 from unimodal.search.encoder import batches, progress
 from unimodal.search.index import require_same_model
+
+MOST = 1000  # steps, beams, candidates, pictures of one text: more is a slip of the hand, and no end of work
 
 VERBS = {"embedding": "encode", "matching": "rank", "captioning": "caption", "generation": "generate_image"}
 
@@ -52,7 +54,14 @@ class Unimodal:
     """
 
     def __init__(self, model: UnimodalModel, processor: Processor, *, prompts: dict[str, str] | None = None) -> None:
-        self.model, self.processor, self.prompts = model, processor, prompts or {}
+        if not isinstance(model, UnimodalModel) or not isinstance(processor, Processor):
+            raise TypeError(
+                f"Unimodal: expected a UnimodalModel and its Processor, got {type(model).__name__} and {type(processor).__name__}; "
+                "Unimodal.from_pretrained opens a folder"
+            )
+        self.model, self.processor = model, processor
+        given = arguments.mapping({} if prompts is None else prompts, "prompts")
+        self.prompts = {name: arguments.text(one, f"prompts[{name!r}]", empty=True) for name, one in given.items()}
         self.encoder = Encoder(model, processor)
         self.encoders: dict[str | None, Encoder] = {}
         for name in (None, *model.config.adapters):
@@ -155,17 +164,24 @@ class Unimodal:
             ValueError: an unknown prompt or precision, a width the model does not have, normalize_embeddings=False;
                 also what `as_items` and `load_image` raise.
         """
-        if not normalize_embeddings:
+        if not arguments.flag(normalize_embeddings, "normalize_embeddings"):
             raise ValueError(
                 "normalize_embeddings=False: the embeddings of this model are unit vectors by construction, there is "
                 "no other form of them; leave the argument out"
             )
-        if device is not None:
-            self.to(device)
+        arguments.choice(precision, "precision", get_args(Precision))
+        convert_to_numpy = arguments.flag(convert_to_numpy, "convert_to_numpy")
+        convert_to_tensor = arguments.flag(convert_to_tensor, "convert_to_tensor")
         encoder = self.encoder if adapter is None else self._named(adapter)
         dim = self._width(truncate_dim, encoder.model)
-        prompt = self._prompt(prompt_name) if prompt is None else prompt
+        prompt = self._prompt(prompt_name) if prompt is None else arguments.text(prompt, "prompt", empty=True)
+        if precision in ("binary", "ubinary") and dim % 8:
+            raise ValueError(
+                f"precision {precision!r} packs eight dimensions to a byte, got {dim}; choose a truncate_dim that 8 divides"
+            )
         items = as_items(inputs)
+        if device is not None:
+            self.to(device)
         where = [""] if is_single(inputs) else [f"item {i}: " for i in range(len(items))]
         encoder.check_one_shape(items)
         # Images together, then texts by their length: a batch is padded to its longest text.
@@ -201,28 +217,26 @@ class Unimodal:
             inputs, prompt_name or ("document" if "document" in self.prompts else None), prompt, **options
         )
 
-    def similarity(self, a: Tensor | np.ndarray, b: Tensor | np.ndarray) -> Tensor:
-        """Cosines [A, B], float32, of embeddings [A, E] and [B, E]; one vector [E] counts as a list of one.
+    def similarity(self, a: Any, b: Any) -> Tensor:
+        """Cosines [A, B], float32, from -1 to 1, of embeddings [A, E] and [B, E]; one vector [E] counts as a list of one.
 
-        Where images have N vectors ([A, N, E]), the best of them counts.
+        Where images have N vectors ([A, N, E]), the best of them counts. Vectors come as tensors, arrays or lists, of any length.
 
         Raises:
-            TypeError: for codes; `unimodal.search.dequantise` makes vectors of them.
-            ValueError: for embeddings of different widths.
+            TypeError: no vectors, or codes; `unimodal.search.dequantise` makes vectors of codes.
+            ValueError: embeddings of different widths, or numbers that are not finite.
         """
-        x, y = (torch.as_tensor(values) for values in (a, b))
-        for values in (x, y):
-            if not values.is_floating_point():
-                raise TypeError(
-                    f"similarity takes float embeddings, got {values.dtype}; turn codes back into vectors with "
-                    "unimodal.search.dequantise(codes, precision)"
-                )
+        x, y = (
+            arguments.vectors(values, f"similarity: {name}", dimensions=(1, 2, 3))
+            for name, values in (("a", a), ("b", b))
+        )
         if x.shape[-1] != y.shape[-1]:
             raise ValueError(
                 f"similarity: embeddings of one width are needed, got {list(x.shape)} and {list(y.shape)}; encode both "
                 "with the same model and truncate_dim"
             )
-        return similarity(torch.atleast_2d(x), torch.atleast_2d(y).to(x.device))
+        x, y = (F.normalize(torch.atleast_2d(values), dim=-1) for values in (x, y.to(x.device)))
+        return similarity(x, y)
 
     # Matching.
 
@@ -251,13 +265,15 @@ class Unimodal:
             TypeError, ValueError: for anything but pairs of an image and a text, or a model without a matching head;
                 also what `as_items` and `load_image` raise.
         """
-        single = len(inputs) == 2 and all(is_single(part) for part in inputs)
+        given = arguments.listed(inputs, "inputs", "pairs of an image and a text")
+        single = len(given) == 2 and all(is_single(part) for part in given)
         self.model.head("matching")
         whole = self.encoder.judges
-        pairs = [as_pair(pair, f"pair {i}: ", whole) for i, pair in enumerate([inputs] if single else inputs)]
+        pairs = [as_pair(pair, f"pair {i}: ", whole) for i, pair in enumerate([given] if single else given)]
+        arguments.optional(arguments.function, activation_fn, "activation_fn")
         logits = self._logits(pairs, batch_size, show_progress_bar, prompt)
-        scores = (activation_fn or self.encoder.probability)(logits).numpy()
-        return scores[0] if single else scores
+        scores = self.encoder.probability(logits) if activation_fn is None else _activated(activation_fn, logits)
+        return scores.numpy()[0] if single else scores.numpy()
 
     def rank(
         self,
@@ -286,10 +302,11 @@ class Unimodal:
         Raises:
             As `predict`; ValueError for top_k below 1.
         """
-        if top_k is not None and top_k < 1:
-            raise ValueError(f"top_k: expected at least 1, got {top_k}")
+        top_k = arguments.optional(arguments.integer, top_k, "top_k")
+        arguments.flag(return_documents, "return_documents")
         if is_single(documents):
             raise TypeError(f"rank: documents must be a list, got {type(documents).__name__}; put it into a list")
+        documents = arguments.listed(documents, "documents", "items")
         asked = as_item(query, "query: ")
         self.model.head("matching")
         whole = self.encoder.judges
@@ -305,6 +322,7 @@ class Unimodal:
 
     def _logits(self, pairs: list[tuple[Item, Item]], batch_size: int, show: bool | None, prompt: str | None) -> Tensor:
         """Match logits [P] of (image, text), or of (query, document) where the model reads both as one conversation."""
+        prompt = arguments.optional(arguments.text, prompt, "prompt", empty=True)
         if self.encoder.judges:
             return self.encoder.judge(pairs, prompt, batch_size, show)
         if prompt is not None:
@@ -342,7 +360,7 @@ class Unimodal:
         Args:
             images: one image or several; to a vision-language model also videos and items of several images.
             max_new_tokens: longest caption in tokens; by default 30, of a vision-language model 128.
-            num_beams: hypotheses kept; 1 is greedy. By default 3, of a vision-language model 1.
+            num_beams: hypotheses kept; 1 is greedy. By default 3, or 1 of a vision-language model and where words are drawn.
             candidates: captions written per image, of which the embedding and matching heads choose one: the decoder's own choice and
                 others drawn by their probability. 1 keeps the decoder's choice; more costs as many times the work.
             match_scale: weight of the match logit beside the cosine when they choose.
@@ -350,17 +368,31 @@ class Unimodal:
             show_progress_bar: None shows one for several batches on a terminal.
             prompt: where a language model writes, the text that it continues, or to a vision-language model a question or instruction:
                 one for all images, or one for each. None is the prompt it was trained with. Other captioning heads take none.
-            options: `do_sample`, `temperature`, `top_p`, `length_penalty`, `generator`: see `unimodal.heads.Decoding`. Where a language
+            options: `do_sample`, `temperature`, `top_p`, `length_penalty`: see `unimodal.heads.Decoding`. Where a language
                 model writes, all that transformers' `generate` takes; `num_return_sequences` gives a list of strings for each image.
+                `generator` is what draws follow from, one for all images, which hands its numbers out in their order, or a list of one for
+                each: a caption does not depend on the images beside it.
 
         Returns:
             A string for one image, a list of strings for several.
 
         Raises:
-            ValueError: an item is not an image, the model has no captioning head, a setting is out of range, a prompt for a head that takes
-                none, prompts and images that are not as many; also what `as_items` and `load_image` raise.
+            TypeError, ValueError: an item is not an image, the model has no captioning head, a setting is unknown, out of range or shapes
+                draws where nothing is drawn, a prompt for a head that takes none, prompts and images that are not as many; also what
+                `as_items` and `load_image` raise.
         """
         items = as_items(images)
+        candidates = arguments.integer(candidates, "candidates", most=MOST)
+        match_scale = arguments.number(match_scale, "match_scale")
+        max_new_tokens = arguments.optional(arguments.integer, max_new_tokens, "max_new_tokens")
+        num_beams = arguments.optional(arguments.integer, num_beams, "num_beams", most=MOST)
+        generator = arguments.optional(arguments.generators, options.pop("generator", None), len(items))
+        draws = arguments.flag(options.get("do_sample", False), "do_sample")
+        if not draws and candidates == 1 and (shapes := [name for name in SAMPLING if options.get(name) is not None]):
+            raise ValueError(
+                f"{', '.join(shapes)}: it shapes what is drawn, and nothing is; add do_sample=True, or leave it out"
+            )
+        prompts = _prompts(prompt, len(items))
         if self.encoder.writes:
             if candidates != 1:
                 raise ValueError(
@@ -368,14 +400,9 @@ class Unimodal:
                 )
             options["max_new_tokens"] = 128 if max_new_tokens is None else max_new_tokens
             options["num_beams"] = 1 if num_beams is None else num_beams
-            written = self.encoder.write(items, prompt, options, batch_size, show_progress_bar)
+            written = self.encoder.write(items, prompts, options, batch_size, show_progress_bar, generator)
             return written[0] if is_single(images) else written
         self.model.head("captioning")
-        prompts = None if prompt is None else [prompt] * len(items) if isinstance(prompt, str) else list(prompt)
-        if prompts is not None and len(prompts) != len(items):
-            raise ValueError(
-                f"caption: {len(prompts)} prompts for {len(items)} images; give one for each, or one string"
-            )
         for item in items:
             if item.kind != "image":
                 raise ValueError(
@@ -383,6 +410,7 @@ class Unimodal:
                     "picture's suffix is passed as pathlib.Path"
                 )
         captions: list[Any] = []
+        sources = one_each(generator, len(items))
         for rows in progress(batches(len(items), batch_size), "Captioning", show_progress_bar):
             state = self.encoder.images([item.image for item in items[rows]])
             captions += best_captions(
@@ -393,7 +421,8 @@ class Unimodal:
                 match_scale=match_scale,
                 prompts=None if prompts is None else prompts[rows],
                 max_new_tokens=30 if max_new_tokens is None else max_new_tokens,
-                num_beams=3 if num_beams is None else num_beams,
+                num_beams=(1 if draws else 3) if num_beams is None else num_beams,
+                generator=sources[rows],
                 **options,
             )
         if (each := options.get("num_return_sequences", 1)) > 1:
@@ -431,7 +460,13 @@ class Unimodal:
             As `caption`.
         """
         around = ("{}" if self.encoder.writes else "Question: {} Answer:") if prompt is None else prompt
-        asked = around.format(questions) if isinstance(questions, str) else [around.format(q) for q in questions]
+        if "{}" not in arguments.text(around, "prompt"):
+            raise ValueError(f"prompt: expected a text with {{}} where the question goes, got {around!r}")
+        if isinstance(questions, str):
+            asked: str | list[str] = around.replace("{}", arguments.text(questions, "questions"))
+        else:
+            several = arguments.listed(questions, "questions", "texts")
+            asked = [around.replace("{}", arguments.text(one, f"questions[{i}]")) for i, one in enumerate(several)]
         return self.caption(images, max_new_tokens, num_beams, prompt=asked, length_penalty=length_penalty, **options)
 
     @inference()
@@ -440,7 +475,7 @@ class Unimodal:
         prompt: str | Sequence[str],
         num_inference_steps: int = 20,
         guidance_scale: float = 2.0,
-        generator: torch.Generator | None = None,
+        generator: Generators = None,
         num_images_per_prompt: int = 1,
         batch_size: int = 16,
         show_progress_bar: bool | None = None,
@@ -451,7 +486,8 @@ class Unimodal:
             prompt: one text or several; every string is a text here.
             num_inference_steps: steps from noise to picture.
             guidance_scale: 1 follows the text as learned, more exaggerates it at twice the cost.
-            generator: source of the noise; the same seed gives the same pictures.
+            generator: source of the noise: one for all pictures, which they draw from in their order, or a list of one for each picture, as
+                diffusers takes it. The same seed gives the same pictures, in batches of any size.
             num_images_per_prompt: pictures of each text.
             batch_size: pictures at a time.
             show_progress_bar: None shows one for several batches on a terminal.
@@ -464,19 +500,24 @@ class Unimodal:
                 head.
         """
         head = self.model.head("generation")
-        if num_images_per_prompt < 1:
-            raise ValueError(f"num_images_per_prompt: expected at least 1, got {num_images_per_prompt}")
-        asked = [prompt] if isinstance(prompt, str) else list(prompt)
-        for i, text in enumerate(asked):
-            as_item({"text": text}, f"prompt {i}: ")
-        texts = [text for text in asked for _ in range(num_images_per_prompt)]
+        settings: dict[str, Any] = {
+            "num_inference_steps": arguments.integer(num_inference_steps, "num_inference_steps", most=MOST),
+            "guidance_scale": arguments.number(guidance_scale, "guidance_scale", least=0),
+        }
+        each = arguments.integer(num_images_per_prompt, "num_images_per_prompt", most=MOST)
+        asked = [prompt] if isinstance(prompt, str) else arguments.listed(prompt, "prompt", "texts")
+        texts = [arguments.text(text, f"prompt {i}") for i, text in enumerate(asked) for _ in range(each)]
+        sources = one_each(arguments.optional(arguments.generators, generator, len(texts)), len(texts))
         images: list[Image.Image] = []
         for rows in progress(batches(len(texts), batch_size), "Drawing", show_progress_bar):
             condition = self.model.generation_condition(self.encoder.texts(texts[rows]))
-            settings = {"num_inference_steps": num_inference_steps, "guidance_scale": guidance_scale}
             # The sampler walks in float32; autocast lets it call a network of lower precision.
             with torch.autocast(self.device.type, condition.dtype, enabled=condition.dtype != torch.float32):
-                pictures = head.sample(condition, generator=generator, **settings)  # [B, 3, S, S] in [0, 1]
+                pictures = head.sample(condition, generator=sources[rows], **settings)  # [B, 3, S, S] in [0, 1]
+            if not pictures.isfinite().all():
+                raise ValueError(
+                    f"guidance_scale={guidance_scale}: the pictures have numbers beyond {condition.dtype}; give a scale nearer to 1"
+                )
             pixels = (255 * pictures.float()).round().byte().permute(0, 2, 3, 1).cpu().numpy()
             images += [Image.fromarray(picture) for picture in pixels]
         return GeneratedImages(images)
@@ -508,6 +549,8 @@ class Unimodal:
         Raises:
             ValueError: another model made the index; also what `Index.search` raises.
         """
+        if not isinstance(index, Index):
+            raise TypeError(arguments.refused("index", "an Index", index, "build_index and load_index give one"))
         if index.encoder is not self.encoder:
             require_same_model("the index", index.manifest["model"], self.encoder)
         return index.search(queries, top_k, rerank_top_k, **options)
@@ -534,7 +577,7 @@ class Unimodal:
             unimodal.hub.CheckpointError: they belong to another backbone; also as `unimodal.hub.load_adapter`.
             ValueError: the name is taken, or none is given and they are not one adapter.
         """
-        if name in self.adapters:
+        if arguments.optional(arguments.text, name, "name") in self.adapters:
             raise ValueError(f"there is an adapter {name!r} already; give another name")
         model, processor = hub.load_adapter(self.model, name_or_path, name=name, **place)
         if name is None:
@@ -563,8 +606,8 @@ class Unimodal:
             self._choose(before)
 
     def _named(self, name: str | None) -> Encoder:
-        if name not in self.encoders:
-            raise ValueError(f"no adapter named {name!r}; {nearest(str(name), self.adapters)}")
+        if name is not None and arguments.text(name, "adapter", empty=True) not in self.adapters:
+            raise ValueError(f"no adapter named {name!r}; {nearest(name, self.adapters)}")
         return self.encoders[name]
 
     def _choose(self, encoder: Encoder) -> None:
@@ -640,6 +683,8 @@ class Unimodal:
     def to(self, device: str | torch.device | None = None, dtype: torch.dtype | None = None) -> "Unimodal":
         """Move the model to a device or convert it to a precision, with all adapters; returns itself. A calibration holds for the
         precision that it was measured in, and is dropped with it, with a warning."""
+        device = arguments.optional(arguments.device, device)
+        dtype = arguments.optional(arguments.dtype, dtype)
         before = self.model.log_scale.dtype
         for encoder in (self.encoder, *self.encoders.values()):
             if dtype not in (None, before) and encoder.calibration is not None:
@@ -659,16 +704,13 @@ class Unimodal:
 
     def supports(self, modality: str) -> bool:
         """Whether the model reads items of this kind."""
-        return modality in self.modalities
+        return arguments.text(modality, "modality") in self.modalities
 
     def _width(self, truncate_dim: int | None, model: UnimodalModel) -> int:
         embedding = model.embedding
         if truncate_dim is None:
             return embedding.dim
-        if not 1 <= truncate_dim <= embedding.dim:
-            raise ValueError(
-                f"truncate_dim: expected 1 to {embedding.dim}, the width of this model, got {truncate_dim}"
-            )
+        truncate_dim = arguments.integer(truncate_dim, "truncate_dim, a width of this model", most=embedding.dim)
         if truncate_dim not in (trained := (*embedding.matryoshka, embedding.dim)):
             warnings.warn(
                 f"truncate_dim={truncate_dim} is not a width this model was trained for; these are {sorted(trained)}",
@@ -679,7 +721,7 @@ class Unimodal:
     def _prompt(self, name: str | None) -> str | None:
         if name is None:
             return None
-        if name not in self.prompts:
+        if arguments.text(name, "prompt_name", empty=True) not in self.prompts:
             raise ValueError(f"no prompt named {name!r}; {nearest(name, self.prompts)}")
         return self.prompts[name]
 
@@ -689,6 +731,33 @@ def _with_adapters(model: UnimodalModel, names: tuple[str, ...]) -> UnimodalMode
     view = copy.copy(model)
     view.active = names
     return view
+
+
+def _activated(activation_fn: Callable[[Tensor], Tensor], logits: Tensor) -> Tensor:
+    """Scores [P] that the caller's function makes of logits [P]."""
+    try:
+        scores = activation_fn(logits)
+    except Exception as error:
+        raise ValueError(
+            f"activation_fn: it raised {type(error).__name__} on logits {list(logits.shape)}: {error}"
+        ) from error
+    if not isinstance(scores, Tensor) or scores.shape != logits.shape:
+        raise TypeError(
+            arguments.refused(
+                "activation_fn", f"scores as a tensor {list(logits.shape)}", scores, "torch.sigmoid is such a function"
+            )
+        )
+    return scores.detach().cpu()
+
+
+def _prompts(prompt: str | Sequence[str] | None, count: int) -> list[str] | None:
+    """What is asked about each of `count` images."""
+    if prompt is None or isinstance(prompt, str):
+        return None if prompt is None else [arguments.text(prompt, "prompt", empty=True)] * count
+    prompts = arguments.listed(prompt, "prompt", "texts")
+    if len(prompts) != count:
+        raise ValueError(f"prompt: expected one for all or one for each of {count} images, got {len(prompts)}")
+    return [arguments.text(one, f"prompt[{i}]", empty=True) for i, one in enumerate(prompts)]
 
 
 def as_pair(pair: Any, where: str, whole: bool = False) -> tuple[Item, Item]:

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from unimodal.candidates import best_captions
 from unimodal.data.images import load_image
+from unimodal.draws import Generators
 from unimodal.inference import Unimodal
 from unimodal.model import ImageState, TextState
 from unimodal.search import similarity
@@ -121,7 +122,7 @@ class LavisModel(nn.Module):
         repetition_penalty: float = 1.0,
         num_captions: int = 1,
         temperature: float = 1.0,
-        generator: torch.Generator | None = None,
+        generator: Generators = None,
     ) -> list[str]:
         """Captions of the images, those of the first image first.
 
@@ -134,7 +135,7 @@ class LavisModel(nn.Module):
             top_p: draw from the fewest words whose probabilities sum to this.
             num_captions: of each image; more than one are drawn.
             temperature: logits are divided by it before drawing.
-            generator: source of randomness of the draws.
+            generator: what the draws follow from: a source for all images, or one for each, see `unimodal.draws`.
 
         Raises:
             ValueError: a setting out of range or unknown here, a model without a captioning head, or a prompt for a head that takes none.

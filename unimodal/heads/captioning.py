@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from unimodal.heads.decoding import Decoding, beam_rows, decode
+from unimodal.heads.decoding import beam_rows, decode, decoding_of
 from unimodal.layers import Block, KeyValues, causal_bias, init_weights
 
 
@@ -103,7 +103,7 @@ class CaptionDecoder(nn.Module):
             settings: `max_new_tokens`, `num_beams`, `do_sample`, `temperature`, `top_p`, `length_penalty`, `generator`:
                 see `Decoding`.
         """
-        decoding = Decoding(**settings)
+        decoding = decoding_of(settings)
         if isinstance(images, Tensor):
             images = self.project_images(images)
         device = self.vocabulary.device
@@ -204,7 +204,7 @@ class BridgeCaptioner(nn.Module):
             cache: what `QFormer.read` left of the image, in place of the memory; it is not changed.
             settings: see `Decoding`.
         """
-        decoding = Decoding(**settings)
+        decoding = decoding_of(settings)
         if cache is None:
             if memory is None:
                 raise ValueError(

@@ -7,12 +7,16 @@ the beams it keeps. Images whose captions have ended leave the batch. Nucleus sa
 2020 (arXiv 1904.09751).
 """
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, fields
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from unimodal import arguments
+from unimodal.config import nearest
+from unimodal.draws import Generators, own_generators
 from unimodal.layers import KeyValues
 
 Step = Callable[[Tensor, KeyValues, KeyValues], Tensor]
@@ -31,10 +35,12 @@ class Decoding:
         temperature: logits are divided by it before drawing; below 1 is bolder.
         top_p: draw from the fewest words whose probabilities sum to this.
         length_penalty: beams are ranked by their log-probability / length ** length_penalty, the end token counted.
-        generator: source of randomness of the draws.
+        generator: what the draws follow from: a source for all images, or one for each. A caption does not depend on the images beside
+            it, see `unimodal.draws`.
 
     Raises:
-        ValueError: a setting is outside its range, or beams are to be drawn.
+        TypeError, ValueError: a setting is of another kind or outside its range, beams are to be drawn, or a setting of the draws comes
+            without `do_sample`.
     """
 
     max_new_tokens: int = 30
@@ -43,23 +49,36 @@ class Decoding:
     temperature: float = 1.0
     top_p: float = 1.0
     length_penalty: float = 1.0
-    generator: torch.Generator | None = None
+    generator: Generators = None
 
-    def __post_init__(self):
-        if self.max_new_tokens < 1:
-            raise ValueError(f"max_new_tokens: expected at least 1, got {self.max_new_tokens}")
-        if self.num_beams < 1:
-            raise ValueError(f"num_beams: expected at least 1, got {self.num_beams}")
-        if self.temperature <= 0:
-            raise ValueError(
-                f"temperature: expected more than 0, got {self.temperature}; for the likeliest word use do_sample=False"
-            )
-        if not 0 < self.top_p <= 1:
-            raise ValueError(f"top_p: expected a share in (0, 1], got {self.top_p}")
+    def __post_init__(self) -> None:
+        arguments.integer(self.max_new_tokens, "max_new_tokens")
+        arguments.integer(self.num_beams, "num_beams")
+        arguments.flag(self.do_sample, "do_sample")
+        arguments.number(self.temperature, "temperature", above=0)
+        arguments.number(self.top_p, "top_p", above=0, most=1)
+        arguments.number(self.length_penalty, "length_penalty")
         if self.do_sample and self.num_beams > 1:
             raise ValueError(
                 f"do_sample=True draws one caption, but num_beams is {self.num_beams}; choose one of the two"
             )
+        for name in ("temperature", "top_p"):
+            if not self.do_sample and (value := getattr(self, name)) != 1:
+                raise ValueError(
+                    f"{name}={value} shapes what is drawn, and nothing is; add do_sample=True, or leave it out"
+                )
+
+
+def decoding_of(settings: Mapping[str, Any]) -> Decoding:
+    """The decoding of settings by name.
+
+    Raises:
+        TypeError: there is no such setting; also what `Decoding` raises.
+    """
+    known = [field.name for field in fields(Decoding)]
+    if unknown := [name for name in settings if name not in known]:
+        raise TypeError(f"caption: no option named {unknown[0]!r}; {nearest(unknown[0], known)}")
+    return Decoding(**settings)
 
 
 def beam_rows(images: int, num_beams: int, device: torch.device) -> Tensor:
@@ -103,9 +122,10 @@ def _one_by_one(
     chosen = last.new_full((len(last), length), eos_id)
     image = torch.arange(len(last), device=last.device)  # of each row that is left
     done = torch.zeros_like(image, dtype=torch.bool)
+    uniform = _uniform(decoding.generator, len(last), length).to(last.device) if decoding.do_sample else None
     for place in range(length):
         logits = step(last, cache, memory)
-        last = _draw(logits, decoding) if decoding.do_sample else logits.argmax(-1, keepdim=True)
+        last = logits.argmax(-1, keepdim=True) if uniform is None else _draw(logits, decoding, uniform[image, place])
         chosen[image, place] = last[:, 0]
         done = done | (last[:, 0] == eos_id)
         ended = done.float().mean().item()
@@ -118,12 +138,22 @@ def _one_by_one(
     return chosen
 
 
-def _draw(logits: Tensor, decoding: Decoding) -> Tensor:
-    """One word per row from the nucleus: [B, V] -> [B, 1]."""
-    probabilities, words = (logits.float() / decoding.temperature).softmax(-1).sort(-1, descending=True)
-    likelier = probabilities.cumsum(-1) - probabilities  # the mass before each word: the likeliest is always in
-    probabilities = probabilities.masked_fill(likelier >= decoding.top_p, 0)
-    return words.gather(1, torch.multinomial(probabilities, 1, generator=decoding.generator))
+def _uniform(generator: Generators, images: int, length: int) -> Tensor:
+    """Numbers in [0, 1) that every image draws its words by, [B, length]."""
+    return torch.stack([torch.rand(length, generator=own) for own in own_generators(generator, images)])
+
+
+def _draw(logits: Tensor, decoding: Decoding, uniform: Tensor) -> Tensor:
+    """One word per row from the nucleus, [B, V] -> [B, 1]: the word at which the summed probability passes `uniform` [B]."""
+    probabilities = (logits.float() / decoding.temperature).softmax(-1)
+    ordered, words = probabilities.sort(-1, descending=True)
+    likelier = ordered.cumsum(-1) - ordered  # the mass before each word: the likeliest is always in
+    outside = (likelier >= decoding.top_p).scatter(-1, words, likelier >= decoding.top_p)
+    # Summed in the order of the vocabulary: words of nearly equal probability may swap places in the sorted order.
+    summed = probabilities.masked_fill(outside, 0).cumsum(-1)
+    whole = summed[:, -1:]
+    below = (uniform[:, None] * whole).minimum(torch.nextafter(whole, torch.zeros_like(whole)))
+    return torch.searchsorted(summed, below, right=True)
 
 
 def _beam_search(

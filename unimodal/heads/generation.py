@@ -17,6 +17,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from unimodal.config import nearest
 from unimodal.diffusion import euler_sample, guide, velocity_from_sample
+from unimodal.draws import Generators, one_each
 from unimodal.heads.patches import PatchAutoencoder
 from unimodal.heads.unet import UNet
 
@@ -161,7 +162,7 @@ class GenerationHead(nn.Module):
         num_inference_steps: int = 20,
         guidance_scale: float = 2.0,
         shift: float = 1.0,
-        generator: torch.Generator | None = None,
+        generator: Generators = None,
     ) -> Tensor:
         """Pictures [B, 3, S, S] in [0, 1] for condition tokens [B, N, W].
 
@@ -170,7 +171,8 @@ class GenerationHead(nn.Module):
             num_inference_steps: Euler steps.
             guidance_scale: 1 follows the condition as learned, in one network call per step; more exaggerates, in two.
             shift: > 1 spends more steps near the noise.
-            generator: source of the noise; the same seed on the same device gives the same pictures.
+            generator: source of the noise, which pictures draw one after another, or a source for each picture; the same seed on the same
+                device gives the same pictures.
         """
         self._require_condition(condition)
         if guidance_scale != 1 and self.null_condition is None:
@@ -186,10 +188,14 @@ class GenerationHead(nn.Module):
             unconditional = self._velocity(x, t, self.null_condition.expand_as(condition), condition_mask)
             return guide(conditional, unconditional, guidance_scale)
 
-        # Drawn on the generator's own device, so that a seed of the CPU means the same picture on a GPU.
-        device = generator.device if generator is not None else condition.device
-        noise = torch.randn(len(condition), *self.latent_shape, generator=generator, device=device).to(condition.device)
-        latents = euler_sample(velocity, noise, num_inference_steps=num_inference_steps, shift=shift)
+        # Each picture's noise by itself, so that it does not depend on the batch; on the generator's own device, so that a seed of the CPU
+        # means the same picture on a GPU.
+        noise = [
+            torch.randn(self.latent_shape, generator=one, device=condition.device if one is None else one.device)
+            for one in one_each(generator, len(condition))
+        ]
+        start = torch.stack([each.to(condition.device) for each in noise])
+        latents = euler_sample(velocity, start, num_inference_steps=num_inference_steps, shift=shift)
         return (self.decode(latents) / 2 + 0.5).clamp(0, 1)
 
 

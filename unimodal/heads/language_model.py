@@ -7,14 +7,13 @@ so is the search for the caption.
 Legend: B images, N bridged tokens, W bridge width, H embedding width of the language model, P prompt length, L text length, V vocabulary.
 """
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from unimodal.draws import Generators, drawing_from, own_generators
 from unimodal.layers import init_weights
 
 OBJECTS = ("return_dict_in_generate", "output_scores", "output_logits", "output_attentions", "output_hidden_states")
@@ -87,7 +86,7 @@ class LanguageModelCaptioner(nn.Module):
         images: Tensor,
         *,
         prompt: tuple[Tensor, Tensor] | None = None,
-        generator: torch.Generator | None = None,
+        generator: Generators = None,
         **settings: Any,
     ) -> list[list[int]]:
         """One caption per image, or `num_return_sequences` one after another: ids without prompt and end.
@@ -95,7 +94,7 @@ class LanguageModelCaptioner(nn.Module):
         Args:
             images: bridged tokens [B, N, W].
             prompt: ids and mask [B, P], or [1, P] for all, padded as `unimodal.data.writer.Writer` does; None is the start token.
-            generator: what the draws follow from; None leaves them to torch's own random state.
+            generator: what the draws follow from: a source for all images, or one for each, see `unimodal.draws`.
             settings: all that transformers' `generate` takes (`max_new_tokens`, `num_beams`, `do_sample`, `repetition_penalty`, ...).
                 Penalties see the start token in the picture's place, or only the caption where an encoder read the rest.
 
@@ -117,11 +116,17 @@ class LanguageModelCaptioner(nn.Module):
         }
         if not self.encodes:
             read["input_ids"] = torch.cat([start.expand(count, queries), ids], 1)  # what was written goes on from there
-        with _draws(generator, device):
-            out = self.language_model.generate(**read, **settings)
+        written: list[Tensor] = []
+        if settings.get("do_sample"):  # one by one: the draws of a batch come from one source
+            for i, own in enumerate(own_generators(generator, count)):
+                with drawing_from(own, device):
+                    one = {name: value[i : i + 1] for name, value in read.items()}
+                    written += self.language_model.generate(**one, **settings)
+        else:
+            written += self.language_model.generate(**read, **settings)
         ends = settings.get("eos_token_id", self.end_ids)
         ends = ends if isinstance(ends, list) else [ends]
-        rows = out[:, 1 if self.encodes else queries + ids.shape[1] :].tolist()
+        rows = [row[1 if self.encodes else queries + ids.shape[1] :].tolist() for row in written]
         return [row[: next((i for i, token in enumerate(row) if token in ends), None)] for row in rows]
 
     def _before(self, images: Tensor, ids: Tensor, more: int) -> Tensor:
@@ -145,15 +150,3 @@ def _prompt_length(mask: Tensor) -> int:
             "prompt at a time: give all captions of a batch the same"
         )
     return int(lengths[0])
-
-
-@contextmanager
-def _draws(generator: torch.Generator | None, device: torch.device) -> Iterator[None]:
-    """A block whose draws follow from `generator`, and after which torch's own random state is as before."""
-    if generator is None:
-        yield
-        return
-    seed = int(torch.randint(2**62, (1,), generator=generator, device=generator.device))
-    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-        torch.manual_seed(seed)
-        yield

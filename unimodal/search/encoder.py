@@ -10,6 +10,7 @@ Legend: n items, P pairs, N queries, T image tokens, L text length, D backbone w
 import hashlib
 import json
 from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
 from typing import Any, TypeVar
 
@@ -20,11 +21,13 @@ from rich.progress import track
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
+from unimodal import arguments
 from unimodal.backbones import move_pixels
 from unimodal.data.conversation import DESCRIBE
 from unimodal.data.images import load_images
 from unimodal.data.items import Item
 from unimodal.data.processor import Processor
+from unimodal.draws import SAMPLING, Generators, drawing_from, own_generators
 from unimodal.model import ImageState, TextState, UnimodalModel
 from unimodal.onednn import inference
 from unimodal.search.calibrate import Calibration
@@ -32,8 +35,6 @@ from unimodal.search.judge import Judge, plan
 from unimodal.tuning import base_name
 
 V = TypeVar("V")
-
-SAMPLING = ("temperature", "top_k", "top_p", "min_p", "typical_p")  # what a greedy search has no use for
 
 # What neither embedding nor match score depends on: training it leaves an index valid.
 OTHER_JOBS = ("heads.captioning.", "heads.generation.", "bridge.query_sets.generate", "bridge.lm_")
@@ -192,23 +193,23 @@ class Encoder:
     def write(
         self,
         items: Sequence[Item],
-        prompt: str | Sequence[str] | None,
+        prompts: Sequence[str] | None,
         options: dict[str, Any],
         batch_size: int,
         show: bool | None = False,
+        generator: Generators = None,
     ) -> list[Any]:
         """What a vision-language model writes about images and videos: a text for each, or with `num_return_sequences` a list of texts.
 
         Args:
             items: images, several images, videos.
-            prompt: what is asked about all of them, or about each; None asks for a description.
+            prompts: what is asked about each of them; None, or an empty text, asks for a description.
             options: arguments of transformers' `generate`.
-            batch_size: items at a time.
+            batch_size: items at a time; those that are drawn are written one by one, since the draws of a batch come from one source.
             show: as in `progress`.
+            generator: what the draws follow from: a source for all items, or one for each, see `unimodal.draws`.
         """
-        asked = [prompt or DESCRIBE] * len(items) if prompt is None or isinstance(prompt, str) else list(prompt)
-        if len(asked) != len(items):
-            raise ValueError(f"prompt: expected one for all or one for each of {len(items)} images, got {len(asked)}")
+        asked = [DESCRIBE] * len(items) if prompts is None else [one or DESCRIBE for one in prompts]
         if "return_dict_in_generate" in options:
             raise ValueError(
                 "return_dict_in_generate: texts are returned, not what generate knows of them; leave it out"
@@ -222,14 +223,19 @@ class Encoder:
                     "is the prompt"
                 )
         settings = {**self.processor.generation, "do_sample": False, **options}
-        if not settings["do_sample"]:
+        own: list[torch.Generator] = []
+        if settings["do_sample"]:
+            own = own_generators(generator, len(items))
+        else:
             settings = {name: value for name, value in settings.items() if name not in SAMPLING}
         out: list[Any] = []
-        for rows in progress(batches(len(items), batch_size), "Captioning", show):
+        for rows in progress(batches(len(items), 1 if own else batch_size), "Captioning", show):
             asking = zip(items[rows], asked[rows], where[rows])
             read = self.processor.batch([self.processor.question(*one) for one in asking], "left")
             batch: Any = move_pixels(read, self.device, self.model.log_scale.dtype)
-            out += [self.processor.decode(ids) for ids in self.model.backbone.write(batch, **settings)]
+            with drawing_from(own[rows.start], self.device) if own else nullcontext():
+                written = self.model.backbone.write(batch, **settings)
+            out += [self.processor.decode(ids) for ids in written]
         each = options.get("num_return_sequences", 1)
         return out if each == 1 else [out[i : i + each] for i in range(0, len(out), each)]
 
@@ -285,13 +291,13 @@ class Encoder:
 
 def batches(count: int, batch_size: int) -> list[slice]:
     """`count` rows cut into slices of `batch_size`."""
-    if batch_size < 1:
-        raise ValueError(f"batch_size: expected at least 1, got {batch_size}")
+    batch_size = arguments.integer(batch_size, "batch_size")
     return [slice(start, start + batch_size) for start in range(0, count, batch_size)]
 
 
 def progress(steps: Sequence[V], description: str, show: bool | None) -> Iterator[V]:
     """The steps, with a bar on standard error; None shows it for several steps on a terminal."""
+    show = arguments.optional(arguments.flag, show, "show_progress_bar")
     console = Console(stderr=True)
     if show is None:
         show = console.is_terminal and len(steps) > 1

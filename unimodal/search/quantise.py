@@ -12,6 +12,8 @@ from typing import Literal, get_args
 
 import numpy as np
 
+from unimodal import arguments
+
 Precision = Literal["float32", "int8", "uint8", "binary", "ubinary"]
 
 
@@ -22,13 +24,14 @@ def int8_rows(x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def quantise(x: np.ndarray, precision: Precision) -> np.ndarray:
-    """Vectors [..., E] float32 -> codes [..., E], or [..., E / 8] for the binary kinds.
+    """Vectors [..., E] -> codes [..., E], or [..., E / 8] for the binary kinds.
 
     Raises:
-        ValueError: for an unknown precision, or a width that does not divide into bytes.
+        TypeError: anything but floating-point numbers.
+        ValueError: an unknown precision, values that are not finite, or a width that does not divide into bytes.
     """
-    if precision not in get_args(Precision):
-        raise ValueError(f"precision: expected one of {', '.join(get_args(Precision))}, got {precision!r}")
+    arguments.choice(precision, "precision", get_args(Precision))
+    x = arguments.vectors(x, "quantise", dimensions=(1, 2, 3)).float().cpu().numpy()
     if precision == "float32":
         return x
     if precision in ("int8", "uint8"):
@@ -43,11 +46,31 @@ def quantise(x: np.ndarray, precision: Precision) -> np.ndarray:
 
 
 def dequantise(codes: np.ndarray, precision: Precision) -> np.ndarray:
-    """Codes of `quantise` -> unit vectors [..., E], float32."""
-    if precision in ("binary", "ubinary"):
-        packed = (codes.astype(np.int16) + 128).astype(np.uint8) if precision == "binary" else codes
-        x = np.unpackbits(packed, axis=-1).astype(np.float32) * 2 - 1
+    """Codes of `quantise` -> unit vectors [..., E], float32.
+
+    Raises:
+        TypeError: numbers of another kind than the precision's codes.
+        ValueError: an unknown precision, no codes, or values that are not finite.
+    """
+    arguments.choice(precision, "precision", get_args(Precision))
+    if precision == "float32":
+        x = arguments.vectors(codes, "dequantise", dimensions=(1, 2, 3)).float().cpu().numpy()
     else:
-        x = codes.astype(np.float32) - (128 if precision == "uint8" else 0)
+        x = _codes(codes, precision)
     norm = np.linalg.norm(x, axis=-1, keepdims=True)
-    return x / np.where(norm, norm, 1)
+    return np.asarray(x / np.where(norm, norm, 1), np.float32)
+
+
+def _codes(codes: np.ndarray, precision: Precision) -> np.ndarray:
+    """Codes as vectors that are not unit yet, float32."""
+    dtype = np.int8 if precision in ("int8", "binary") else np.uint8
+    expected = f"codes of quantise(..., {precision!r}): {np.dtype(dtype)} [..., E]"
+    array = arguments.tensor(codes, "dequantise", expected).cpu().numpy()
+    if array.dtype != dtype:
+        raise TypeError(arguments.refused("dequantise", expected, codes))
+    if array.ndim == 0 or not array.shape[-1]:
+        raise ValueError(arguments.refused("dequantise", expected, codes))
+    if precision in ("binary", "ubinary"):
+        packed = (array.astype(np.int16) + 128).astype(np.uint8) if precision == "binary" else array
+        return np.unpackbits(packed, axis=-1).astype(np.float32) * 2 - 1
+    return array.astype(np.float32) - (128 if precision == "uint8" else 0)

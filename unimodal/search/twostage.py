@@ -34,7 +34,7 @@ def similarity(a: Tensor, b: Tensor) -> Tensor:
     for x in a.unbind(1) if a.ndim == 3 else (a,):
         for y in b.unbind(1) if b.ndim == 3 else (b,):
             best = torch.maximum(best, x @ y.T)
-    return best
+    return best.clamp(-1, 1)  # rounding carries the product of equal unit vectors beyond 1
 
 
 def check_depths(top_k: int, rerank_top_k: int, combine: str) -> None:

@@ -282,6 +282,9 @@ class Evaluation:
         count = min(settings.captions, len(self.pairs))
         length = self.model.config.captioning.max_length if self.model.config.captioning else 0
         written: list[str] = []
+        generator = torch.Generator().manual_seed(
+            0
+        )  # one for all, so that a caption does not depend on the size of the batches
         for state in self.images:
             if len(written) >= count:
                 break
@@ -291,7 +294,7 @@ class Evaluation:
                 state,
                 settings.candidates,
                 match_scale=settings.match_scale,
-                generator=torch.Generator(state.bridged.device).manual_seed(len(written)),
+                generator=generator,
                 num_beams=settings.num_beams,
                 max_new_tokens=length - 2,  # with start and end it can be read again
             )
