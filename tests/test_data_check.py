@@ -66,13 +66,12 @@ def test_each_kind_of_fault_is_found(tmp_path: Path) -> None:
 
 
 def test_one_picture_listed_twice_is_no_repetition(tmp_path: Path) -> None:
-    """Its entries share an image_id, which losses and metrics compare."""
     path = write_karpathy({"train": Scenes("train", count=2)}, tmp_path / "new")
     data = json.loads(path.read_text())
     data["images"].append(data["images"][0] | {"sentences": [{"raw": "another"}]})
     path.write_text(json.dumps(data))
     _, splits = open_splits(path)
-    assert len(splits["train"]) == 3 and audit(splits) == []
+    assert len(splits["train"]) == 2 and splits["train"].captions(0)[-1] == "another" and audit(splits) == []
 
 
 def test_check_prints_what_to_do(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -134,8 +134,11 @@ def test_karpathy_with_filepath_and_root(tmp_path: Path) -> None:
 
 
 def test_one_picture_listed_twice_is_one_image(tmp_path: Path) -> None:
-    reader = KarpathyJson(karpathy(tmp_path, [["a"], ["b"]], filename="0.png"), split="train")
-    assert [reader.image_id(i) for i in range(2)] == [0, 0]
+    path = karpathy(tmp_path, [["a", "b"], ["c"], ["d"]], filename="0.png")
+    reader = KarpathyJson(path, split="train")
+    assert (len(reader), reader.captions(0), reader.image_id(0)) == (1, ["a", "b", "c", "d"], 0)
+    with pytest.warns(UserWarning, match="1 captions of 1 images of toy train come after the first 3"):
+        assert KarpathyJson(path, split="train", captions_per_image=3).captions(0) == ["a", "b", "c"]
 
 
 def test_folder_with_texts_beside(tmp_path: Path) -> None:
@@ -327,7 +330,7 @@ def test_check_lists_every_problem() -> None:
 def test_bad_members_of_a_shard_are_left_out(tmp_path: Path) -> None:
     good = {"0.png": PNG, "0.txt": b"fine"}
     bad = {"1.png": PNG, "2.png": PNG, "2.json": b"{half", "3.txt": b"no picture", "4.png": b"x", "4.txt": b"a"}
-    bad |= {"5.png": PNG, "5.txt": b"\xff\xfe", "6.png": PNG, "6.json": b'{"captions": "a"}'}
+    bad |= {"5.png": PNG, "5.txt": b"\xff\xfea", "6.png": PNG, "6.json": b'{"captions": "a"}'}
     shard = tar(tmp_path / "x.tar", good | bad)
     with pytest.raises(ValueError, match=r"x.tar/1: expected a list of at least one caption, got \[\]"):
         WebDatasetTars(shard, split="train")
@@ -338,7 +341,7 @@ def test_bad_members_of_a_shard_are_left_out(tmp_path: Path) -> None:
     assert list(reasons) == list("123456")
     for key, reason in (
         ("2", "{half"),
-        ("3", "is no image"),
+        ("3", "the shard has captions of this name and no picture; put the picture beside them"),
         ("4", "is no image"),
         ("5", "no valid Unicode"),
     ):

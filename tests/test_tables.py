@@ -128,7 +128,7 @@ def test_bad_tables_are_named(folder: Path, text: str, message: str) -> None:
 @pytest.mark.parametrize(
     ("line", "message"),
     [
-        ('{"image": "b.png"}', "line 2: there is no column 'caption'; the columns are .*; give another captions"),
+        ('{"image": "b.png"}', "line 2: there is no column of captions; the columns are .*; give another captions"),
         ('{"caption": "a"}', "line 2: there is no column 'image'"),
         ('{"image": 3, "caption": "a"}', "line 2: expected a picture's name in UTF-8, got 3"),
         ("[]", r"line 2: expected an object with a picture and its captions, got \[\]"),

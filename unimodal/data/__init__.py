@@ -14,6 +14,7 @@ _HOME = {
     "check": "pairs",
     "Scenes": "scenes",
     "KarpathyJson": "readers",
+    "CocoCaptions": "coco",
     "ImageFolder": "readers",
     "CsvTable": "tables",
     "JsonLines": "tables",

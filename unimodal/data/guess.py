@@ -7,13 +7,15 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from unimodal.data.coco import CocoCaptions, split_of
 from unimodal.data.huggingface import HuggingFaceDataset, is_saved
 from unimodal.data.labelled import NusWide, PascalSentence, Wikipedia
 from unimodal.data.pairs import Pairs
-from unimodal.data.readers import ImageFolder, KarpathyJson, OnError, parse_json
+from unimodal.data.readers import ImageFolder, KarpathyJson, OnError
 from unimodal.data.scenes import Scenes
 from unimodal.data.shards import WebDatasetTars
 from unimodal.data.tables import CsvTable, JsonLines, splits_of
+from unimodal.data.text import parse_json
 
 SPLIT_FOLDERS = ("train", "training", "val", "valid", "validation", "dev", "test", "testing")
 TABLES = (".json", ".jsonl", ".csv", ".tsv")
@@ -32,18 +34,19 @@ def open_splits(
 ) -> tuple[str, dict[str, Pairs]]:
     """Every split of the data at a path, and the name of the reader that was taken.
 
-    A file is told by its suffix: `.json` is Karpathy's, `.jsonl` JSON lines, `.csv`, `.tsv` and `.txt` a table, `.tar` or a
-    pattern with wildcards are shards, whose splits are their names without the number. A folder is told by what lies in it:
-    one of the labelled sets, what `datasets` saved, shards, a single table, or else pictures.
+    A file is told by its suffix: `.json` is Karpathy's, or COCO's own where it has annotations, `.jsonl` JSON lines, `.csv`, `.tsv` and
+    `.txt` a table, `.tar` or a pattern with wildcards are shards, whose splits are their names without the number. A folder is told by
+    what lies in it: COCO's `captions_train2017.json` and its like (or a folder `annotations` of them), one of the labelled sets, what
+    `datasets` saved, shards, a single table, or else pictures.
 
     Args:
         path: the data.
-        root: folder of the pictures, for Karpathy's JSON and tables.
+        root: folder of the pictures, for Karpathy's and COCO's JSON and tables.
         splits: the splits to open; by default all.
         image: column of the picture, for tables and `datasets`, where its name is unusual.
         captions: columns of the captions, likewise.
         labels: column of the labels, where they are to be read.
-        captions_per_image: keep the first so many captions of each image, for Karpathy's JSON.
+        captions_per_image: keep the first so many captions of each image, for Karpathy's and COCO's JSON.
         on_error: what happens at a bad sample; by default it is kept, for `audit` to name.
 
     Raises:
@@ -62,13 +65,15 @@ def open_splits(
     wildcards = any(mark in path.name for mark in "*?[")
     if not path.exists() and not wildcards:
         raise FileNotFoundError(f"there is nothing at {str(path)!r}; check the path")
+    coco = _coco_files(path)
     if (
-        path.is_dir() and not is_saved(path) and not any(path.glob("*.tar"))
-    ):  # both have JSON files of their own beside them
+        path.is_dir() and not coco and not is_saved(path) and not any(path.glob("*.tar"))
+    ):  # they have JSON files of their own beside them
         path = _inside_folder(path)
-    reader, found = _reader(path, wildcards)
+    reader, found = (CocoCaptions, coco) if coco else _reader(path, wildcards)
     takes = {
         KarpathyJson: {"root", "captions_per_image"},
+        CocoCaptions: {"root", "captions_per_image"},
         CsvTable: {"root", "image", "captions", "labels"},
         JsonLines: {"root", "image", "captions", "labels"},
         HuggingFaceDataset: {"image", "captions", "labels"},
@@ -94,9 +99,15 @@ def open_split(path: str | Path, split: str, root: str | Path | None = None, **o
     return open_splits(path, root, [split], on_error="raise", **options)[1][split]
 
 
+def _coco_files(path: Path) -> dict[str, tuple[Any, str | None]]:
+    """The splits of COCO's files `captions_SPLIT.json` in a folder, or in its folder `annotations`."""
+    files = [file for folder in (path, path / "annotations") for file in sorted(folder.glob("captions_*.json"))]
+    return {split_of(file): (file, split_of(file)) for file in files}
+
+
 def _inside_folder(folder: Path) -> Path:
     """The single table of a folder, where it has one; else the folder."""
-    tables = sorted(path for path in folder.iterdir() if path.suffix in TABLES and path.is_file())
+    tables = sorted(path for path in folder.iterdir() if path.suffix.lower() in TABLES and path.is_file())
     if len(tables) > 1:
         raise ValueError(f"{folder} holds {', '.join(path.name for path in tables)}; name one of them")
     return tables[0] if tables else folder
@@ -108,7 +119,7 @@ def _reader(path: Path, wildcards: bool) -> tuple[type[Any], dict[str, tuple[Any
     def all_of(*names: str) -> dict[str, tuple[Any, str | None]]:
         return {name: (path, name) for name in names}
 
-    if wildcards or path.suffix == ".tar":
+    if wildcards or path.suffix.lower() == ".tar":
         return WebDatasetTars, _shards(sorted(path.parent.glob(path.name)), path)
     if path.is_dir():
         if (path / "trainset_txt_img_cat.list").is_file():
@@ -127,13 +138,15 @@ def _reader(path: Path, wildcards: bool) -> tuple[type[Any], dict[str, tuple[Any
             return WebDatasetTars, _shards(shards, path)
         folders = [name for name in SPLIT_FOLDERS if (path / name).is_dir()]
         return ImageFolder, all_of(*folders) if folders else {"all": (path, None)}
-    if path.suffix == ".json":
+    if path.suffix.lower() == ".json":
         data = parse_json(path.read_bytes(), str(path))
+        if isinstance(data, dict) and "annotations" in data:
+            return CocoCaptions, all_of(split_of(path))
         images = data.get("images") if isinstance(data, dict) else None
         names = [str(image.get("split")) for image in images or () if isinstance(image, dict)]
         return KarpathyJson, all_of(*dict.fromkeys(names or ["train"]))  # of no image KarpathyJson says what is wrong
-    if path.suffix in (".jsonl", ".csv", ".tsv", ".txt"):
-        reader = JsonLines if path.suffix == ".jsonl" else CsvTable
+    if path.suffix.lower() in (".jsonl", ".csv", ".tsv", ".txt"):
+        reader = JsonLines if path.suffix.lower() == ".jsonl" else CsvTable
         return reader, all_of(*splits_of(path)) or {"all": (path, None)}
     raise ValueError(
         f"{path} has no known format; expected a folder, {', '.join(TABLES)}, or .tar shards such as 'data/train-*.tar'"

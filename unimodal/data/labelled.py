@@ -18,7 +18,8 @@ from torch import Tensor
 
 from unimodal.data.folders import find_pictures
 from unimodal.data.pairs import Pairs
-from unimodal.data.readers import Listed, OnError, Sample, inside, lines
+from unimodal.data.readers import Listed, OnError, Sample, inside
+from unimodal.data.text import decoded, lines
 
 WIKIPEDIA_CATEGORIES = (
     *("art", "biology", "geography", "history", "literature"),
@@ -114,14 +115,14 @@ class Wikipedia(Listed):
             raise ValueError(f"split: expected train or test, got {split!r}; the set has no other")
         root, samples = Path(root), []
         listed = root / f"{split}set_txt_img_cat.list"
-        for n, line in enumerate(listed.read_text(encoding="utf-8").splitlines(), 1):
+        for n, line in enumerate(decoded(listed.read_bytes()).splitlines(), 1):
             parts = line.split()
             if len(parts) != 3 or not parts[2].isdecimal() or not 1 <= int(parts[2]) <= len(WIKIPEDIA_CATEGORIES):
                 raise ValueError(
                     f"{listed} line {n}: expected text, picture and category from 1 to 10, got {line!r:.80}"
                 )
             category = WIKIPEDIA_CATEGORIES[int(parts[2]) - 1]
-            article = inside(root / "texts", f"{parts[0]}.xml").read_text(encoding="utf-8", errors="surrogateescape")
+            article = decoded(inside(root / "texts", f"{parts[0]}.xml").read_bytes())
             text = re.search(r"<text>(.*)</text>", article, flags=re.DOTALL)
             captions = [" ".join(html.unescape(text[1]).split())] if text else []
             key = f"{category}/{parts[1]}.jpg"
@@ -169,7 +170,7 @@ class NusWide(Listed):
             concepts = sorted(path.stem.removeprefix("Labels_") for path in truth.glob("Labels_*.txt"))
         for concept in concepts:
             file = inside(truth, f"Labels_{concept}.txt")
-            values = file.read_text().split()
+            values = decoded(file.read_bytes()).split()
             if len(values) != len(names) or not set(values) <= {"0", "1"}:
                 raise ValueError(f"{file}: expected {len(names)} lines of 0 or 1; download the file again")
             for row, value in enumerate(values):
@@ -198,4 +199,4 @@ class NusWide(Listed):
 
 def _names(path: Path) -> list[str]:
     """Pictures of a list that was written on Windows."""
-    return [line.strip().replace("\\", "/") for line in path.read_text().splitlines() if line.strip()]
+    return [line.strip().replace("\\", "/") for line in decoded(path.read_bytes()).splitlines() if line.strip()]

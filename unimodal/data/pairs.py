@@ -12,6 +12,8 @@ from typing import Any, Protocol
 
 from PIL import Image
 
+from unimodal.data.captions import MISSING, is_written_list
+
 
 class Pairs(Protocol):
     """One split of an image-text data set, by random access; `i` counts images from 0."""
@@ -105,6 +107,13 @@ def caption_fault(captions: Any) -> str | None:
             return f"caption {c} is {type(caption).__name__} {caption!r:.60}; expected a string"
         if not caption.strip():
             return f"caption {c} is empty; give it words"
-        if any("\ud800" <= character <= "\udfff" for character in caption):
-            return f"caption {c} is {caption!r:.60}, which is no valid Unicode; write it as UTF-8"
+        if caption.strip() in MISSING:
+            return f"caption {c} is {caption.strip()!r}, which stands for a missing one; give it words"
+        if wrong := next((character for character in caption if "\ud800" <= character <= "\udfff"), None):
+            byte = f" (byte 0x{ord(wrong) - 0xDC00:02x})" if "\udc80" <= wrong <= "\udcff" else ""
+            return f"caption {c} is {caption!r:.60}, which is no valid Unicode{byte}; write it as UTF-8"
+        if "\0" in caption:
+            return f"caption {c} is {caption!r:.60}, which holds a zero byte; write it as UTF-8"
+        if is_written_list(caption):
+            return f"caption {c} is {caption!r:.60}, a list written as text; give each caption its own place"
     return None

@@ -7,10 +7,10 @@ Paths that leave their root are an error whatever `on_error` says: such a file w
 
 from __future__ import annotations
 
-import json
+import os
 import warnings
-from dataclasses import dataclass
-from pathlib import Path, PurePosixPath
+from dataclasses import dataclass, replace
+from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any, Literal
 
 from PIL import Image
@@ -18,6 +18,7 @@ from PIL import Image
 from unimodal.data.folders import find_pictures
 from unimodal.data.images import load_image
 from unimodal.data.pairs import Problem, caption_fault, check, fingerprint
+from unimodal.data.text import lines, parse_json
 
 OnError = Literal["raise", "skip", "keep"]
 
@@ -33,10 +34,12 @@ class Sample:
     size: int = -1  # to the end of the file
     labels: frozenset[str] = frozenset()
     coco_ids: tuple[int, ...] = ()  # COCO's, of the picture and then of each caption
+    fault: str = ""  # why there can be no picture, where that is known before it is opened
 
 
 class Listed:
-    """A split that is a list of samples (`unimodal.data.pairs.Pairs`).
+    """A split that is a list of samples (`unimodal.data.pairs.Pairs`). Samples of one key are one image with all their captions, at the
+    place of the first.
 
     Args:
         gallery: a split of which no sample has captions is sound; else that is an error.
@@ -52,16 +55,14 @@ class Listed:
             raise ValueError(f"on_error: expected 'raise', 'skip' or 'keep', got {on_error!r}")
         if not samples:
             raise ValueError(f"{name} has no samples in split {split!r}; check the path and the split")
-        self.name, self.split, self.samples = name, split, samples
+        self.name, self.split, self.samples = name, split, merged(samples)
         self.problems: list[Problem] = []
         gallery = gallery and not any(sample.captions for sample in samples)
         if on_error == "skip":
             self._leave_out_bad_samples()
         for sample in () if gallery or on_error == "keep" else self.samples:
-            if fault := caption_fault(sample.captions):
+            if fault := sample.fault or caption_fault(sample.captions):
                 raise ValueError(f"{sample.key}: {fault}, or pass on_error='skip' to leave bad samples out")
-        first: dict[str, int] = {}
-        self._image_ids = [first.setdefault(sample.key, i) for i, sample in enumerate(self.samples)]
 
     def _leave_out_bad_samples(self) -> None:
         self.problems = check(self)
@@ -80,6 +81,8 @@ class Listed:
 
     def image(self, i: int) -> Image.Image:
         sample = self.samples[i]
+        if sample.fault:
+            raise ValueError(f"{sample.key}: {sample.fault}")
         source = self.source(sample)
         try:
             return load_image(source)
@@ -106,7 +109,7 @@ class Listed:
         return self.samples[i].key
 
     def image_id(self, i: int) -> int:
-        return self._image_ids[i]
+        return i
 
     def fingerprint(self) -> str:
         return fingerprint(
@@ -132,6 +135,20 @@ class Listed:
                 f"{', '.join(map(str, missing[:3]))}{', ...' if len(missing) > 3 else ''}; give the right root, or pass on_error='skip' to "
                 "leave bad samples out"
             )
+
+    def coco_ids(self, i: int) -> tuple[int, list[int]]:
+        """COCO's ids of image i and of its captions, by which later judgements of COCO go.
+
+        Raises:
+            ValueError: the file has none.
+        """
+        if not self.samples[i].coco_ids:
+            raise ValueError(
+                f"{self.key(i)} of {self.name} {self.split} lacks COCO's ids, a `cocoid` and a `sentid` per sentence; "
+                "Karpathy's file of COCO, dataset_coco.json, and COCO's own, captions_val2017.json, have them"
+            )
+        image, *captions = self.samples[i].coco_ids
+        return image, captions
 
 
 class KarpathyJson(Listed):
@@ -170,8 +187,6 @@ class KarpathyJson(Listed):
         fold: tuple[int, int] | None = None,
         on_error: OnError = "raise",
     ) -> None:
-        if captions_per_image is not None and captions_per_image < 1:
-            raise ValueError(f"captions_per_image: expected at least 1, or None for all, got {captions_per_image}")
         root = Path(root) if root is not None else Path(path).parent / "images"
         data = parse_json(Path(path).read_bytes(), str(path))
         if not isinstance(data, dict) or not isinstance(data.get("images"), list):
@@ -179,42 +194,20 @@ class KarpathyJson(Listed):
         name = str(data.get("dataset", Path(path).stem))
         wanted, found = split.split("+"), set()
         samples: list[Sample] = []
-        cut: list[int] = []
         for i, image in enumerate(data["images"]):
             if not isinstance(image, dict) or not all(isinstance(image.get(k), str) for k in ("filename", "split")):
-                raise ValueError(f"{path}: images[{i}] needs a filename and a split as strings, got {image!r:.80}")
+                raise ValueError(
+                    f"{path}: images[{i}] needs a filename and a split as strings, got {image!r:.80}{_other_format(data)}"
+                )
             found.add(image["split"])
             if image["split"] in wanted:
-                key = str(PurePosixPath(str(image.get("filepath", "")), image["filename"]))
-                captions = _raw(image.get("sentences"))
-                if captions_per_image is not None and isinstance(captions, list):
-                    cut += [len(captions) - captions_per_image] * (len(captions) > captions_per_image)
-                    captions = captions[:captions_per_image]
-                labels, ids = as_labels(image.get("labels")), _coco_ids(image, captions_per_image)
+                key = relative(str(PurePosixPath(str(image.get("filepath", "")), image["filename"])), root)
+                captions, labels, ids = _raw(image.get("sentences")), as_labels(image.get("labels")), _coco_ids(image)
                 samples.append(Sample(key, captions, inside(root, key), labels=labels, coco_ids=ids))
         if unknown := [part for part in wanted if part not in found]:
             raise ValueError(f"{path} has no split {unknown[0]!r}; it has: {', '.join(sorted(found))}")
-        if cut:
-            warnings.warn(
-                f"{sum(cut)} captions of {len(cut)} images of {name} {split} come after the first {captions_per_image} "
-                "and are left out",
-                stacklevel=2,
-            )
+        samples = first_captions(merged(samples), captions_per_image, f"{name} {split}")
         super().__init__(name, split, _block(samples, fold) if fold is not None else samples, on_error)
-
-    def coco_ids(self, i: int) -> tuple[int, list[int]]:
-        """COCO's ids of image i and of its captions, by which later judgements of COCO go.
-
-        Raises:
-            ValueError: the file has none.
-        """
-        if not self.samples[i].coco_ids:
-            raise ValueError(
-                f"{self.key(i)} of {self.name} {self.split} lacks COCO's ids, a `cocoid` and a `sentid` per sentence; "
-                "Karpathy's file of COCO, dataset_coco.json, has them"
-            )
-        image, *captions = self.samples[i].coco_ids
-        return image, captions
 
 
 class ImageFolder(Listed):
@@ -263,13 +256,69 @@ def _raw(sentences: Any) -> Any:
     return [sentence.get("raw") if isinstance(sentence, dict) else sentence for sentence in sentences]
 
 
-def _coco_ids(image: dict[str, Any], captions: int | None) -> tuple[int, ...]:
-    """COCO's ids of an image and of its first sentences; empty where one is missing."""
+def _other_format(data: dict[str, Any]) -> str:
+    if "annotations" in data:
+        return "; this is the format of COCO's own annotations, which CocoCaptions reads"
+    return ""
+
+
+def _coco_ids(image: dict[str, Any]) -> tuple[int, ...]:
+    """COCO's ids of an image and of its sentences; empty where one is missing."""
     sentences = image.get("sentences")
-    said = sentences[:captions] if isinstance(sentences, list) else []
+    said = sentences if isinstance(sentences, list) else []
     ids = [image.get("cocoid"), *(one.get("sentid") if isinstance(one, dict) else None for one in said)]
     known = [one for one in ids if isinstance(one, int)]
     return tuple(known) if len(known) == len(ids) else ()
+
+
+def merged(samples: list[Sample]) -> list[Sample]:
+    """One sample for each key, with the captions, labels and COCO ids of all its entries, at the place of the first."""
+    out: dict[str, Sample] = {}
+    for sample in samples:
+        first = out.setdefault(sample.key, sample)
+        if first is not sample:
+            captions = sample.captions
+            if isinstance(first.captions, list) and isinstance(sample.captions, list):
+                captions = [*first.captions, *sample.captions]
+            elif isinstance(sample.captions, list):  # what is no list is a fault, and stays to be named
+                captions = first.captions
+            same = first.coco_ids and sample.coco_ids and first.coco_ids[0] == sample.coco_ids[0]
+            ids = first.coco_ids + sample.coco_ids[1:] if same else ()
+            out[sample.key] = replace(first, captions=captions, labels=first.labels | sample.labels, coco_ids=ids)
+    return list(out.values())
+
+
+def first_captions(samples: list[Sample], count: int | None, what: str) -> list[Sample]:
+    """The samples with their first captions, under a warning that counts the others."""
+    if count is None:
+        return samples
+    if count < 1:
+        raise ValueError(f"captions_per_image: expected at least 1, or None for all, got {count}")
+    longer = [
+        len(one.captions) - count for one in samples if isinstance(one.captions, list) and len(one.captions) > count
+    ]
+    if longer:
+        warnings.warn(
+            f"{sum(longer)} captions of {len(longer)} images of {what} come after the first {count} and are left out",
+            stacklevel=3,
+        )
+    return [
+        replace(one, captions=one.captions[:count], coco_ids=one.coco_ids[: count + 1])
+        if isinstance(one.captions, list)
+        else one
+        for one in samples
+    ]
+
+
+def relative(name: str, root: Path) -> str:
+    """A picture's name as a path from the root: as it is written where there is such a file, else without spaces around it and with
+    the separators of Windows as slashes."""
+    tidy = name.strip().replace("\\", "/")
+    if tidy != name and os.path.lexists(inside(root, name)):
+        tidy = name
+    if drive := PureWindowsPath(tidy).drive:
+        raise ValueError(f"{name!r} starts at the drive {drive} of Windows; give names from the folder of the pictures")
+    return str(PurePosixPath(tidy))
 
 
 def as_labels(value: Any) -> frozenset[str]:
@@ -278,22 +327,9 @@ def as_labels(value: Any) -> frozenset[str]:
     return frozenset(text for label in values if label is not None and (text := str(label).strip()))
 
 
-def lines(content: bytes) -> list[str]:
-    """One caption a line. Broken UTF-8 stays visible, for `caption_fault` to name."""
-    decoded = [line.decode(errors="surrogateescape") for line in content.splitlines()]
-    return [line for line in decoded if line.strip()]
-
-
 def _lines_beside(picture: Path) -> list[str]:
     path = picture.with_suffix(".txt")
     return lines(path.read_bytes()) if path.is_file() else []
-
-
-def parse_json(content: bytes, where: str) -> Any:
-    try:
-        return json.loads(content)
-    except ValueError as error:
-        raise ValueError(f"{where} is no JSON: {error}") from error
 
 
 def inside(root: Path, relative: str) -> Path:

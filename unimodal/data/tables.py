@@ -1,23 +1,25 @@
 """Image-text pairs from tables: CSV and TSV files, and files of JSON lines.
 
-All rows of one picture are one image with several captions, at the place of its first row.
+All rows of one picture are one image with several captions, at the place of its first row. Which columns are captions, and what a cell
+of them says, is told by `captions.py`.
 """
 
 from __future__ import annotations
 
 import csv
+import io
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from unimodal.data.readers import Listed, OnError, Sample, as_labels, inside, parse_json
+from unimodal.data.captions import as_captions, caption_column, is_missing, written_list
+from unimodal.data.readers import Listed, OnError, Sample, as_labels, inside, relative
+from unimodal.data.text import parse_json, table_text
 
 # What people call their columns; the first that a table has is taken.
 IMAGE_COLUMNS = ("image", "file_name", "filename", "image_name", "image_path", "filepath", "path")
-CAPTION_COLUMNS = ("captions", "caption", "texts", "text", "sentences", "sentence", "title", "comment")
-NUMBERED = re.compile(r"(caption|text|sentence)s?[_ ]?\d+")
 DELIMITERS = ("\t", "|", ";", ",")
 
 Rows = Iterable[tuple[str, dict[str, Any]]]  # where a row stands, for messages, and its values by column
@@ -37,15 +39,17 @@ class CsvTable(Listed):
     """A table of text: a first line that names the columns, then a row for each picture or for each of its captions.
 
     Args:
-        path: the file, in UTF-8.
+        path: the file, in UTF-8, or in UTF-16 or UTF-32 with a byte-order mark. A first line `sep=;`, as Excel writes it, names the
+            delimiter.
         root: the folder that the pictures' names start from; by default the table's own.
         split: rows of this split, or of several joined by a plus; by default all rows, a split that is called "all".
         image: column of the picture's name; by default the first of `IMAGE_COLUMNS` that there is.
-        captions: column of a caption, or several columns, of which some cells may be empty; by default the first of
-            `CAPTION_COLUMNS` that there is, else caption_0, caption_1, ...
+        captions: column of a caption or of a list of captions, or several columns, of which some cells may be empty ("", "nan",
+            "None", ...); by default the first of `captions`; `caption`, `caption_0`, `caption_1`, ... together; `texts`;
+            `text`, `text_0`, ...; and likewise `sentence`, `raw`, `title` and `comment`.
         labels: column of the picture's categories, separated by semicolons.
         split_column: column of the split, read where `split` is given.
-        delimiter: what separates columns; by default the first of tab, |, ; and comma that the first line has.
+        delimiter: what separates columns; by default the first of tab, |, ; and comma that separates the names in the first line.
         on_error: as for `KarpathyJson`.
 
     Raises:
@@ -110,38 +114,59 @@ class JsonLines(Listed):
 
 def splits_of(path: Path, split_column: str = "split") -> list[str]:
     """The splits that a table names, in the order of their first rows; none where it has no such column."""
-    rows = _csv_rows(path, None) if path.suffix != ".jsonl" else _json_rows(path)
+    rows = _csv_rows(path, None) if path.suffix.lower() != ".jsonl" else _json_rows(path)
     return list(dict.fromkeys(str(row[split_column]) for _, row in rows if split_column in row))
 
 
 def _csv_rows(path: Path, delimiter: str | None) -> Iterator[tuple[str, dict[str, Any]]]:
-    # Broken UTF-8 stays visible, for `caption_fault` to name.
-    with open(path, newline="", encoding="utf-8-sig", errors="surrogateescape") as file:
-        first = file.readline()
-        file.seek(0)
-        delimiter = delimiter or next((mark for mark in DELIMITERS if mark in first), ",")
-        reader = csv.reader(file, delimiter=delimiter, skipinitialspace=True, strict=True)
+    text, skipped = table_text(path.read_bytes(), str(path)), 0
+    if said := re.match(r"sep=(.)\r?\n?", text):
+        text, skipped = text[said.end() :], 1
+        delimiter = delimiter or said[1]
+    delimiter = delimiter or _delimiter(text)
+    reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, skipinitialspace=True, strict=True)
+    try:
+        names = [name.strip() for name in next(reader, [])]
+        named = [name for name in names if name]
+        if len(set(named)) < len(named):
+            raise ValueError(f"{path}: two columns have one name: {names}; give each its own")
+        for row in reader:
+            if not any(row):
+                continue
+            where = f"{path} line {reader.line_num + skipped}"
+            if len(row) != len(names):
+                raise ValueError(
+                    f"{where}: {len(row)} values separated by {delimiter!r} for the "
+                    f"{len(names)} columns {names}; put a value that holds a separator in double quotes"
+                )
+            yield where, {name: value for name, value in zip(names, row) if name}
+    except csv.Error as error:
+        raise ValueError(
+            f"{path} line {reader.line_num + skipped} is no CSV: {error}; a double quote inside a quoted value is written twice"
+        ) from error
+
+
+def _delimiter(text: str) -> str:
+    """The first delimiter that separates the names in the first line, where it stands outside of quotes."""
+    for mark in DELIMITERS:
         try:
-            names = [name.strip() for name in next(reader, [])]
-            if len(set(names)) < len(names):
-                raise ValueError(f"{path}: two columns have one name: {names}; give each its own")
-            for row in reader:
-                if not row:
-                    continue
-                if len(row) != len(names):
-                    raise ValueError(
-                        f"{path} line {reader.line_num}: {len(row)} values separated by {delimiter!r} for the "
-                        f"{len(names)} columns {names}; put a value that holds a separator in double quotes"
+            if (
+                len(
+                    next(
+                        csv.reader(io.StringIO(text, newline=""), delimiter=mark, skipinitialspace=True, strict=True),
+                        [],
                     )
-                yield f"{path} line {reader.line_num}", dict(zip(names, row))
-        except csv.Error as error:
-            raise ValueError(
-                f"{path} line {reader.line_num} is no CSV: {error}; a double quote inside a quoted value is written twice"
-            ) from error
+                )
+                > 1
+            ):
+                return mark
+        except csv.Error:  # quotes make no sense under this one
+            continue
+    return ","
 
 
 def _json_rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    for n, line in enumerate(path.read_bytes().splitlines(), 1):
+    for n, line in enumerate(table_text(path.read_bytes(), str(path)).split("\n"), 1):
         if not line.strip():
             continue
         row = parse_json(line, f"{path} line {n}")
@@ -151,51 +176,68 @@ def _json_rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
 
 
 def _samples(path: Path, root: str | Path | None, rows: Rows, columns: Columns, split: str | None) -> list[Sample]:
-    """The images of a split, with the captions and labels of all their rows."""
+    """The images of a split, with the captions and labels of each of their rows."""
     root = path.parent if root is None else Path(root)
     wanted = split.split("+") if split is not None else []
-    found: dict[str, tuple[list[Any], set[str]]] = {}
+    out: list[Sample] = []
     splits: set[str] = set()
     image: str | None = None
-    names: list[str] = []
+    usual: re.Pattern[str] | None = None
     for where, row in rows:
         if image is None:
-            image = columns.image or _usual("image", row, IMAGE_COLUMNS, where)
-            names = _caption_columns(columns.captions, row, where)
+            image = columns.image or _image_column(row, where)
+            usual = None if columns.captions is not None else _caption_columns(row, where)
         if split is not None:
             splits.add(part := str(_value(row, columns.split, "split_column", where)))
             if part not in wanted:
                 continue
         key = _key(_value(row, image, "image", where), root, where)
-        captions, labels = found.setdefault(key, ([], set()))
-        for name in names:
-            texts = _value(row, name, "captions", where)
-            if texts != "" or len(names) == 1:  # one of several columns may have nothing to say
-                captions += texts if isinstance(texts, list) else [texts]
+        labels: frozenset[str] = frozenset()
         if columns.labels is not None:
             said = _value(row, columns.labels, "labels", where)
-            labels |= as_labels(said.split(";") if isinstance(said, str) else said)
+            labels = as_labels((written_list(said) or said.split(";")) if isinstance(said, str) else said)
+        captions = _captions(row, columns.captions, usual, where)
+        out.append(Sample(key, captions, inside(root, key), labels=labels))
     if unknown := [part for part in wanted if part not in splits]:
         raise ValueError(f"{path} has no split {unknown[0]!r}; it has: {', '.join(sorted(splits))}")
-    return [Sample(key, texts, inside(root, key), labels=frozenset(tags)) for key, (texts, tags) in found.items()]
+    return out
 
 
-def _caption_columns(given: str | Sequence[str] | None, row: dict[str, Any], where: str) -> list[str]:
-    if given is not None:
-        return [given] if isinstance(given, str) else list(given)
-    numbered = [name for name in row if NUMBERED.fullmatch(name.lower())]
-    if numbered and not any(name in row for name in CAPTION_COLUMNS):
-        return numbered
-    return [_usual("captions", row, CAPTION_COLUMNS, where)]
+def _captions(
+    row: dict[str, Any], given: str | Sequence[str] | None, usual: re.Pattern[str] | None, where: str
+) -> list[Any]:
+    if usual is None:
+        names = [given] if isinstance(given, str) else list(given or ())
+    else:
+        names = [name for name in row if usual.fullmatch(name.strip().lower())]
+        if not names:
+            raise ValueError(
+                f"{where}: there is no column of captions; the columns are {list(row)}; give another captions"
+            )
+    cells = [_value(row, name, "captions", where) for name in names]
+    if len(cells) > 1:  # one of several columns may have nothing to say
+        cells = [cell for cell in cells if not is_missing(cell)]
+    return [caption for cell in cells for caption in as_captions(cell)]
 
 
-def _usual(argument: str, row: dict[str, Any], known: Sequence[str], where: str) -> str:
-    name = next((name for name in known if name in row), None)
-    if name is None:
+def _caption_columns(row: dict[str, Any], where: str) -> re.Pattern[str]:
+    if (pattern := caption_column(row)) is None:
         raise ValueError(
-            f"{where}: none of the columns {list(row)} is called {', '.join(known)}; name it with {argument}=..."
+            f"{where}: none of the columns {list(row)} is called captions, caption, caption_1, text, sentence, raw, title or comment; "
+            "name it with captions=..."
         )
-    return name
+    return pattern
+
+
+def _image_column(row: dict[str, Any], where: str) -> str:
+    names = {name.strip().lower(): name for name in reversed(row)}
+    column = next((names[name] for name in IMAGE_COLUMNS if name in names), None)
+    if column is None:
+        raise ValueError(
+            f"{where}: none of the columns {list(row)} is called {', '.join(IMAGE_COLUMNS)}; name it with image=... (the first line of a "
+            "table names its columns)"
+        )
+    return column
 
 
 def _value(row: dict[str, Any], name: str, argument: str, where: str) -> Any:
@@ -206,13 +248,17 @@ def _value(row: dict[str, Any], name: str, argument: str, where: str) -> Any:
 
 def _key(name: Any, root: Path, where: str) -> str:
     """A picture's name as a path from the root."""
-    if not isinstance(name, str) or not name.strip() or any("\ud800" <= c <= "\udfff" for c in name):
+    if not isinstance(name, str) or is_missing(name) or any("\ud800" <= c <= "\udfff" for c in name):
         raise ValueError(f"{where}: expected a picture's name in UTF-8, got {name!r:.80}")
     if "://" in name:
         raise ValueError(
             f"{where}: {name!r} is a URL; download the pictures first, for example with img2dataset, whose tar shards "
             "WebDatasetTars reads"
         )
-    path = PurePosixPath(name.strip())
-    whole = root.absolute().as_posix()
-    return str(path.relative_to(whole) if path.is_relative_to(whole) else path)
+    whole, path = root.absolute().as_posix(), PurePosixPath(name.strip())
+    if path.is_relative_to(whole):
+        return str(path.relative_to(whole))
+    try:
+        return relative(name, root)
+    except ValueError as error:
+        raise ValueError(f"{where}: {error}") from error

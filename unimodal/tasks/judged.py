@@ -5,7 +5,7 @@ from typing import Any
 import torch
 
 from unimodal.data.pairs import Pairs
-from unimodal.data.readers import KarpathyJson
+from unimodal.data.readers import Listed
 from unimodal.metrics import JudgedMetrics, first_stage, judged_metrics, require_judged
 from unimodal.metrics.judged import DEPTH
 from unimodal.tasks.evaluation import Evaluation, EvaluationSettings
@@ -17,9 +17,10 @@ def coco_ids(pairs: Pairs) -> tuple[list[int], list[int]]:
     Raises:
         ValueError: the data have none.
     """
-    if not isinstance(pairs, KarpathyJson):
+    if not isinstance(pairs, Listed):
         raise ValueError(
-            f"{pairs.name} {pairs.split} has no COCO ids; Karpathy's file of COCO, dataset_coco.json, has them"
+            f"{pairs.name} {pairs.split} has no COCO ids; Karpathy's file of COCO, dataset_coco.json, and COCO's own, "
+            "captions_val2017.json, have them"
         )
     ids = [pairs.coco_ids(i) for i in range(len(pairs))]
     return [image for image, _ in ids], [caption for _, captions in ids for caption in captions]
