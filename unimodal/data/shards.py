@@ -9,6 +9,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from unimodal.data.endings import PICTURES
+from unimodal.data.folders import is_hidden
 from unimodal.data.readers import Listed, OnError, Sample, as_labels, inside
 from unimodal.data.text import lines, parse_json
 
@@ -58,7 +59,7 @@ def _index(shard: Path) -> tuple[list[Sample], list[str]]:
                 if not member.isreg() or member.issparse():
                     raise ValueError(f"{shard}: member {member.name!r} is a link or device; expected plain files")
                 place = PurePosixPath(member.name)
-                if place.name.startswith(".") or "__MACOSX" in place.parts:  # what systems leave: ._a.jpg, .DS_Store
+                if any(map(is_hidden, place.parts)):  # what systems leave: ._a.jpg, .DS_Store
                     continue
                 suffix = place.suffix.lower()
                 sample = str(place.with_suffix(""))
