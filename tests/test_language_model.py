@@ -610,7 +610,7 @@ def test_heads_that_are_not_said_whole(opt: Path) -> None:
 def test_what_caption_refuses(model: Unimodal) -> None:
     with pytest.raises(ValueError, match="output_scores: captions are all that is returned; call `generate` of head"):
         model.caption(pictures()[0], output_scores=True)
-    with pytest.raises(ValueError, match="2 prompts for 3 images; give one for each, or one string"):
+    with pytest.raises(ValueError, match="one for all or one for each of 3 images, got 2"):
         model.caption(pictures(), prompt=["a", "a"])
     with pytest.raises(ValueError, match="candidates and num_return_sequences both ask for several captions"):
         model.caption(pictures(), candidates=2, num_return_sequences=2)
