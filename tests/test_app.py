@@ -97,7 +97,7 @@ def test_words_and_enter_find_pictures_and_say_why(viewport, served, visit) -> N
     thumbnails.nth(3).wait_for()
     assert page.locator("#status").inner_text().startswith("4 of 4 pictures in ")
     assert re.fullmatch(
-        r"1\. match [<>]?\d+\.\d%, cosine -?\d\.\d\d", thumbnails.first.locator("img").get_attribute("alt")
+        r"1\. match [<>]?\d+\.\d+%, cosine -?\d\.\d\d+", thumbnails.first.locator("img").get_attribute("alt")
     )
     assert not page.locator("#why img").first.is_visible()
 
@@ -411,6 +411,12 @@ def test_files_of_this_machine_stay_here(served, photos: Path) -> None:
 )
 def test_what_the_page_has_no_use_for_is_not_there(path, served) -> None:
     assert ask(served, "POST", path, b"{}")[0] == 404
+
+
+@GRADIO
+def test_words_that_the_model_does_not_know_are_said(served) -> None:
+    _, _, answer = joined(served, "by_words", "zxqv flurb", 2, 2)
+    assert b"The model knows none of the words of 'zxqv flurb'" in answer and b"match" not in answer
 
 
 @GRADIO

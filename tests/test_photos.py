@@ -13,6 +13,7 @@ from toy import toy_model, toy_processor
 from unimodal import recipes
 from unimodal.data import CsvTable, JsonLines
 from unimodal.data.scenes import Scenes
+from unimodal.data.texts import UnknownWordsWarning
 from unimodal.inference import Unimodal
 from unimodal.search import Encoder, build_index, cache_folder, index_folder
 
@@ -283,6 +284,34 @@ def test_another_models_index_is_made_again_and_that_is_said(model: Path, photos
 def test_folder_and_query_that_changed_places(photos: Path, capsys: pytest.CaptureFixture[str]) -> None:  # noqa: F811
     status, _, error = run(capsys, "search", "a dog", photos)
     assert status == 1 and f"a dog: no such folder; the folder comes first: unimodal search {photos} 'a dog'" in error
+
+
+def test_words_that_the_model_does_not_know_are_said_in_place_of_a_match(model: Path, photos: Path, capsys) -> None:  # noqa: F811
+    unknown = "the model knows none of the words of 'zxqv flurb'"
+    status, output, error = run(capsys, "search", photos, "zxqv flurb", "--model", model)
+    assert status == 0 and unknown in error and "%" not in output and "Ordered by the cosine" in output
+    assert unknown[1:] in Path(output.splitlines()[-1]).read_text().replace("&#x27;", "'")
+    status, output, error = run(capsys, "search", photos, "zxqv flurb", "--model", model, "--json")
+    assert [hit["rerank_score"] for hit in json.loads(output)["hits"]] == [None] * 3 and unknown[1:] in json.loads(
+        output
+    )["order"]
+    status, output, error = run(capsys, "rank", "zxqv flurb", photos, "--model", model)
+    assert (status, output) == (1, "") and f"query: {unknown}" in error
+
+
+def test_python_says_what_words_are_not_known(photos: Path) -> None:  # noqa: F811
+    ours = Unimodal(toy_model(), toy_processor())
+    pictures = [photos / "a.png", photos / "b.png"]
+    index = ours.build_index(pictures)
+    with pytest.warns(UnknownWordsWarning, match="knows none of the words of '日本'"):
+        known, unknown = index.search(["a red circle", "日本"], top_k=2)
+    assert all(hit["rerank_score"] is not None for hit in known)
+    assert all(hit["rerank_score"] is None and hit["score"] == hit["first_score"] for hit in unknown)
+    with pytest.warns(UnknownWordsWarning, match="zxqv"):
+        ours.predict([(pictures[0], "zxqv")])
+    with pytest.raises(ValueError, match="query: the model knows none of the words of 'zxqv'"):
+        ours.rank("zxqv", pictures)
+    ours.rank("zxqv circle", pictures)  # one of them is known
 
 
 # Captions.

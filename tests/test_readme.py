@@ -76,7 +76,7 @@ def test_published_models(here: Path, capsys: pytest.CaptureFixture[str]) -> Non
     told: dict[str, Any] = {"unimodal": unimodal}
     exec(block("Published models", "python"), told)
     assert "('embedding',) ('matching', 'captioning', 'generation')" in capsys.readouterr().out
-    assert {hit["document"] for hit in told["hits"]} == {"one.png", "two.png"}
+    assert {hit["document"] for hit in told["hits"]} == {str(here / "one.png"), str(here / "two.png")}
     assert told["vectors"].shape == (1, 512)
     assert sorted(row["corpus_id"] for row in told["ranking"]) == [0, 1]
     assert isinstance(told["answer"], str)

@@ -249,6 +249,23 @@ def test_saved_index_searches_alike(tmp_path: Path, photos: list[str]) -> None:
     assert Index.load(tmp_path / "empty", encoder()).search(["a red circle"]) == [[]]
 
 
+@pytest.mark.parametrize(
+    "form", [str, Path, lambda path: {"image": path}, lambda path: {"image": path, "text": "a star"}]
+)
+def test_an_index_of_relative_paths_is_searched_from_elsewhere(
+    form, photos: list[str], tmp_path: Path, monkeypatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    index = build_index(encoder(), [form("photos/0.png"), form("./photos/1.png")], folder="kept")
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    for opened in (index, Index.load("../kept", encoder())):
+        found = [hit["document"] for hit in opened.search("a red circle", top_k=2)]
+        paths = [one["image"] if isinstance(one, dict) else one for one in found]
+        assert sorted(paths) == photos[:2] and all(load_image(path).size == (32, 32) for path in paths)
+    assert as_items(["https://a.example/b.png"])[0].document == "https://a.example/b.png"
+
+
 def test_training_other_heads_leaves_an_index_valid(tmp_path: Path, photos: list[str]) -> None:
     trained = encoder()
     build_index(trained, photos).save(tmp_path / "index")

@@ -24,6 +24,7 @@ from unimodal.candidates import best_captions
 from unimodal.config import nearest
 from unimodal.data.items import Item, as_item, as_items, is_single, picture_key
 from unimodal.data.processor import Processor
+from unimodal.data.texts import UnknownWordsWarning
 from unimodal.draws import SAMPLING, Generators, one_each
 from unimodal.explain import Explanation, explain
 from unimodal.model import UnimodalModel
@@ -300,7 +301,7 @@ class Unimodal:
             Dicts with `corpus_id`, the place in `documents`, and `score`, the match probability.
 
         Raises:
-            As `predict`; ValueError for top_k below 1.
+            As `predict`; ValueError for top_k below 1, or a query none of whose words the model knows.
         """
         top_k = arguments.optional(arguments.integer, top_k, "top_k")
         arguments.flag(return_documents, "return_documents")
@@ -310,6 +311,8 @@ class Unimodal:
         asked = as_item(query, "query: ")
         self.model.head("matching")
         whole = self.encoder.judges
+        if not whole and (said := self.encoder.unknown_words(asked)):
+            raise ValueError(f"query: {said}")
         pairs = [as_pair((asked, document), f"document {i}: ", whole) for i, document in enumerate(documents)]
         logits = self._logits(pairs, batch_size, show_progress_bar, prompt)
         # Sorted by logits, which still differ where probabilities have both become 1.
@@ -328,6 +331,8 @@ class Unimodal:
         if prompt is not None:
             raise ValueError("prompt: the matching head of this model takes no instruction; leave it out")
         images, texts = ({identity(pair[side]): pair[side] for pair in pairs} for side in (0, 1))
+        for message in filter(None, map(self.encoder.unknown_words, texts.values())):
+            warnings.warn(message, UnknownWordsWarning, stacklevel=3)
         steps = [list(d.items())[rows] for d in (images, texts) for rows in batches(len(d), batch_size)]
         tokens: dict[Any, Tensor] = {}
         for step in progress(steps, "Reading", show):

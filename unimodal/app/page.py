@@ -21,8 +21,9 @@ from PIL import Image
 
 from unimodal.app.door import HOST, UPLOAD, Door
 from unimodal.data.images import load_image
+from unimodal.data.items import as_item
 from unimodal.inference import Unimodal
-from unimodal.report.pieces import chance, image
+from unimodal.report.pieces import chances, image, told_apart
 from unimodal.search import Index
 
 THUMBNAIL, SHOWN = 384, 512  # pixels of a side
@@ -207,10 +208,12 @@ def search_tab(gradio: Any, model: Unimodal, index: Index, options: dict[str, An
         said = f"{len(hits)} of {len(index)} pictures in {time.perf_counter() - started:.1f} s. Choose one to see more."
         if gone := len(best) - len(hits):
             said += f" {gone} more are gone since the folder was read."
+        if "text" in query and (unknown := model.encoder.unknown_words(as_item(query))):
+            said += f" {unknown[0].upper()}{unknown[1:]}."
         if judges and "image" in query:
             said += " The matching head judges words, so these are in the order of their embeddings."
-        shown = [(thumbnail(hit["document"]), label(hit)) for hit in hits]
-        known = [(hit["document"], query.get("text"), label(hit, hit["id"])) for hit in hits]
+        shown = [(thumbnail(hit["document"]), label) for hit, label in zip(hits, labels(hits))]
+        known = [(hit["document"], query.get("text"), label) for hit, label in zip(hits, labels(hits, named=True))]
         return gradio.Gallery(shown, selected_index=None), said, known, gradio.HTML(visible=False)
 
     def by_words(text: str, count: int, depth: int) -> tuple[Any, ...]:
@@ -324,12 +327,15 @@ def _taken(path: str) -> Image.Image:
             Path(path).unlink(missing_ok=True)
 
 
-def label(hit: Any, name: str = "") -> str:
-    """A result in a line: its place, what it is called where there is room for it, and its scores."""
-    scores = [f"cosine {hit['first_score']:.2f}"]
-    if hit["rerank_score"] is not None:
-        scores.insert(0, f"match {chance(hit['rerank_score'])}")
-    return " ".join(filter(None, (f"{hit['rank']}.", name, ", ".join(scores))))
+def labels(hits: list[Any], *, named: bool = False) -> list[str]:
+    """Each result in a line: its place, what it is called where there is room for it, and its scores; different ones look different."""
+    cosines = told_apart([hit["first_score"] for hit in hits], 2)
+    matches = chances([hit["rerank_score"] for hit in hits])
+    lines = []
+    for hit, cosine, match in zip(hits, cosines, matches):
+        scores = [f"match {match}"] * (hit["rerank_score"] is not None) + [f"cosine {cosine}"]
+        lines.append(" ".join(filter(None, (f"{hit['rank']}.", hit["id"] if named else "", ", ".join(scores)))))
+    return lines
 
 
 def thumbnail(path: str) -> Image.Image:

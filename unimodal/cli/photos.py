@@ -100,11 +100,16 @@ def search(model: Unimodal, options: argparse.Namespace, page: Path) -> dict[str
     """Write the page that shows what was found and says why; returns the hits and what is to be known of them."""
     folder = open_folder(model, options.folder, options.index)
     depths = {"top_k": options.top_k, "rerank_top_k": options.rerank_top_k}
-    hits: list[Hit] = folder.index.search(options.query, **depths, prompt=options.prompt)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        hits: list[Hit] = folder.index.search(options.query, **depths, prompt=options.prompt)
+    told = [str(warning.message) for warning in caught]
+    for message in told:
+        say(message)
     judged = 0 if hits[0]["rerank_score"] is None else min(options.rerank_top_k, len(folder.index))
     item = as_item(options.query)
     text = None if item.text is None else (options.prompt or "") + item.text
-    order = order_of(model, judged=judged > 0)
+    order = " ".join([*(f"{message[0].upper()}{message[1:]}." for message in told), order_of(model, judged=judged > 0)])
     left_out = [folder.others] if folder.others else []
     write_search(
         page,

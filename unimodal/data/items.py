@@ -68,7 +68,7 @@ class Item:
 
     @property
     def document(self) -> Any:
-        """The item in words, for an index or a message: text, path or URL; None for an image that has no name."""
+        """The item in words, for an index or a message: text, absolute path or URL; None for an image that has no name."""
         if self.kind in ("image", "text"):
             return _name(self.image) if self.kind == "image" else self.text
         named = {"image": self.image, "video": self.video}
@@ -126,7 +126,12 @@ def _loaded(picture: Any, where: str) -> Image.Image:
 def _name(value: Any) -> Any:
     if isinstance(value, tuple):
         return [_name(one) for one in value]
-    return str(value) if isinstance(value, str | Path) else None
+    if not isinstance(value, str | Path):
+        return None
+    name = str(value)
+    return (
+        name if is_data(name) or is_remote(name) else os.path.abspath(name)
+    )  # an index is opened from other folders too
 
 
 def is_single(inputs: Any) -> bool:

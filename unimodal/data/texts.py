@@ -1,10 +1,23 @@
 """What every tokenizer of ours asks of the texts that it is given."""
 
 from collections.abc import Sequence
+from typing import Any
 
 
 class TruncationWarning(UserWarning):
     """Some texts were longer than the model reads."""
+
+
+class UnknownWordsWarning(UserWarning):
+    """A text of words that the model has never read: what it makes of the text says nothing."""
+
+
+def unknown_words(tokenizer: Any, text: str) -> str:
+    """What to say of a text none of whose words the tokenizer knows; empty where it knows one."""
+    ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+    if any(i != tokenizer.unk_token_id for i in ids):
+        return ""
+    return f"the model knows none of the words of {text[:80]!r}, so what it makes of them says nothing; use other words"
 
 
 def require_texts(texts: Sequence[str]) -> None:

@@ -27,6 +27,7 @@ from unimodal.data.conversation import DESCRIBE
 from unimodal.data.images import load_images
 from unimodal.data.items import Item
 from unimodal.data.processor import Processor
+from unimodal.data.texts import unknown_words
 from unimodal.draws import SAMPLING, Generators, drawing_from, own_generators
 from unimodal.model import ImageState, TextState, UnimodalModel
 from unimodal.onednn import inference
@@ -101,6 +102,10 @@ class Encoder:
             raise ValueError(
                 f"{where}this model reads {', '.join(self.model.modalities)}, got {', '.join(unread)}: {item.document!r:.200}"
             )
+
+    def unknown_words(self, item: Item) -> str:
+        """What to say of a text none of whose words the model knows; empty of other items."""
+        return unknown_words(self.processor.tokenizer, item.text) if item.kind == "text" and item.text else ""
 
     @inference()
     def read(self, items: Sequence[Item], prompt: str | None = None, where: Sequence[str] | None = None) -> Encoded:

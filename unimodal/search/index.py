@@ -19,6 +19,7 @@ from torch import Tensor
 
 from unimodal.config import MatchingConfig
 from unimodal.data.items import Item, as_items, is_single
+from unimodal.data.texts import UnknownWordsWarning
 from unimodal.search.backends import VectorIndex, open_backend
 from unimodal.search.catalogue import Catalogue, Document, Id, Metadata, kinds_of
 from unimodal.search.encoder import Encoder, batches, progress
@@ -72,6 +73,7 @@ class Index:
         manifest: Manifest,
         home: tempfile.TemporaryDirectory | None = None,
     ) -> None:
+        folder = folder.absolute()  # the working folder may change
         self.encoder, self.folder, self.manifest, self.home = encoder, folder, manifest, home
         self.catalogue = Catalogue(folder / "documents.sqlite", manifest["part"])
         self.backend: VectorIndex = open_backend(
@@ -337,7 +339,8 @@ class Index:
         """Hits of each query, best first. No document is opened.
 
         The embedding finds candidates, the matching head orders the best `rerank_top_k` of them again. It judges a text
-        against images, or an image against texts; other queries keep the order of the first stage.
+        against images, or an image against texts; other queries keep the order of the first stage, and so does, with an
+        `UnknownWordsWarning`, a text none of whose words the model knows.
 
         Args:
             queries: one item or several, see `unimodal.data.items`.
@@ -368,8 +371,12 @@ class Index:
         items = as_items(queries)
         selection = None if filter is None else Selection(parse(filter, self.catalogue.fields), self._keys)
         partner = {"image": "text", "text": "image"}.get(self.manifest["kind"])
-        kinds = dict.fromkeys(item.kind for item in items)
-        groups = [[row for row, item in enumerate(items) if item.kind == kind] for kind in kinds]
+        said = [self.encoder.unknown_words(item) for item in items]
+        for message in said:
+            if message:
+                warnings.warn(message, UnknownWordsWarning, stacklevel=2)
+        kinds = [(item.kind, bool(message)) for item, message in zip(items, said)]
+        groups = [[row for row in range(len(items)) if kinds[row] == kind] for kind in dict.fromkeys(kinds)]
         steps = [group[rows] for group in groups for rows in batches(len(group), batch_size)]
         hits: list[list[Hit]] = [[] for _ in items]
         for rows in progress(steps, "Searching", show_progress_bar):
@@ -380,7 +387,7 @@ class Index:
                 both = [(tokens[query], cached[row]) for query, row in pairs]
                 return self.encoder.match(both if partner == "image" else [(d, q) for q, d in both], batch_size)
 
-            can_match = self.encoder.matches and items[rows[0]].kind == partner
+            can_match = self.encoder.matches and kinds[rows[0]] == (partner, False)
             found = rerank(
                 self.first.candidates(read.embedding.cpu(), max(top_k, rerank_top_k), selection),
                 match if can_match else None,
