@@ -43,8 +43,8 @@ def deciding(config: dict[str, Any], output: Path, trained_on: str, **others: An
     data = {key: value for key, value in config["data"].items() if key not in PLACES}
     data |= {key: config["data"][key] is not None for key in ("feature_cache", "negatives") if key in config["data"]}
     trainer = {key: config["trainer"][key] for key in DECIDING if key in config["trainer"]}
-    if "callbacks" in trainer:
-        trainer["callbacks"] = [one for one in trainer["callbacks"] if not class_name(one).endswith(WATCHING)]
+    changing = [one for one in trainer.pop("callbacks", None) or [] if not class_name(one).endswith(WATCHING)]
+    trainer |= {"callbacks": changing} if changing else {}
     settings = {"seed_everything": config.get("seed_everything"), "model": model, "data": data, "trainer": trainer}
     settings |= {"training data": trained_on, **others}
     plain = json.dumps(_read(settings), sort_keys=True, default=str)
