@@ -141,7 +141,9 @@ MENDED: dict[str, Callable[[dict[str, Any]], Any]] = {
     "what is printed": lambda recipe: recipe["trainer"].update(
         enable_progress_bar=True, enable_model_summary=True, log_every_n_steps=1, logger=True
     ),
-    "callbacks that watch": lambda recipe: recipe["trainer"].update(callbacks=[{"class_path": "RichProgressBar"}]),
+    "callbacks that watch": lambda recipe: recipe["trainer"].update(
+        enable_progress_bar=True, callbacks=[{"class_path": "RichProgressBar"}]
+    ),
     "how often it is saved": lambda recipe: recipe.update(checkpoint_every=1),
     "validation": lambda recipe: recipe["trainer"].update(limit_val_batches=1.0),
     "words": lambda recipe: recipe.update(title="Another", about="words"),

@@ -83,7 +83,7 @@ def compare(folder: Path, settings: dict[str, Any], worked: bool) -> bool:
         if not worked:
             return False
         raise ConfigError(
-            f"{path} is not there, or cut short, or another version wrote it ({type(error).__name__}: {error}), so it is not known how "
+            f"{path} is not there, or cut short, or another version wrote it ({type(error).__name__}), so it is not known how "
             f"this stage was trained; remove {folder} to train the stage anew, or choose another --output"
         ) from error
     if before == settings:
