@@ -17,9 +17,9 @@ import warnings
 from typing import IO, Any
 
 import numpy as np
-import pi_heif
 from PIL import ExifTags, Image, ImageFile, UnidentifiedImageError
 
+from unimodal.data import heif
 from unimodal.data.endings import PICTURES
 
 FORMATS = tuple(dict.fromkeys(PICTURES.values()))
@@ -40,7 +40,7 @@ TURNS = {
 }
 
 Image.init()  # Pillow's formats
-pi_heif.register_heif_opener()
+heif.register()
 
 
 class ImageError(ValueError):
