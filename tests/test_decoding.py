@@ -269,6 +269,23 @@ def test_a_jpeg_that_lacks_more_is_refused(mode: str, kept: float) -> None:
         load_image(jpeg[: int(len(jpeg) * kept)])
 
 
+def test_a_picture_that_pillow_has_opened_is_read_as_its_file_would_be() -> None:
+    jpeg = encoded(PHOTO, "JPEG", quality=90)
+    with pytest.warns(UserWarning, match="the PIL image is cut short: its last bytes are missing"):
+        assert load_image(Image.open(io.BytesIO(jpeg[:-2]))).size == PHOTO.size
+    with pytest.raises(ImageError, match="the PIL image is truncated or corrupt: more than 10%"):
+        load_image(Image.open(io.BytesIO(jpeg[: len(jpeg) // 2])))
+    assert load_image(Image.open(io.BytesIO(jpeg)), max_pixels=PHOTO.width * PHOTO.height // 4).size == (60, 80)
+    with pytest.warns(UserWarning, match="the PIL image: its 16 bits hold a picture of 12 bits"):
+        load_image(Image.open(io.BytesIO(tiff(np.full((4, 4, 3), 4000, np.uint16)))))
+
+
+def test_a_broken_table_of_a_heic_is_refused() -> None:
+    """At which its decoder would end the process."""
+    with pytest.raises(ImageError, match="is broken from its start: its table of items is broken"):
+        load_image(HEIC.replace(b"Exif\0", b"\xffxif\0", 1))
+
+
 # Size.
 
 

@@ -169,7 +169,7 @@ def test_pixels_are_counted_before_they_are_decoded() -> None:
         (
             3,
             TypeError,
-            "an image is a path, URL, data URL, bytes, open binary file, PIL image, array or tensor, got int 3",
+            "an image is a path, URL, data URL, bytes, open binary file, PIL image, array or tensor, got 3",
         ),
         (None, TypeError, "got None"),
         ([1, 2], TypeError, r"got list \[1, 2\]"),

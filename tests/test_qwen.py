@@ -531,7 +531,7 @@ def test_items_of_several_images_and_videos(tmp_path: Path) -> None:
         ({"video": 3}, TypeError, "expected a video as a list of frames or the path of a file, got int 3"),
         ({"video": "missing.mp4"}, FileNotFoundError, "there is no video file 'missing.mp4'"),
         ({"video": "https://a.b/c.mp4"}, ValueError, "videos are not downloaded"),
-        ({"video": FRAMES, "fps": 0}, ValueError, "expected one above 0, got int 0"),
+        ({"video": FRAMES, "fps": 0}, ValueError, "expected one above 0, got 0"),
         ({"image": PICTURES[0], "fps": 2}, ValueError, "'fps' belongs to a video"),
         ({"fps": 2}, ValueError, "a dict has one or more of the keys"),
     ],

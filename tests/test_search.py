@@ -378,13 +378,13 @@ def test_a_string_is_an_image_by_its_suffix_only(photos: list[str], tmp_path: Pa
         (Path("missing"), FileNotFoundError, "there is no image file 'missing'"),
         ("https://example.org/picture?id=3", ValueError, r"a URL without a picture's suffix; pass \{'image': url\}"),
         (["a", " \n"], ValueError, "item 1: the text is empty"),
-        ([1], TypeError, "item 0: expected a text, an image .*, got int 1"),
+        ([1], TypeError, "item 0: expected a text, an image .*, got 1"),
         (None, TypeError, "expected a text, an image .*, or a list of these, got None"),
         ({"picture": 1}, ValueError, r"the keys 'image', 'video', 'text', got \['picture'\]"),
         ({}, ValueError, r"got \[\]"),
-        ({"text": 3}, TypeError, "expected a text as str, got int 3"),
+        ({"text": 3}, TypeError, "expected a text as str, got 3"),
         ({"image": None}, TypeError, "expected an image .*, got None"),
-        ({"image": 3}, TypeError, "expected an image .*, got int 3"),
+        ({"image": 3}, TypeError, "expected an image .*, got 3"),
     ],
 )
 def test_bad_items_are_named(value, error: type[Exception], message: str) -> None:

@@ -114,6 +114,10 @@ def test_labels_of_json_lines(folder: Path) -> None:
         ("image,caption\n,one\n", "line 2: expected a picture's name in UTF-8, got ''"),
         ("image,caption\ncaf\udce9.png,one\n", "line 2: expected a picture's name in UTF-8, got 'caf"),
         ("image,caption\nhttps://host/a.jpg,one\n", "'https://host/a.jpg' is a URL; download the pictures first"),
+        (
+            "image,caption\n" + '"data:image/png;base64,' + "A" * 900 + '",one\n',
+            r"'data:image/png;base64,A{18}'\.\.\. \(922 char.* is a URL",
+        ),
         ("image,caption\n../a.png,one\n", "'../a.png' leaves .*; expected a path inside it"),
         ("image,caption\n/etc/a.png,one\n", "'/etc/a.png' leaves"),
         ("image,caption\n", "table has no samples in split 'all'"),

@@ -411,7 +411,7 @@ class Unimodal:
         for item in items:
             if item.kind != "image":
                 raise ValueError(
-                    f"caption: expected images, got the {item.kind} {item.document!r}; the path of a picture without a "
+                    f"caption: expected images, got the {item.kind} {item.told}; the path of a picture without a "
                     "picture's suffix is passed as pathlib.Path"
                 )
         captions: list[Any] = []
@@ -774,8 +774,8 @@ def as_pair(pair: Any, where: str, whole: bool = False) -> tuple[Item, Item]:
         return a, b
     if {a.kind, b.kind} != {"image", "text"}:
         raise ValueError(
-            f"{where}the matching head judges one image and one text, got {a.kind} {a.document!r} and {b.kind} "
-            f"{b.document!r}; to compare items of any kind use encode and similarity"
+            f"{where}the matching head judges one image and one text, got {a.kind} {a.told} and {b.kind} "
+            f"{b.told}; to compare items of any kind use encode and similarity"
         )
     return (a, b) if a.kind == "image" else (b, a)
 

@@ -19,7 +19,7 @@ import torch
 from unimodal.app import require_gradio, serve
 from unimodal.cli.options import Parser, whole
 from unimodal.cli.output import add_json, add_overwrite, require_free_file, say
-from unimodal.data.folders import find_pictures, pictures_in, require_unicode
+from unimodal.data.folders import pictures_in, require_unicode
 from unimodal.data.images import load_image
 from unimodal.data.items import as_item
 from unimodal.files import replacing
@@ -223,9 +223,6 @@ def caption(
                 captions[name] = text
                 write(name, text)
         say_skipped(skipped, len(paths))
-        for folder in filter(os.path.isdir, options.paths):
-            if others := find_pictures(Path(folder)).left_out(Path(folder)):
-                say(f"{folder}: {others}")
         if not captions:
             raise ValueError(f"none of the {len(paths)} inputs can be read")
     return captions, skipped

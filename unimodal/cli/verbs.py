@@ -21,9 +21,9 @@ from unimodal.cli import exporting, photos, searching
 from unimodal.cli import mine as mining
 from unimodal.cli.data import add_parser, check_data
 from unimodal.cli.options import Parser, add_model, names, number, whole
-from unimodal.cli.output import add_json, add_overwrite, print_json, require_free_file
+from unimodal.cli.output import add_json, add_overwrite, print_json, require_free_file, say
 from unimodal.cli.photos import say_skipped
-from unimodal.data.endings import names_picture
+from unimodal.data.endings import names_picture, shown
 from unimodal.data.folders import pictures_in
 from unimodal.data.images import load_image
 from unimodal.data.items import as_item
@@ -147,7 +147,7 @@ def search(options: argparse.Namespace) -> None:
     hits = results["hits"]
     cosines, matches = told_apart([hit["first_score"] for hit in hits]), chances([hit["rerank_score"] for hit in hits])
     rows = [(hit["rank"], hit["id"], cosine, match) for hit, cosine, match in zip(hits, cosines, matches)]
-    _table(f"{options.query!r} in {options.folder}", ("", "picture", "cosine", "match"), rows)
+    _table(f"{shown(options.query)} in {options.folder}", ("", "picture", "cosine", "match"), rows)
     print(results["order"])
     print(page)
 
@@ -164,7 +164,7 @@ def rank(options: argparse.Namespace) -> None:
         return print_json({"query": options.query, "hits": hits, "skipped": skipped})
     scores = told_apart([hit["score"] for hit in hits], ends=(0, 1))
     rows = [(hit["rank"], hit["document"], score) for hit, score in zip(hits, scores)]
-    _table(repr(options.query), ("", "document", "match"), rows)
+    _table(shown(options.query), ("", "document", "match"), rows)
 
 
 @_verb
@@ -247,8 +247,17 @@ def _load(options: argparse.Namespace) -> Unimodal:
 
 
 def _expand(inputs: Iterable[str]) -> list[str | Path]:
-    """Inputs with every folder replaced by its pictures."""
-    return [item for text in inputs for item in (pictures_in(Path(text)) if os.path.isdir(text) else [text])]
+    """Inputs with every folder replaced by its pictures; what is left out of a folder is said."""
+    items: list[str | Path] = []
+    for text in inputs:
+        if not os.path.isdir(text):
+            items.append(text)
+            continue
+        found = pictures_in(Path(text))
+        items += found.pictures
+        if found.left_out:
+            say(f"{text}: {found.left_out}")
+    return items
 
 
 def _readable(items: list[str | Path]) -> tuple[list[str | Path], dict[str, str]]:

@@ -87,8 +87,7 @@ def read_picture(file: IO[bytes], name: str, limit: int) -> Image.Image:
         ImageError: as of `load_image`.
     """
     picture = _prepared(file, name, limit)
-    # PNG's colours fill their bits, whatever these are.
-    deep = picture.format == "TIFF" and picture.mode == "RGB" and any(";16" in str(tile.args) for tile in picture.tile)
+    deep = keeps_upper_half(picture)
     try:
         picture.load()
     except Exception as error:  # every file format has its own way to fail
@@ -137,6 +136,13 @@ def require_size(size: tuple[int, int], name: str, limit: int) -> None:
         )
     if width * height == 0:
         raise ImageError(f"{name} has {width} x {height} pixels; expected at least one")
+
+
+def keeps_upper_half(picture: Any) -> bool:
+    """Whether Pillow will keep the upper eight bits of sixteen of a picture that is not yet decoded, which may be too dark for it."""
+    # PNG's colours fill their bits, whatever these are.
+    tiles = picture.tile if picture.format == "TIFF" and picture.mode == "RGB" else ()
+    return any(";16" in str(tile.args) for tile in tiles)
 
 
 def corrupt(name: str, error: Exception) -> ImageError:

@@ -134,9 +134,9 @@ def names_picture(text: str, where: str = "") -> bool:
     return False
 
 
-def picture_address(text: str) -> str:
-    """The path, URL or data URL in a string that names a picture: without what stands around it, a `file:` URL as a path, `~` as the
-    user's folder.
+def address_of(text: str) -> str:
+    """The path, URL or data URL in a string that names a picture or a video: without what stands around it, a `file:` URL as a path,
+    `~` as the user's folder.
 
     Raises:
         ValueError: a `file:` URL of another machine.

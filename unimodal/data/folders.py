@@ -22,18 +22,21 @@ class Found:
     """What lies in a folder.
 
     Attributes:
+        folder: where it lies.
         pictures: their paths, in order.
         unread: the endings of pictures that are not read, as often as they occur.
         links: linked folders that are not followed.
         closed: folders that cannot be opened.
     """
 
+    folder: Path
     pictures: list[Path] = field(default_factory=list)
     unread: list[str] = field(default_factory=list)
     links: list[Path] = field(default_factory=list)
     closed: list[Path] = field(default_factory=list)
 
-    def left_out(self, folder: Path) -> str:
+    @property
+    def left_out(self) -> str:
         """What is not read of the folder, as a sentence; empty where everything is."""
         told = []
         if self.unread:
@@ -41,11 +44,15 @@ class Found:
             told.append(f"not read: {counts}; convert these to JPEG")
         if self.links:
             told.append(
-                f"not followed: {_named(self.links, folder)}, linked to a folder that is read already or holds this one"
+                f"not followed: {self._named(self.links)}, linked to a folder that is read already or holds this one"
             )
         if self.closed:
-            told.append(f"not opened: {_named(self.closed, folder)}; ask for the right to read it")
+            told.append(f"not opened: {self._named(self.closed)}; ask for the right to read it")
         return "; ".join(told)
+
+    def _named(self, paths: list[Path]) -> str:
+        names = [repr(path.relative_to(self.folder).as_posix()) for path in paths[:TOLD]]
+        return ", ".join(names) + (f" and {len(paths) - TOLD} more" if len(paths) > TOLD else "")
 
 
 def find_pictures(folder: Path) -> Found:
@@ -59,7 +66,7 @@ def find_pictures(folder: Path) -> Found:
         raise ValueError(f"{folder} is a file; give the folder that holds the pictures")
     if not folder.is_dir():
         raise FileNotFoundError(f"{folder}: no such folder; give the folder that holds the pictures")
-    found = Found()
+    found = Found(folder)
     whole = folder.resolve()
     read: set[Path] = set()  # folders by their real path
     links = _walk(folder, found, read)
@@ -74,8 +81,8 @@ def find_pictures(folder: Path) -> Found:
     return found
 
 
-def pictures_in(folder: Path) -> list[Path]:
-    """The pictures of a folder, at least one.
+def pictures_in(folder: Path) -> Found:
+    """The same of a folder that holds at least one picture.
 
     Raises:
         FileNotFoundError: no such folder.
@@ -83,12 +90,11 @@ def pictures_in(folder: Path) -> list[Path]:
     """
     found = find_pictures(folder)
     if not found.pictures:
-        others = found.left_out(folder)
         raise ValueError(
             f"{folder} holds no pictures; expected files that end in {', '.join(PICTURES)}"
-            + (f"; {others}" if others else "")
+            + (f"; {found.left_out}" if found.left_out else "")
         )
-    return found.pictures
+    return found
 
 
 def is_hidden(name: str) -> bool:
@@ -131,8 +137,3 @@ def _walk(folder: Path, found: Found, read: set[Path]) -> list[Path]:
         elif ending(entry.name) in UNREAD:
             found.unread.append(ending(entry.name))
     return links
-
-
-def _named(paths: list[Path], folder: Path) -> str:
-    names = [repr(path.relative_to(folder).as_posix()) for path in paths[:TOLD]]
-    return ", ".join(names) + (f" and {len(paths) - TOLD} more" if len(paths) > TOLD else "")

@@ -20,8 +20,17 @@ from PIL import Image, ImageFile
 
 from unimodal.arguments import described
 from unimodal.data.addresses import TIMEOUT, fetched
-from unimodal.data.decoding import ImageError, as_rgb, corrupt, opened, pixel_limit, read_picture, require_size
-from unimodal.data.endings import CONVERT, UNREAD, ending, is_data, is_remote, picture_address, shown
+from unimodal.data.decoding import (
+    ImageError,
+    as_rgb,
+    corrupt,
+    keeps_upper_half,
+    opened,
+    pixel_limit,
+    read_picture,
+    require_size,
+)
+from unimodal.data.endings import CONVERT, UNREAD, address_of, ending, is_data, is_remote, shown
 
 FORMS = "a path, URL, data URL, bytes, open binary file, PIL image, array or tensor"
 
@@ -56,7 +65,7 @@ def load_image(item: Any, *, max_pixels: int | None = None, timeout: float = TIM
     if hasattr(item, "read"):
         return _from_open_file(item, limit)
     if isinstance(item, str):
-        item = picture_address(item)
+        item = address_of(item)
         if is_data(item) or is_remote(item):
             return read_picture(io.BytesIO(fetched(item, timeout)), shown(item), limit)
     if isinstance(item, str | os.PathLike):
@@ -120,17 +129,23 @@ def _from_open_file(file: Any, limit: int) -> Image.Image:
 
 def _from_pil(picture: Image.Image, limit: int) -> Image.Image:
     name = "the PIL image"
+    file: Any = picture.fp if isinstance(picture, ImageFile.ImageFile) else None
+    is_open = file is not None and not file.closed
+    if is_open and picture.format in ("JPEG", "MPO") and picture.tell() == 0 and picture.width * picture.height > limit:
+        return read_picture(file, name, limit)  # at half its scale
     require_size(picture.size, name, limit)
-    file = picture.fp if isinstance(picture, ImageFile.ImageFile) else None
+    deep = keeps_upper_half(picture)
     try:
         picture.load()
     except Exception as error:  # every file format has its own way to fail
-        if file is None or file.closed:
+        if not is_open:
             raise ImageError(
                 f"{name} was closed before its pixels were read; open it again, or call its load() before it is closed"
             ) from error
+        if picture.format in ("JPEG", "MPO") and picture.tell() == 0:
+            return read_picture(file, name, limit)  # as far as it goes
         raise corrupt(name, error) from error
-    return as_rgb(picture, name)
+    return as_rgb(picture, name, deep=deep)
 
 
 def _channels_last(tensor: torch.Tensor) -> torch.Tensor:

@@ -20,7 +20,7 @@ import torch
 from PIL import Image
 
 from unimodal.arguments import described
-from unimodal.data.endings import is_data, is_remote, names_picture, picture_address, shown
+from unimodal.data.endings import address_of, is_data, is_remote, names_picture, shown
 from unimodal.data.images import load_image
 from unimodal.data.video import read_video, sample_frames
 
@@ -76,6 +76,12 @@ class Item:
         if isinstance(self.video, tuple):
             words["fps"] = self.fps
         return words if self.text is None else {**words, "text": self.text}
+
+    @property
+    def told(self) -> str:
+        """The document as a message shows it, never a whole data URL."""
+        document = self.document
+        return shown(document) if isinstance(document, str) else f"{document!r:.200}"
 
     def opened(self, where: str = "") -> "Item":
         """The item with its pictures loaded (`load_image`), a video as at most 64 of its frames; `where` opens the message of an error.
@@ -191,10 +197,12 @@ def _video(value: Any, where: str, check_files: bool) -> Any:
         return tuple(_image(one, f"{where}frame {i}: ", check_files) for i, one in enumerate(value))
     if not isinstance(value, str | Path):
         raise TypeError(f"{where}expected a video as a list of frames or the path of a file, got {described(value)}")
-    if str(value).startswith(("http://", "https://")):
-        raise ValueError(
-            f"{where}{shown(str(value))}: videos are not downloaded; fetch the file yourself and pass its path"
-        )
+    if isinstance(value, str):
+        value = address_of(value)
+        if is_data(value) or is_remote(value):
+            raise ValueError(
+                f"{where}{shown(value)}: videos are not downloaded; fetch the file yourself and pass its path"
+            )
     if check_files and not os.path.isfile(value):
         raise FileNotFoundError(f"{where}there is no video file {shown(str(value))}; check the path")
     return value
@@ -213,7 +221,7 @@ def _image(value: Any, where: str, check_files: bool) -> Any:
     if not is_single(value) or isinstance(value, dict | Item):
         raise TypeError(f"{where}expected an image ({IMAGE_FORMS}), got {described(value)}")
     if isinstance(value, str):
-        value = picture_address(value)
+        value = address_of(value)
         if is_data(value) or is_remote(value):
             return value
     elif isinstance(value, os.PathLike):

@@ -232,8 +232,8 @@ class ImageFolder(Listed):
         if not folder.is_dir():
             raise FileNotFoundError(f"there is no folder {str(folder)!r}; the pictures of a split lie in root/split")
         seen = find_pictures(folder)
-        if left_out := seen.left_out(folder):
-            warnings.warn(f"{folder}: {left_out}", stacklevel=2)
+        if seen.left_out:
+            warnings.warn(f"{folder}: {seen.left_out}", stacklevel=2)
         files = seen.pictures
         samples = [Sample(path.relative_to(folder).as_posix(), _lines_beside(path), path) for path in files]
         super().__init__(Path(root).resolve().name, split or "all", samples, on_error, gallery=True)

@@ -15,6 +15,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from unimodal.data.captions import as_captions, caption_column, is_missing, written_list
+from unimodal.data.endings import address_of, is_data, is_remote, shown
 from unimodal.data.readers import Listed, OnError, Sample, as_labels, inside, relative
 from unimodal.data.text import parse_json, table_text
 
@@ -250,9 +251,13 @@ def _key(name: Any, root: Path, where: str) -> str:
     """A picture's name as a path from the root."""
     if not isinstance(name, str) or is_missing(name) or any("\ud800" <= c <= "\udfff" for c in name):
         raise ValueError(f"{where}: expected a picture's name in UTF-8, got {name!r:.80}")
-    if "://" in name:
+    try:
+        name = address_of(name)
+    except ValueError as error:
+        raise ValueError(f"{where}: {error}") from error
+    if is_data(name) or is_remote(name):
         raise ValueError(
-            f"{where}: {name!r} is a URL; download the pictures first, for example with img2dataset, whose tar shards "
+            f"{where}: {shown(name)} is a URL; download the pictures first, for example with img2dataset, whose tar shards "
             "WebDatasetTars reads"
         )
     whole, path = root.absolute().as_posix(), PurePosixPath(name.strip())

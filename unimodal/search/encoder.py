@@ -100,7 +100,7 @@ class Encoder:
         """Refuse what the model cannot read."""
         if unread := [part for part in item.parts or ("empty",) if part not in self.model.modalities]:
             raise ValueError(
-                f"{where}this model reads {', '.join(self.model.modalities)}, got {', '.join(unread)}: {item.document!r:.200}"
+                f"{where}this model reads {', '.join(self.model.modalities)}, got {', '.join(unread)}: {item.told}"
             )
 
     def unknown_words(self, item: Item) -> str:
@@ -224,7 +224,7 @@ class Encoder:
             self.require_readable(item, name)
             if item.kind not in ("image", "images", "video"):
                 raise ValueError(
-                    f"{name}caption: expected images or a video, got the {item.kind} {item.document!r}; what is asked about them "
+                    f"{name}caption: expected images or a video, got the {item.kind} {item.told}; what is asked about them "
                     "is the prompt"
                 )
         settings = {**self.processor.generation, "do_sample": False, **options}

@@ -14,7 +14,7 @@ import warnings
 from dataclasses import dataclass
 from pathlib import Path
 
-from unimodal.data.folders import find_pictures, pictures_in, require_unicode
+from unimodal.data.folders import pictures_in, require_unicode
 from unimodal.search.build import build_index
 from unimodal.search.catalogue import Document, Id
 from unimodal.search.encoder import Encoder
@@ -74,14 +74,14 @@ def index_folder(
     """
     root = Path(folder).resolve()
     require_unicode(root)
-    pictures = pictures_in(Path(folder))
+    found = pictures_in(Path(folder))
     place = cache_folder(root) / encoder.fingerprint() if kept_in is None else Path(kept_in)
     _require_writable(place)
     try:
         index = _open(encoder, place, root)
         wanted: dict[Id, Document] = {}
         unnamed: dict[str, str] = {}
-        for path in pictures:
+        for path in found.pictures:
             name = path.relative_to(folder).as_posix()
             try:
                 require_unicode(root / name)
@@ -110,12 +110,10 @@ def index_folder(
         raise OSError(f"{place}: the index cannot be used ({error}); if no other search is at it, delete it") from error
     if not len(index):
         raise ValueError(
-            f"none of the {len(pictures)} pictures in {folder} can be read: {next(iter(skipped.values()))}"
+            f"none of the {len(found.pictures)} pictures in {folder} can be read: {next(iter(skipped.values()))}"
         )
     changed = sum(one.id in held for one in fresh)
-    return FolderIndex(
-        index, len(fresh), len(gone) + changed, skipped, find_pictures(Path(folder)).left_out(Path(folder))
-    )
+    return FolderIndex(index, len(fresh), len(gone) + changed, skipped, found.left_out)
 
 
 def _open(encoder: Encoder, place: Path, root: Path) -> Index:
