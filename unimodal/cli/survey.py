@@ -113,7 +113,6 @@ def survey(options: argparse.Namespace) -> None:
         )
         if part
     )
-    encoders = SharedEncoders(options.encoders or shipped_checkpoint(), options.grid)
     train = open_split(options.data, options.train_split, options.images)
     if options.ranked is None:
         val = open_split(options.data, options.split, options.images)
@@ -121,6 +120,7 @@ def survey(options: argparse.Namespace) -> None:
         val = open_split(options.ranked, options.split, options.ranked_images)
     if options.train_images is not None:
         train = cast(Pairs, First(train, options.train_images))
+    encoders = SharedEncoders(options.encoders or shipped_checkpoint(), options.grid)
     cache = options.cache or options.out / "features"
     data = SurveyData(train, val, encoders, cache, noise=noise, shots=shots, seed=options.seed)
     run = Run(

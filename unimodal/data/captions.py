@@ -9,7 +9,7 @@ import ast
 import json
 import math
 import re
-from collections.abc import Iterable
+from collections.abc import Sequence
 from typing import Any
 
 WORDS = ("caption", "text", "sentence", "raw", "title", "comment")
@@ -21,14 +21,26 @@ NUMPY_LIST = re.compile(rf"\[\s*{QUOTED}(?:\s+{QUOTED})*\s*\]", re.DOTALL)
 LIST = re.compile(r"(?:array\()?[\[{]+\s*['\"].*['\"]\s*,?\s*[\]}]+(?:, *dtype=\w+)?\)?", re.DOTALL)
 
 
-def caption_column(names: Iterable[str]) -> re.Pattern[str] | None:
-    """What fits the columns of captions, in lower case, by the names of all columns; None where there is no such column."""
-    known = [name.strip().lower() for name in names]
+def caption_column(names: Sequence[str], where: str) -> re.Pattern[str]:
+    """What fits the columns of captions, by the names of all columns.
+
+    Raises:
+        ValueError: there is no such column; the message begins with `where`.
+    """
     for word in WORDS:
-        for pattern in (rf"{word}s", rf"{word}(?:s?[ _.-]?\d+)?"):
-            if any(re.fullmatch(pattern, name) for name in known):
-                return re.compile(pattern)
-    return None
+        for kind in (rf"\s*{word}s\s*", rf"\s*{word}(?:s?[ _.-]?\d+)?\s*"):
+            pattern = re.compile(kind, re.IGNORECASE)
+            if any(map(pattern.fullmatch, names)):
+                return pattern
+    raise ValueError(
+        f"{where}: none of the columns {list(names)} is called captions, caption, caption_1, text, sentence, raw, title or comment; name "
+        "it with captions=..."
+    )
+
+
+def usual_captions(names: Sequence[str], where: str) -> list[str]:
+    """The columns of captions by the names of all columns; arguments and errors as `caption_column`."""
+    return list(filter(caption_column(names, where).fullmatch, names))
 
 
 def is_missing(cell: Any) -> bool:

@@ -28,7 +28,8 @@ class Finding:
     """One kind of fault.
 
     Attributes:
-        kind: "pictures", "captions", "no captions", "repeated pictures", "shared pictures", "shared captions" or "cut captions".
+        kind: "pictures", "captions", "no captions", "other files", "repeated pictures", "shared pictures", "shared captions" or
+            "cut captions".
         count: how many there are.
         told: the same in a line.
         cases: each of them in a line, which names split and picture.
@@ -69,7 +70,12 @@ def audit(
             raise ValueError(
                 "this tokenizer names no limit of its own; give max_length, the longest text your model reads"
             )
-    findings = [*_bad_captions(splits), *_bad_and_equal_pictures(splits, show_progress_bar), *_shared_captions(splits)]
+    findings = [
+        *_bad_captions(splits),
+        _others(splits),
+        *_bad_and_equal_pictures(splits, show_progress_bar),
+        *_shared_captions(splits),
+    ]
     if tokenizer is not None and max_length is not None:
         findings += _cut_captions(splits, tokenizer, max_length)
     return [finding for finding in findings if finding.count]
@@ -100,6 +106,19 @@ def _bad_captions(splits: Mapping[str, Pairs]) -> list[Finding]:
         "Write captions for them, or leave them out with on_error: skip.",
     )
     return [Finding("captions", len(bad), told, bad, advice), missing]
+
+
+def _others(splits: Mapping[str, Pairs]) -> Finding:
+    """What lies among the samples and belongs to none."""
+    others = [f"{split}/{name}" for split, pairs in splits.items() for name in getattr(pairs, "others", ())]
+    return Finding(
+        "other files",
+        len(others),
+        f"files or members that are neither picture nor caption of one: {len(others)}",
+        others,
+        "Nothing reads them. A caption has the name of its picture, but for the ending .txt or, in a shard, .json; see that none of these "
+        "was meant as one.",
+    )
 
 
 def _bad_and_equal_pictures(splits: Mapping[str, Pairs], show: bool) -> list[Finding]:

@@ -11,7 +11,7 @@ from unimodal.data.coco import CocoCaptions, split_of
 from unimodal.data.huggingface import HuggingFaceDataset, is_saved
 from unimodal.data.labelled import NusWide, PascalSentence, Wikipedia
 from unimodal.data.pairs import Pairs
-from unimodal.data.readers import ImageFolder, KarpathyJson, OnError
+from unimodal.data.readers import ImageFolder, KarpathyJson, Listed, OnError
 from unimodal.data.scenes import Scenes
 from unimodal.data.shards import WebDatasetTars
 from unimodal.data.tables import CsvTable, JsonLines, splits_of
@@ -90,13 +90,16 @@ def open_splits(
 
 
 def open_split(path: str | Path, split: str, root: str | Path | None = None, **options: Any) -> Pairs:
-    """One split of the data at a path, or of the embedded scenes where the path is `scenes`; bad samples raise.
+    """One split of the data at a path, or of the embedded scenes where the path is `scenes`; bad samples and missing pictures raise.
 
     Arguments and errors as in `open_splits`.
     """
     if str(path) == "scenes":
         return Scenes(split)
-    return open_splits(path, root, [split], on_error="raise", **options)[1][split]
+    pairs = open_splits(path, root, [split], on_error="raise", **options)[1][split]
+    if isinstance(pairs, Listed):
+        pairs.require_files()
+    return pairs
 
 
 def _coco_files(path: Path) -> dict[str, tuple[Any, str | None]]:

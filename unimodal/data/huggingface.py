@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from unimodal.data.captions import as_captions, is_missing, usual_captions
 from unimodal.data.readers import Listed, OnError, Sample
 
 
@@ -19,7 +20,8 @@ class HuggingFaceDataset(Listed):
         split: such as "test" or "train[:1000]"; needed where there are several, and the name of a dataset in memory.
         revision: branch, tag or commit on the Hub.
         image: column of the picture, of type `datasets.Image`.
-        captions: column of a caption or of a list of them, or several columns.
+        captions: column of a caption or of a list of them, or several columns, of which some cells may be empty; by default as for
+            `CsvTable`.
         labels: column of the picture's category or of a list of them; class numbers become their names.
         key: column that names the picture: rows of equal key are one image with several captions. By default each row is
             an image of its own, named by its number.
@@ -39,7 +41,7 @@ class HuggingFaceDataset(Listed):
         split: str | None = None,
         revision: str | None = None,
         image: str = "image",
-        captions: str | list[str] = "caption",
+        captions: str | list[str] | None = None,
         labels: str | None = None,
         key: str | None = None,
         on_error: OnError = "raise",
@@ -55,7 +57,11 @@ class HuggingFaceDataset(Listed):
                 "random access, load it with streaming=False"
             )
         table = table.with_format(None)
-        texts = [captions] if isinstance(captions, str) else list(captions)
+        texts = (
+            [captions]
+            if isinstance(captions, str)
+            else list(captions or usual_captions(table.column_names, "the dataset"))
+        )
         for column in (image, *texts, *filter(None, (labels, key))):
             if column not in table.column_names:
                 raise ValueError(f"there is no column {column!r}; the columns are {table.column_names}")
@@ -118,7 +124,12 @@ def _rows(
     names = getattr(getattr(feature, "feature", feature), "int2str", str)  # of class numbers, alone or in a list
     columns = [*texts, *filter(None, (labels, key))]
     for row, record in enumerate(table.select_columns(list(dict.fromkeys(columns)))):
-        said = [text for column in texts for text in _listed(record[column])]
+        cells = [record[column] for column in texts]
+        if len(cells) > 1:  # one of several columns may have nothing to say
+            cells = [cell for cell in cells if not is_missing(cell)]
+        said = [text for cell in cells for text in as_captions(cell)]
+        if key and is_missing(record[key]):
+            raise ValueError(f"row {row}: column {key!r} is {record[key]!r}; give every picture a name")
         tags = _listed(record[labels]) if labels else []
         tagged = {names(tag) if isinstance(tag, int) else str(tag) for tag in tags if tag is not None}
         yield str(record[key]) if key else f"{row:06d}", said, tagged

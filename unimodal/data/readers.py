@@ -15,7 +15,7 @@ from typing import Any, Literal
 
 from PIL import Image
 
-from unimodal.data.folders import find_pictures
+from unimodal.data.folders import find_pictures, is_hidden
 from unimodal.data.images import load_image
 from unimodal.data.pairs import Problem, caption_fault, check, fingerprint
 from unimodal.data.text import lines, parse_json
@@ -46,6 +46,7 @@ class Listed:
 
     Attributes:
         problems: what `on_error="skip"` left out; empty under "raise" and "keep".
+        others: files or members among the samples that belong to none and are not read, for `audit` to name.
     """
 
     def __init__(
@@ -57,6 +58,7 @@ class Listed:
             raise ValueError(f"{name} has no samples in split {split!r}; check the path and the split")
         self.name, self.split, self.samples = name, split, merged(samples)
         self.problems: list[Problem] = []
+        self.others: list[str] = []
         gallery = gallery and not any(sample.captions for sample in samples)
         if on_error == "skip":
             self._leave_out_bad_samples()
@@ -211,8 +213,9 @@ class KarpathyJson(Listed):
 
 
 class ImageFolder(Listed):
-    """The pictures in the folder `root/split`, at any depth, in the order of their paths; each has its captions in a text file
-    beside it, one a line. A folder without any such file is a gallery: it can be searched and captioned, not trained on.
+    """The pictures in the folder `root/split`, at any depth, in the order of their paths; each has its captions in a text file beside it,
+    one a line: those of "v1.5 a.jpg" are in "v1.5 a.txt". A folder without any such file is a gallery: it can be searched and captioned,
+    not trained on.
 
     A folder with a table of captions (`metadata.jsonl`, `captions.csv`) is read by `JsonLines` and `CsvTable`.
 
@@ -235,8 +238,14 @@ class ImageFolder(Listed):
         if seen.left_out:
             warnings.warn(f"{folder}: {seen.left_out}", stacklevel=2)
         files = seen.pictures
-        samples = [Sample(path.relative_to(folder).as_posix(), _lines_beside(path), path) for path in files]
+        texts = _texts_beside(files)
+        captions = [
+            lines(texts[path.with_suffix("")].read_bytes()) if path.with_suffix("") in texts else [] for path in files
+        ]
+        samples = [Sample(path.relative_to(folder).as_posix(), said, path) for path, said in zip(files, captions)]
         super().__init__(Path(root).resolve().name, split or "all", samples, on_error, gallery=True)
+        stems = {path.with_suffix("") for path in files}
+        self.others = [path.relative_to(folder).as_posix() for stem, path in texts.items() if stem not in stems]
 
 
 def _block(samples: list[Sample], fold: tuple[int, int]) -> list[Sample]:
@@ -327,9 +336,11 @@ def as_labels(value: Any) -> frozenset[str]:
     return frozenset(text for label in values if label is not None and (text := str(label).strip()))
 
 
-def _lines_beside(picture: Path) -> list[str]:
-    path = picture.with_suffix(".txt")
-    return lines(path.read_bytes()) if path.is_file() else []
+def _texts_beside(pictures: list[Path]) -> dict[Path, Path]:
+    """The files of captions in the folders of pictures, by their path without .txt or .TXT."""
+    folders = dict.fromkeys(picture.parent for picture in pictures)
+    files = [path for folder in folders for path in sorted(folder.iterdir()) if path.suffix.lower() == ".txt"]
+    return {path.with_suffix(""): path for path in files if not is_hidden(path.name)}
 
 
 def inside(root: Path, relative: str) -> Path:

@@ -148,22 +148,19 @@ def _csv_rows(path: Path, delimiter: str | None) -> Iterator[tuple[str, dict[str
 
 
 def _delimiter(text: str) -> str:
-    """The first delimiter that separates the names in the first line, where it stands outside of quotes."""
+    """The first delimiter that separates the names in the first line, where one of them is a usual one; else the first that separates."""
+    separating: list[str] = []
     for mark in DELIMITERS:
+        rows = csv.reader(io.StringIO(text, newline=""), delimiter=mark, skipinitialspace=True, strict=True)
         try:
-            if (
-                len(
-                    next(
-                        csv.reader(io.StringIO(text, newline=""), delimiter=mark, skipinitialspace=True, strict=True),
-                        [],
-                    )
-                )
-                > 1
-            ):
-                return mark
+            names = [name.strip().lower() for name in next(rows, [])]
         except csv.Error:  # quotes make no sense under this one
             continue
-    return ","
+        if len(names) > 1:
+            if any(name in IMAGE_COLUMNS for name in names):
+                return mark
+            separating.append(mark)
+    return separating[0] if separating else ","
 
 
 def _json_rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -187,7 +184,7 @@ def _samples(path: Path, root: str | Path | None, rows: Rows, columns: Columns, 
     for where, row in rows:
         if image is None:
             image = columns.image or _image_column(row, where)
-            usual = None if columns.captions is not None else _caption_columns(row, where)
+            usual = None if columns.captions is not None else caption_column(list(row), where)
         if split is not None:
             splits.add(part := str(_value(row, columns.split, "split_column", where)))
             if part not in wanted:
@@ -210,7 +207,7 @@ def _captions(
     if usual is None:
         names = [given] if isinstance(given, str) else list(given or ())
     else:
-        names = [name for name in row if usual.fullmatch(name.strip().lower())]
+        names = list(filter(usual.fullmatch, row))
         if not names:
             raise ValueError(
                 f"{where}: there is no column of captions; the columns are {list(row)}; give another captions"
@@ -219,15 +216,6 @@ def _captions(
     if len(cells) > 1:  # one of several columns may have nothing to say
         cells = [cell for cell in cells if not is_missing(cell)]
     return [caption for cell in cells for caption in as_captions(cell)]
-
-
-def _caption_columns(row: dict[str, Any], where: str) -> re.Pattern[str]:
-    if (pattern := caption_column(row)) is None:
-        raise ValueError(
-            f"{where}: none of the columns {list(row)} is called captions, caption, caption_1, text, sentence, raw, title or comment; "
-            "name it with captions=..."
-        )
-    return pattern
 
 
 def _image_column(row: dict[str, Any], where: str) -> str:
