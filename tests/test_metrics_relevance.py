@@ -134,7 +134,7 @@ def test_what_cannot_be_judged_is_refused() -> None:
         relevance_metrics(eye, eye, torch.ones(3, 2), ids, **known)
     with pytest.raises(ValueError, match="labels are 0 or 1"):
         relevance_metrics(eye, eye, 2 * eye, eye, **known)
-    with pytest.raises(ValueError, match=r"got ks=\[0\]; expected at least one depth"):
+    with pytest.raises(ValueError, match=r"ks\[0\]: expected at least 1, got 0"):
         relevance_metrics(eye, eye, ids, ids, ks=(0,), **known)
     with pytest.raises(ValueError, match="3 gallery items for t2i; the protocol says 4 images"):
         relevance_metrics(eye, eye, ids, ids, direction="t2i", protocol=protocol(4, 3))
@@ -142,5 +142,5 @@ def test_what_cannot_be_judged_is_refused() -> None:
         relevance_metrics(eye * torch.nan, eye, ids, ids, **known)
     with pytest.raises(ValueError, match="caption 2 is the only one of its image"):
         text_to_text(eye, torch.tensor([0, 0, 1]))
-    with pytest.raises(ValueError, match=r"got ids \[2\] for 3 texts"):
+    with pytest.raises(ValueError, match=r"text_image_id: expected 3 whole numbers \[3\], got Tensor \[2\]"):
         text_to_text(eye, ids[:2])

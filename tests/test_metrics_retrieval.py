@@ -248,7 +248,7 @@ def test_pair_scores_that_cannot_rerank_are_refused() -> None:
         rerank(candidates, NAN, "replace")
     with pytest.raises(ValueError, match=r"pair scores \[2, 1\] for candidates \[2, 2\]"):
         rerank(candidates, torch.ones(2, 1), "sum")
-    with pytest.raises(ValueError, match="got combine='mean'; expected 'replace' or 'sum'"):
+    with pytest.raises(ValueError, match="combine: expected one of replace, sum, got 'mean'"):
         rerank(candidates, torch.ones(2, 2), "mean")  # type: ignore[arg-type]
     empty = Candidates(candidates.rank, *(x[:, :0] for x in (candidates.index, candidates.scores, candidates.relevant)))
     with pytest.raises(ValueError, match="at least one candidate"):
@@ -260,4 +260,4 @@ def test_a_protocol_that_describes_other_data_is_refused() -> None:
         retrieval_metrics(torch.eye(2), torch.eye(2), torch.arange(2), protocol=protocol())
     words = Protocol(dataset="toy", split="test", fingerprint="0", images=2, captions=2, stage=None, rule="words")
     with pytest.raises(ValueError, match="retrieval is measured under rule 'hit'"):
-        summarise(torch.ones(2), torch.ones(2), words)
+        summarise(torch.ones(2).long(), [1, 1], words)

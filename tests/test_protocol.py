@@ -152,9 +152,9 @@ def test_significance_refuses_what_it_cannot_compare() -> None:
     ):
         paired_test([1.0], [1.0, 2.0], (TOY, TOY), seed=0)
     for values in ([], [1.0, np.nan], [[1.0]]):
-        with pytest.raises(ValueError, match="finite numbers, one per query, at least one"):
+        with pytest.raises(ValueError, match="values: expected finite numbers .*, one for each query, at least one"):
             bootstrap_interval(values, TOY, seed=0)
-    with pytest.raises(ValueError, match="got confidence=95, samples=1000; expected 0 < confidence < 1"):
+    with pytest.raises(ValueError, match="confidence: expected a share between 0 and 1, got 95"):
         bootstrap_interval([1.0], TOY, seed=0, confidence=95)
-    with pytest.raises(ValueError, match=r"got \[3\] groups for \[2\] values"):
+    with pytest.raises(ValueError, match=r"groups: expected one whole number or text for each query \[2\], got list"):
         bootstrap_interval([1.0, 2.0], TOY, seed=0, groups=[1, 2, 3])

@@ -144,7 +144,7 @@ def test_separable_pairs_have_a_finite_answer_and_the_file_comes_back(tmp_path: 
     [
         ([1.0, 2.0], [True], r"logits and labels \[P\], got \[2\] and \[1\]"),
         ([1.0, 2.0], [True, True], "both true and wrong pairs, got 2 true ones of 2"),
-        ([1.0, float("nan")], [True, False], "needs finite logits"),
+        ([1.0, float("nan")], [True, False], "logits: expected finite numbers"),
         ([1.0, 2.0, 3.0, 4.0], [True, True, False, False], "rank true pairs below wrong ones"),
     ],
 )

@@ -85,4 +85,4 @@ class PatchAutoencoder(nn.Module):
 
     def _require_fitted(self) -> None:
         if not cast(bool, self.deviation.all().item()):
-            raise RuntimeError("PatchAutoencoder: no components yet; call fit(images) or load a checkpoint first")
+            raise ValueError("PatchAutoencoder: no components yet; call fit(images) or load a checkpoint first")

@@ -20,6 +20,10 @@ from typing import Any
 
 import numpy as np
 
+from unimodal import arguments
+
+RELATIONS = ("left", "right", "above", "below")
+LARGEST_SIDE = 1024
 ATTRIBUTES = ("shape", "colour", "size", "texture")
 _SEPARATE = 0.2  # RGB distance (of at most 1.73) from which a pixel is not background
 _SMALLEST = 0.01  # fraction of the picture below which a piece is dirt
@@ -53,6 +57,10 @@ class SceneReport:
 
 def summarise(reports: Sequence[SceneReport]) -> dict[str, float]:
     """Mean of every field over the reports, and of `all_right`."""
+    reports = arguments.listed(reports, "reports", "SceneReports")
+    for i, report in enumerate(reports):
+        if not isinstance(report, SceneReport):
+            raise TypeError(arguments.refused(f"reports[{i}]", "a SceneReport", report, "check_picture gives one"))
     if not reports:
         raise ValueError("no reports to summarise: check at least one picture first")
     names = [field.name for field in fields(SceneReport)] + ["all_right"]
@@ -75,6 +83,7 @@ def check_picture(
     the third, if any, lies to both; or None) and `background` (or None if any will do). Found objects are taken for the
     asked ones in the way that makes the most right.
     """
+    _check_scene(scene)
     found, background = find_objects(
         picture, colours=colours, backgrounds=backgrounds, shapes=shapes, sizes=sizes, shade=shade
     )
@@ -102,6 +111,8 @@ def find_objects(
     shade: float,
 ) -> tuple[list[FoundObject], str]:
     """The objects in a picture, largest first, and the name of its background."""
+    _check_known(colours, backgrounds, shapes, sizes)
+    shade = arguments.number(shade, "shade", least=0, most=1)
     pixels = _as_float(picture)
     side = min(pixels.shape[:2])
     frame = np.concatenate([pixels[0], pixels[-1], pixels[1:-1, 0], pixels[1:-1, -1]])
@@ -179,9 +190,64 @@ def _right(scene: Any, match: Sequence[FoundObject | None]) -> list[float]:
     return [*attributes, float(relation)]
 
 
+def _check_scene(scene: Any) -> None:
+    """Raises:
+    TypeError, ValueError: it is no scene as `check_picture` describes it.
+    """
+    objects = getattr(scene, "objects", None)
+    expected = "a scene with objects, relation, third and background"
+    if not isinstance(objects, list | tuple) or not all(
+        hasattr(scene, name) for name in ("relation", "third", "background")
+    ):
+        raise TypeError(arguments.refused("scene", expected, scene))
+    if len(objects) not in (2, 3):
+        raise ValueError(f"scene: expected two or three objects, got {len(objects)}")
+    arguments.choice(scene.relation, "scene.relation", RELATIONS)
+    if len(objects) == 3:
+        arguments.choice(scene.third, "scene.third", RELATIONS)
+
+
+def _check_known(colours: Any, backgrounds: Any, shapes: Any, sizes: Any) -> None:
+    """Raises:
+    TypeError, ValueError: one of them is not what there is to find, by name.
+    """
+    for name, palette in (("colours", colours), ("backgrounds", backgrounds)):
+        for word, rgb in _named(palette, name).items():
+            values = arguments.listed(rgb, f"{name}[{word!r}]", "three numbers, red, green and blue")
+            if len(values) != 3:
+                raise ValueError(arguments.refused(f"{name}[{word!r}]", "three numbers, red, green and blue", rgb))
+            for value in values:
+                arguments.number(value, f"{name}[{word!r}]", least=0, most=255)
+    for word, mask in _named(shapes, "shapes").items():
+        expected = "a square mask [K, K] of numbers from 0 to 1"
+        array = arguments.tensor(mask, f"shapes[{word!r}]", expected)
+        if (
+            array.ndim != 2
+            or array.shape[0] != array.shape[1]
+            or not len(array)
+            or not ((array >= 0) & (array <= 1)).all()
+        ):
+            raise ValueError(arguments.refused(f"shapes[{word!r}]", expected, mask))
+    for word, size in _named(sizes, "sizes").items():
+        arguments.number(size, f"sizes[{word!r}]", above=0, most=1)
+
+
+def _named(value: Any, name: str) -> dict[str, Any]:
+    known = arguments.mapping(value, name)
+    if not known:
+        raise ValueError(f"{name}: expected at least one, got none; there is nothing to find")
+    return known
+
+
 def _as_float(picture: np.ndarray) -> np.ndarray:
+    if not isinstance(picture, np.ndarray):
+        raise TypeError(
+            arguments.refused("picture", "an array [H, W, 3]", picture, "np.asarray makes one of a picture")
+        )
     if picture.ndim != 3 or picture.shape[-1] != 3 or min(picture.shape[:2]) < 16:
         raise ValueError(f"a picture has shape [H, W, 3] with sides of at least 16, got {list(picture.shape)}")
+    if max(picture.shape[:2]) > LARGEST_SIDE:
+        raise ValueError(f"a picture has sides of at most {LARGEST_SIDE}, got {list(picture.shape)}; resize it first")
     if picture.dtype == np.uint8:
         return picture / 255.0
     if picture.dtype.kind != "f":

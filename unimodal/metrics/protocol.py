@@ -9,6 +9,8 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Any, Literal
 
+from unimodal import arguments
+
 Combine = Literal["replace", "sum"]
 
 # How the gallery was searched, as opposed to what was asked of which data: the only fields that a table may let differ.
@@ -50,6 +52,15 @@ class Protocol:
     decoding: str | None = None
 
     def __post_init__(self) -> None:
+        for name in ("dataset", "split", "fingerprint", "rule"):
+            arguments.text(getattr(self, name), name, empty=True)
+        for name in ("images", "captions"):
+            arguments.integer(getattr(self, name), name, least=-arguments.WIDEST)
+        arguments.integer(self.folds, "folds")
+        for name in ("captions_per_image", "k"):
+            arguments.optional(arguments.integer, getattr(self, name), name, least=-arguments.WIDEST)
+        arguments.optional(arguments.number, self.match_scale, "match_scale")
+        arguments.optional(arguments.text, self.decoding, "decoding", empty=True)
         if self.images < 1 or self.captions < 1:
             raise ValueError(
                 f"got {self.images} images and {self.captions} captions; a protocol needs at least one of each"
@@ -113,6 +124,15 @@ class Result:
         return {"protocol": asdict(self.protocol), **self.scores()}
 
 
+def check_protocol(protocol: Any, name: str = "protocol") -> None:
+    """Raises:
+    TypeError: it is no Protocol.
+    """
+    if not isinstance(protocol, Protocol):
+        advice = "Protocol(dataset=..., split=..., fingerprint=..., images=..., captions=...) makes one"
+        raise TypeError(arguments.refused(name, "a Protocol", protocol, advice))
+
+
 def require_alike(protocols: Sequence[Protocol], *, any_search: bool = False) -> None:
     """Refuses results that do not compare.
 
@@ -122,6 +142,9 @@ def require_alike(protocols: Sequence[Protocol], *, any_search: bool = False) ->
     Raises:
         ValueError: naming each field that differs, with the values met.
     """
+    protocols = arguments.listed(protocols, "protocols", "Protocols")
+    for i, protocol in enumerate(protocols):
+        check_protocol(protocol, f"protocols[{i}]")
     different = []
     for field in fields(Protocol):
         values = list(dict.fromkeys(getattr(p, field.name) for p in protocols))
@@ -145,6 +168,12 @@ def results_table(rows: Sequence[tuple[str, Result]], *, any_search: bool = Fals
     Raises:
         ValueError: without rows, for unlike protocols, or for results that hold different numbers.
     """
+    rows = arguments.listed(rows, "rows", "(name, result) pairs")
+    digits = arguments.integer(digits, "digits", least=0, most=20)
+    for i, row in enumerate(rows):
+        pair = isinstance(row, list | tuple) and len(row) == 2
+        if not pair or not isinstance(row[0], str) or not isinstance(row[1], Result):
+            raise TypeError(arguments.refused(f"rows[{i}]", "a pair (name, result)", row))
     if not rows:
         raise ValueError("got no results; a table needs at least one (name, result) pair")
     shared = rows[0][1].protocol

@@ -11,9 +11,12 @@ Legend: I images, C captions, Q queries, G gallery items, R relevant items of a 
 """
 
 from dataclasses import dataclass
+from typing import Any, get_args
 
 import torch
 from torch import Tensor
+
+from unimodal import arguments
 
 from .protocol import Combine
 
@@ -46,8 +49,11 @@ def ranks_from_scores(scores: Tensor, relevant: Tensor) -> Tensor:
         [Q] long: 1 + the number of non-relevant items that score at least as high as the best relevant one.
 
     Raises:
+        TypeError: for scores that are no numbers, or relevance that is not bool.
         ValueError: for empty or unlike shapes, NaN scores, a query without a relevant item.
     """
+    scores = _scores(scores, "scores")
+    relevant = _flags(relevant, "relevant").to(scores.device)
     if scores.ndim != 2 or scores.numel() == 0 or scores.shape != relevant.shape:
         raise ValueError(
             f"got scores {list(scores.shape)} and relevant {list(relevant.shape)}; "
@@ -65,9 +71,12 @@ def ranks_from_scores(scores: Tensor, relevant: Tensor) -> Tensor:
 
 def candidates_from_scores(scores: Tensor, relevant: Tensor, k: int) -> Candidates:
     """As `ranks_from_scores`, with the top k kept for `rerank`: for systems that score pairs without embeddings."""
+    k = arguments.integer(k, "k", least=0)
+    scores = _scores(scores, "scores")
+    relevant = _flags(relevant, "relevant").to(scores.device)
     rank = ranks_from_scores(scores, relevant)
-    top = scores.topk(min(k, scores.shape[1]), dim=1)
-    return Candidates(rank=rank, index=top.indices, scores=top.values, relevant=relevant.gather(1, top.indices))
+    values, index = _top(scores, min(k, scores.shape[1]))
+    return Candidates(rank=rank, index=index, scores=values, relevant=relevant.gather(1, index))
 
 
 @torch.no_grad()
@@ -95,14 +104,18 @@ def first_stage(
         (text to image, image to text).
 
     Raises:
+        TypeError: for embeddings or ids that are no numbers.
         ValueError: for empty or unlike shapes, non-finite embeddings or such as overflow when multiplied, repeated image
             ids, a caption without image or an image without caption.
     """
-    image_id = torch.arange(len(image)) if image_id is None else image_id
-    image_id, text_image_id = image_id.to(image.device), text_image_id.to(image.device)
-    check_embeddings(image, text)
+    k, chunk = arguments.integer(k, "k", least=0), arguments.integer(chunk, "chunk")
+    image, text = check_embeddings(image, text)
+    image_id = torch.arange(len(image)) if image_id is None else arguments.integers(image_id, "image_id")
+    image_id, text_image_id = (
+        image_id.to(image.device),
+        arguments.integers(text_image_id, "text_image_id").to(image.device),
+    )
     _check_ids(image_id, text_image_id, len(image), len(text))
-    image, text = image.float(), text.float()
     with torch.autocast(image.device.type, enabled=False):
         return (
             _search(text, image, text_image_id, image_id, k, chunk),
@@ -131,8 +144,12 @@ def rerank(candidates: Candidates, pair_scores: Tensor, combine: Combine) -> Ten
     Raises:
         ValueError: for an unlike shape, NaN scores, no candidates, or an unknown `combine`.
     """
-    if combine not in ("replace", "sum"):
-        raise ValueError(f"got combine={combine!r}; expected 'replace' or 'sum'")
+    arguments.choice(combine, "combine", get_args(Combine))
+    if not isinstance(candidates, Candidates):
+        raise TypeError(
+            arguments.refused("candidates", "Candidates of one direction", candidates, "first_stage gives two")
+        )
+    pair_scores = _scores(pair_scores, "pair_scores").to(candidates.scores.device)
     if pair_scores.shape != candidates.scores.shape or pair_scores.numel() == 0:
         raise ValueError(
             f"got pair scores {list(pair_scores.shape)} for candidates {list(candidates.scores.shape)}; expected one "
@@ -161,16 +178,15 @@ def text_to_text(text: Tensor, text_image_id: Tensor, *, k: int = 0, chunk: int 
         ValueError: for empty or unlike shapes, non-finite embeddings or such as overflow when multiplied, or a caption that
             is the only one of its image.
     """
-    check_embeddings(text, text)
-    if text_image_id.shape != (len(text),):
-        raise ValueError(f"got ids {list(text_image_id.shape)} for {len(text)} texts; expected one image id per text")
+    k, chunk = arguments.integer(k, "k", least=0), arguments.integer(chunk, "chunk")
+    text, _ = check_embeddings(text, text, "text")
+    text_image_id = arguments.integers(text_image_id, "text_image_id", len(text)).to(text.device)
     _, image, count = text_image_id.unique(return_inverse=True, return_counts=True)
     if (alone := count[image] < 2).any():
         raise ValueError(
             f"caption {first_row(alone)} is the only one of its image ({alone.sum()} of {len(text)} captions are), so it has no "
             "other caption to find; leave text-to-text out, or drop such images"
         )
-    text, text_image_id = text.float(), text_image_id.to(text.device)
     with torch.autocast(text.device.type, enabled=False):
         return _search(text, text, text_image_id, text_image_id, min(k, len(text) - 1), chunk, without_self=True)
 
@@ -195,17 +211,30 @@ def _search(
             scores[torch.arange(len(rows)), rows] = -torch.inf
         own = scores.gather(1, positives[rows]).masked_fill(~real[rows], -torch.inf)  # [chunk, R]
         best = own.amax(dim=1, keepdim=True)
-        top = scores.topk(k, dim=1)
-        relevant = query_id[rows, None] == gallery_id[top.indices]
+        values, index = _top(scores, k)
+        relevant = query_id[rows, None] == gallery_id[index]
         # Whatever reaches a best answer that beats the last candidate is a candidate itself; only the other queries need
         # the whole gallery. int32 sums of booleans are several times faster than int64 ones.
-        rank = 1 + ((top.values >= best) & ~relevant).sum(dim=1)
-        deep = (best <= top.values[:, -1:]).squeeze(1) if k else torch.ones_like(rank, dtype=torch.bool)
+        rank = 1 + ((values >= best) & ~relevant).sum(dim=1)
+        deep = (best <= values[:, -1:]).squeeze(1) if k else torch.ones_like(rank, dtype=torch.bool)
         if deep.any():
             reach = (scores[deep] >= best[deep]).sum(dim=1, dtype=torch.int32)
             rank[deep] = 1 + reach - (own[deep] >= best[deep]).sum(dim=1)
-        parts.append((rank, top.indices, top.values, relevant))
+        parts.append((rank, index, values, relevant))
     return Candidates(*map(torch.cat, zip(*parts)))
+
+
+def _top(scores: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """The k best of each row of scores [Q, G] and their places, best first, equal ones in the order of their places."""
+    more = scores.topk(min(k + 1, scores.shape[1]), dim=1)
+    index = more.indices[:, :k].sort(dim=1).values
+    values, order = scores.gather(1, index).sort(dim=1, descending=True, stable=True)
+    index = index.gather(1, order)
+    if 0 < k < more.values.shape[1] and (tied := more.values[:, k - 1] == more.values[:, k]).any():
+        # Which of the equal ones at the border are among the k is topk's own choice.
+        whole = scores[tied].sort(dim=1, descending=True, stable=True)
+        values[tied], index[tied] = whole.values[:, :k], whole.indices[:, :k]
+    return values, index
 
 
 def _positives(query_id: Tensor, gallery_id: Tensor, without_self: bool) -> tuple[Tensor, Tensor]:
@@ -233,8 +262,11 @@ def _vectors(x: Tensor) -> tuple[Tensor, ...]:
     return (x,) if x.ndim == 2 else x.unbind(dim=1)
 
 
-def check_embeddings(image: Tensor, text: Tensor, image_name: str = "image", text_name: str = "text") -> None:
-    """Refuses what cannot be ranked; the names are what messages call the two sides."""
+def check_embeddings(
+    image: Any, text: Any, image_name: str = "image", text_name: str = "text"
+) -> tuple[Tensor, Tensor]:
+    """Both sides as float32 tensors on the device of the first; refuses what cannot be ranked. The names are what messages call them."""
+    image, text = (_floats(x, f"{name} embeddings") for name, x in ((image_name, image), (text_name, text)))
     shapes = f"{image_name}s {list(image.shape)} and {text_name}s {list(text.shape)}"
     if image.ndim not in (2, 3) or text.ndim not in (2, 3) or image.shape[-1] != text.shape[-1]:
         raise ValueError(f"got {shapes}; expected [I, E] or [I, N, E] and [C, E] with one E")
@@ -251,6 +283,29 @@ def check_embeddings(image: Tensor, text: Tensor, image_name: str = "image", tex
         raise ValueError(
             f"embeddings of length {longest[0]:.3g} and {longest[1]:.3g} overflow when multiplied; normalise both sides"
         )
+    return image.float(), text.float().to(image.device)
+
+
+def _floats(value: Any, name: str) -> Tensor:
+    """Numbers with a fraction, or whole ones in float32, as a tensor."""
+    found = arguments.tensor(value, name, "numbers")
+    if found.dtype == torch.bool:
+        raise TypeError(arguments.refused(name, "numbers", value))
+    return found if found.is_floating_point() else found.float()
+
+
+def _scores(value: Any, name: str) -> Tensor:
+    found = _floats(value, name)
+    if found.ndim != 2:
+        raise ValueError(arguments.refused(name, "scores [queries, gallery]", value))
+    return found
+
+
+def _flags(value: Any, name: str) -> Tensor:
+    found = arguments.tensor(value, name, "True and False [queries, gallery]")
+    if found.dtype != torch.bool:
+        raise TypeError(arguments.refused(name, "True and False [queries, gallery]", value))
+    return found
 
 
 def _check_ids(image_id: Tensor, text_image_id: Tensor, images: int, texts: int) -> None:

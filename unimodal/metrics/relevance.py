@@ -19,12 +19,14 @@ Legend: Q queries, G gallery items, L labels, E embedding dim.
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
 
-from .protocol import Protocol, Result
+from unimodal import arguments
+
+from .protocol import Protocol, Result, check_protocol
 from .ranking import best_similarity, check_embeddings, first_row
 
 Direction = Literal["t2i", "i2t", "t2t", "i2i"]
@@ -69,7 +71,15 @@ def relevance_metrics(
         ValueError: for shapes that do not fit, sizes other than the protocol's, non-finite embeddings, no or wrong depths,
             or a query without a relevant item.
     """
-    check_embeddings(query, gallery, "query", "gallery")
+    check_protocol(protocol)
+    arguments.choice(direction, "direction", get_args(Direction))
+    chunk = arguments.integer(chunk, "chunk")
+    ks = [arguments.integer(k, f"ks[{i}]") for i, k in enumerate(arguments.listed(ks, "ks", "depths"))]
+    if not ks:
+        raise ValueError("ks: expected at least one depth, got none")
+    query, gallery = check_embeddings(query, gallery, "query", "gallery")
+    query_label = _labels(query_label, "query_label").to(query.device)
+    gallery_label = _labels(gallery_label, "gallery_label").to(query.device)
     _check_labels(query_label, gallery_label, len(query), len(gallery))
     sizes = {"t": protocol.captions, "i": protocol.images}
     if (len(query), len(gallery)) != (sizes[direction[0]], sizes[direction[2]]):
@@ -77,9 +87,6 @@ def relevance_metrics(
             f"got {len(query)} queries and {len(gallery)} gallery items for {direction}; the protocol says "
             f"{protocol.images} images and {protocol.captions} captions. Describe the data that was ranked"
         )
-    if not ks or min(ks) < 1:
-        raise ValueError(f"got ks={list(ks)}; expected at least one depth of at least 1")
-    query, gallery = query.float(), gallery.float()
     without_self = direction in ("t2t", "i2i")
     parts = []
     with torch.autocast(query.device.type, enabled=False):
@@ -139,6 +146,8 @@ def relevance_by_label(query_labels: Tensor, gallery_labels: Tensor) -> Tensor:
     Raises:
         ValueError: the two do not have the same labels, or hold something other than 0 and 1, such as class numbers.
     """
+    query_labels, gallery_labels = _labels(query_labels, "query_labels"), _labels(gallery_labels, "gallery_labels")
+    gallery_labels = gallery_labels.to(query_labels.device)
     if query_labels.ndim != 2 or gallery_labels.ndim != 2 or query_labels.shape[1] != gallery_labels.shape[1]:
         raise ValueError(
             f"got labels {list(query_labels.shape)} and {list(gallery_labels.shape)}; expected [Q, L] and [G, L] with one L"
@@ -149,6 +158,13 @@ def relevance_by_label(query_labels: Tensor, gallery_labels: Tensor) -> Tensor:
                 "labels are 0 or 1 in a column for each label; torch.nn.functional.one_hot makes them of class numbers"
             )
     return torch.mm(query_labels.float(), gallery_labels.float().T) > 0.5
+
+
+def _labels(value: Any, name: str) -> Tensor:
+    found = arguments.tensor(value, name, "ids [N], or 0 and 1 [N, L]")
+    if found.is_floating_point() and found.ndim == 1:
+        raise TypeError(arguments.refused(name, "ids [N] as whole numbers", value))
+    return found
 
 
 def _relevant(query_label: Tensor, gallery_label: Tensor) -> Tensor:

@@ -16,7 +16,9 @@ from hashlib import sha256
 import torch
 from torch import Tensor
 
-from .protocol import Protocol, Result, require_alike
+from unimodal import arguments
+
+from .protocol import Protocol, Result, check_protocol, require_alike
 from .ranking import first_stage
 
 
@@ -37,7 +39,9 @@ class DirectionMetrics:
 
     @classmethod
     def from_ranks(cls, rank: Tensor) -> "DirectionMetrics":
-        rank = rank.double()
+        rank = arguments.integers(rank, "ranks").double()
+        if not len(rank) or rank.min() < 1:
+            raise ValueError("ranks: expected at least one, and whole numbers from 1 on; 1 is the best")
         r1, r5, r10 = (100 * (rank <= k).double().mean().item() for k in (1, 5, 10))
         # quantile, because Tensor.median returns the lower of the two middle ranks
         return cls(r1=r1, r5=r5, r10=r10, medr=rank.quantile(0.5).item(), meanr=rank.mean().item())
@@ -91,6 +95,9 @@ def summarise(text_to_image: Tensor, image_to_text: Tensor, protocol: Protocol) 
     Raises:
         ValueError: for counts other than the protocol's, or a protocol that does not speak of hits.
     """
+    check_protocol(protocol)
+    text_to_image = arguments.integers(text_to_image, "text_to_image")
+    image_to_text = arguments.integers(image_to_text, "image_to_text")
     if protocol.rule != "hit" or protocol.stage is None:
         raise ValueError(
             f"got a protocol with rule {protocol.rule!r} and stage {protocol.stage!r}; "
@@ -117,7 +124,9 @@ def retrieval_metrics(
     image_id: Tensor | None = None,
     chunk: int = 1024,
 ) -> RetrievalMetrics:
-    """First-stage metrics from embeddings. Arguments and errors are those of `first_stage` and `summarise`."""
+    """First-stage metrics from embeddings, which come as tensors, arrays or lists. Arguments and errors are those of `first_stage` and
+    `summarise`."""
+    check_protocol(protocol)
     text_to_image, image_to_text = first_stage(image, text, text_image_id, image_id=image_id, chunk=chunk)
     return summarise(text_to_image.rank, image_to_text.rank, protocol)
 
@@ -132,6 +141,10 @@ def mean_of_folds(folds: Sequence[RetrievalMetrics]) -> RetrievalMetrics:
     Raises:
         ValueError: for fewer than two folds, or folds under unlike protocols.
     """
+    folds = arguments.listed(folds, "folds", "RetrievalMetrics")
+    for i, fold in enumerate(folds):
+        if not isinstance(fold, RetrievalMetrics):
+            raise TypeError(arguments.refused(f"folds[{i}]", "RetrievalMetrics", fold, "retrieval_metrics gives them"))
     if len(folds) < 2:
         raise ValueError(f"got {len(folds)} folds; a mean of folds needs at least two")
     fingerprints = [fold.protocol.fingerprint for fold in folds]

@@ -17,9 +17,10 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from unimodal import arguments
 from unimodal.files import replacing
 
-from .protocol import Protocol
+from .protocol import Protocol, check_protocol
 from .significance import Interval, PairedTest, bootstrap_interval, paired_test
 
 DEPTHS = (1, 5, 10)
@@ -40,6 +41,22 @@ class Ranks:
     text_to_image: Tensor
     image_to_text: Tensor
     text_image: Tensor
+
+    def __post_init__(self) -> None:
+        check_protocol(self.protocol)
+        for name in ("text_to_image", "image_to_text", "text_image"):
+            object.__setattr__(self, name, arguments.integers(getattr(self, name), name).cpu())
+        images, captions = len(self.image_to_text), len(self.text_to_image)
+        if not images or not captions or len(self.text_image) != captions:
+            raise ValueError(
+                f"got ranks of {images} images and {captions} captions, and an image for {len(self.text_image)} captions; expected "
+                "at least one of each, and an image for each caption"
+            )
+        if min(self.text_to_image.min(), self.image_to_text.min()) < 1:
+            raise ValueError("ranks: expected whole numbers from 1 on; 1 is the best")
+        lowest, highest = int(self.text_image.min()), int(self.text_image.max())
+        if lowest < 0 or highest >= images:
+            raise ValueError(f"text_image: expected rows 0 to {images - 1} of the images, got {lowest} to {highest}")
 
     def values(self) -> dict[str, tuple[np.ndarray, np.ndarray]]:
         """By the name of a metric: one value per query, whose mean is the metric, and the query's image.
@@ -73,6 +90,8 @@ def compare(a: Ranks, b: Ranks, *, seed: int = 0, samples: int = 10_000) -> dict
     Raises:
         ValueError: for unlike protocols; only how the gallery was searched may differ.
     """
+    for name, ranks in (("a", a), ("b", b)):
+        _check_ranks(name, ranks)
     ours, theirs = a.values(), b.values()
     return {
         name: paired_test(
@@ -90,7 +109,9 @@ def compare(a: Ranks, b: Ranks, *, seed: int = 0, samples: int = 10_000) -> dict
 def save_ranks(path: str | Path, stages: Mapping[str, Ranks]) -> None:
     """Write the ranks of a run, by stage ("first", "reranked"), into one safetensors file."""
     tensors, protocols = {}, {}
-    for stage, ranks in stages.items():
+    path = arguments.path(path, "path")
+    for stage, ranks in arguments.mapping(stages, "stages").items():
+        _check_ranks(f"stages[{stage!r}]", ranks)
         protocols[stage] = json.dumps(asdict(ranks.protocol))
         for name in ("text_to_image", "image_to_text", "text_image"):
             tensors[f"{stage}.{name}"] = getattr(ranks, name).to("cpu", torch.int64).clone()
@@ -105,7 +126,8 @@ def load_ranks(path: str | Path) -> dict[str, Ranks]:
         FileNotFoundError: there is no such file.
         ValueError: it holds no ranks.
     """
-    if not Path(path).is_file():
+    path = arguments.path(path, "path")
+    if not path.is_file():
         raise FileNotFoundError(
             f"{path}: no such file; give the ranks.safetensors that `unimodal evaluate --out` wrote"
         )
@@ -120,3 +142,8 @@ def load_ranks(path: str | Path) -> dict[str, Ranks]:
             }
     except Exception as error:  # the library has an error type of its own for each way a file can be wrong
         raise ValueError(f"{path} holds no ranks that can be read: {error}") from error
+
+
+def _check_ranks(name: str, ranks: Ranks) -> None:
+    if not isinstance(ranks, Ranks):
+        raise TypeError(arguments.refused(name, "Ranks", ranks, "load_ranks reads them from a file"))

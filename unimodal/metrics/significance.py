@@ -7,13 +7,22 @@ truer intervals.
 Bootstrap: percentile interval (Efron & Tibshirani 1993). Test: random sign flips of paired differences (Fisher 1935).
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import ArrayLike
+from torch import Tensor
 
-from .protocol import Protocol, Result, require_alike
+from unimodal import arguments
+
+from .protocol import Protocol, Result, check_protocol, require_alike
+
+MOST_SAMPLES = 10_000_000  # an hour's work
+LARGEST = np.finfo(np.float64).max / 4  # room for a difference of two sums
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,12 +70,15 @@ def bootstrap_interval(
     Raises:
         ValueError: for empty, unlike or non-finite values, or a confidence outside (0, 1).
     """
-    values, group = _check(values, groups, confidence, samples)
+    check_protocol(protocol)
+    arguments.function(statistic, "statistic")
+    seed, confidence, samples = _settings(seed, confidence, samples)
+    values, group = _check(_numbers(values, "values"), groups)
     draws = _bootstrap(values, group, statistic, samples, np.random.default_rng(seed))
     low, high = np.quantile(draws, [(1 - confidence) / 2, (1 + confidence) / 2])
     return Interval(
         protocol=protocol,
-        value=float(statistic(values)),
+        value=_statistic(statistic, values),
         low=float(low),
         high=float(high),
         confidence=confidence,
@@ -98,13 +110,17 @@ def paired_test(
     Raises:
         ValueError: as `bootstrap_interval`, for runs of different lengths, or for unlike protocols.
     """
+    protocols = tuple(arguments.listed(protocols, "protocols", "two Protocols"))
+    if len(protocols) != 2:
+        raise ValueError(f"protocols: expected two, one for each run, got {len(protocols)}")
     require_alike(protocols, any_search=True)
-    a, b = np.asarray(a, dtype=np.float64), np.asarray(b, dtype=np.float64)
+    seed, confidence, samples = _settings(seed, confidence, samples)
+    a, b = _numbers(a, "a"), _numbers(b, "b")
     if a.shape != b.shape:
         raise ValueError(
             f"got {list(a.shape)} and {list(b.shape)} values; a paired test needs both runs on the same queries"
         )
-    difference, group = _check(b - a, groups, confidence, samples)
+    difference, group = _check(b - a, groups)
     rng = np.random.default_rng(seed)
     sums = np.bincount(group, weights=difference)  # [groups]
     flipped = np.array([sums @ (2 * rng.integers(2, size=len(sums), dtype=np.int8) - 1.0) for _ in range(samples)])
@@ -138,26 +154,57 @@ def _bootstrap(
         times = np.bincount(rng.integers(count, size=count), minlength=count)  # how often each group is drawn
         # a mean needs the sums of its groups alone, which spares 25,000 captions the copying
         draws[i] = (
-            times @ sums / (times @ sizes) if statistic is np.mean else statistic(np.repeat(values, times[group]))
+            times @ sums / (times @ sizes)
+            if statistic is np.mean
+            else _statistic(statistic, np.repeat(values, times[group]))
         )
     return draws
 
 
-def _check(
-    values: ArrayLike, groups: ArrayLike | None, confidence: float, samples: int
-) -> tuple[np.ndarray, np.ndarray]:
-    values = np.asarray(values, dtype=np.float64)
-    if values.ndim != 1 or values.size == 0 or not np.isfinite(values).all():
+def _statistic(statistic: Callable[[np.ndarray], float], values: np.ndarray) -> float:
+    try:
+        value = float(statistic(values))
+    except Exception as error:
         raise ValueError(
-            f"got values of shape {list(values.shape)}; expected [Q] finite numbers, one per query, at least one"
-        )
-    if not 0 < confidence < 1 or samples < 1:
+            f"statistic: expected a function that makes one number of values [Q]; it raised {type(error).__name__}: {error}"
+        ) from error
+    if not math.isfinite(value):
+        raise ValueError(f"statistic: expected a function that makes a finite number of values [Q]; it made {value}")
+    return value
+
+
+def _settings(seed: Any, confidence: Any, samples: Any) -> tuple[int, float, int]:
+    confidence = arguments.number(confidence, "confidence", above=0)
+    if confidence >= 1:
+        raise ValueError(f"confidence: expected a share between 0 and 1, got {confidence}")
+    return (
+        arguments.integer(seed, "seed", least=0),
+        confidence,
+        arguments.integer(samples, "samples", most=MOST_SAMPLES),
+    )
+
+
+def _numbers(values: Any, name: str) -> np.ndarray:
+    """[Q] finite numbers, float64."""
+    expected = "finite numbers [Q], one for each query, at least one"
+    found = arguments.tensor(values, name, expected).cpu()
+    array = (found.double() if found.dtype == torch.bfloat16 else found).numpy().astype(np.float64)
+    if array.ndim != 1 or not array.size or not np.isfinite(array).all():
+        raise ValueError(arguments.refused(name, expected, values))
+    if np.abs(array).max() > LARGEST / array.size:
+        raise ValueError(f"{name}: the sum of the values is beyond float64; divide all of them by one number")
+    return array
+
+
+def _check(values: np.ndarray, groups: ArrayLike | None) -> tuple[np.ndarray, np.ndarray]:
+    """Values and the number of each one's group, both [Q]."""
+    if groups is None:
+        return values, np.arange(len(values))
+    given = np.asarray(
+        groups.cpu() if isinstance(groups, Tensor) else arguments.listed(groups, "groups", "group names")
+    )
+    if given.dtype.kind not in "biuSU" or given.shape != values.shape:
         raise ValueError(
-            f"got confidence={confidence}, samples={samples}; expected 0 < confidence < 1 and samples >= 1"
+            arguments.refused("groups", f"one whole number or text for each query [{len(values)}]", groups)
         )
-    group = np.arange(len(values)) if groups is None else np.unique(np.asarray(groups), return_inverse=True)[1]
-    if group.shape != values.shape:
-        raise ValueError(
-            f"got {list(group.shape)} groups for {list(values.shape)} values; expected one group per query"
-        )
-    return values, group
+    return values, np.unique(given, return_inverse=True)[1]

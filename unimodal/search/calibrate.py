@@ -21,6 +21,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from unimodal import arguments
 from unimodal.files import write_json
 
 STEPS = 100
@@ -49,8 +50,22 @@ class Calibration:
     curve: tuple[tuple[float, float], ...]
     model: str = ""
 
+    def __post_init__(self) -> None:
+        for name in ("scale", "offset", "error_before", "error_after"):
+            arguments.number(getattr(self, name), name)
+        for name in ("pairs", "positives"):
+            arguments.integer(getattr(self, name), name, least=0)
+        arguments.text(self.model, "model", empty=True)
+        curve = arguments.listed(self.curve, "curve", "pairs (probability, share)")
+        for i, point in enumerate(curve):
+            for value in arguments.listed(point, f"curve[{i}]", "a probability and a share"):
+                arguments.number(value, f"curve[{i}]", least=0, most=1)
+        if not curve or any(len(point) != 2 for point in curve):
+            raise ValueError(arguments.refused("curve", "at least one pair (probability, share)", self.curve))
+
     def probability(self, logits: Tensor) -> Tensor:
         """Calibrated match probabilities of logits [P], float32."""
+        logits = arguments.vectors(logits, "logits", dimensions=(1,)) if len(logits) else torch.empty(0)
         return (self.scale * logits.double() + self.offset).sigmoid().float()
 
     def threshold_for(self, precision: float) -> float:
@@ -59,7 +74,8 @@ class Calibration:
         Raises:
             ValueError: a precision outside (0, 1), or one that these pairs do not reach.
         """
-        if not 0 < precision < 1:
+        precision = arguments.number(precision, "precision", above=0)
+        if precision >= 1:
             raise ValueError(f"precision: expected a share between 0 and 1, got {precision}")
         for probability, share in self.curve:
             if share >= precision:
@@ -96,14 +112,12 @@ def calibrate(logits: Tensor, labels: Tensor, *, model: str = "") -> Calibration
     Raises:
         ValueError: unlike shapes, logits that are not finite, or pairs of one kind alone; or logits that rank true pairs below wrong ones.
     """
-    if logits.ndim != 1 or logits.shape != labels.shape:
-        raise ValueError(f"expected logits and labels [P], got {list(logits.shape)} and {list(labels.shape)}")
+    arguments.text(model, "model", empty=True)
+    logits, labels = _pairs(logits, labels)
     z, y = logits.double(), labels.double()
     positives = int(y.sum())
-    if not z.isfinite().all() or not 0 < positives < len(y):
-        raise ValueError(
-            f"calibration needs finite logits and both true and wrong pairs, got {positives} true ones of {len(y)}"
-        )
+    if not 0 < positives < len(y):
+        raise ValueError(f"calibration needs both true and wrong pairs, got {positives} true ones of {len(y)}")
     a, b = _newton(z, y)
     if a <= 0:
         raise ValueError(
@@ -151,6 +165,13 @@ def held_out_check(
     Raises:
         ValueError: a half that cannot be fitted, see `calibrate`.
     """
+    seed = arguments.integer(seed, "seed", least=0)
+    logits, labels = _pairs(logits, labels)
+    precisions = [
+        arguments.number(one, f"precisions[{i}]", above=0, most=1)
+        for i, one in enumerate(arguments.listed(precisions, "precisions", "shares"))
+    ]
+    image_id = arguments.integers(image_id, "image_id", len(labels)).cpu()
     ids, place = image_id.unique(return_inverse=True)
     half = torch.randperm(len(ids), generator=torch.Generator().manual_seed(seed))[place] % 2 == 0  # [P]
     probability = torch.empty(len(labels))
@@ -172,6 +193,17 @@ def expected_calibration_error(probability: Tensor, labels: Tensor, bins: int = 
     place = (probability * bins).long().clamp(max=bins - 1)
     gap = torch.zeros(bins, dtype=torch.float64).index_add(0, place, probability.double() - labels.double())
     return float(gap.abs().sum() / len(labels))
+
+
+def _pairs(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """Finite logits [P] and bool labels [P]."""
+    found = arguments.tensor(labels, "labels", "True and False [P]")
+    if found.dtype != torch.bool:
+        raise TypeError(arguments.refused("labels", "True and False [P]", labels))
+    scores = arguments.vectors(logits, "logits", dimensions=(1,))
+    if scores.shape != found.shape:
+        raise ValueError(f"expected logits and labels [P], got {list(scores.shape)} and {list(found.shape)}")
+    return scores.cpu(), found.cpu()
 
 
 def _newton(z: Tensor, y: Tensor) -> tuple[float, float]:
