@@ -528,7 +528,7 @@ def test_items_of_several_images_and_videos(tmp_path: Path) -> None:
         ({"video": []}, ValueError, "'video' is an empty list"),
         ({"image": [PICTURES[0], 3]}, TypeError, "item 0: image 1: expected an image"),
         ({"video": [FRAMES[0], "missing.png"]}, FileNotFoundError, "item 0: frame 1: there is no image file"),
-        ({"video": 3}, TypeError, "expected a video as a list of frames or the path of a file, got int 3"),
+        ({"video": 3}, TypeError, "expected a video as a list of frames or the path of a file, got 3"),
         ({"video": "missing.mp4"}, FileNotFoundError, "there is no video file 'missing.mp4'"),
         ({"video": "https://a.b/c.mp4"}, ValueError, "videos are not downloaded"),
         ({"video": FRAMES, "fps": 0}, ValueError, "expected one above 0, got 0"),
