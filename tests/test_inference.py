@@ -221,7 +221,7 @@ def test_rank(model: Unimodal) -> None:
         (lambda m: m.predict([("a", {"image": IMAGES[0], "text": "b"})]), ValueError, "got text 'a' and both"),
         (lambda m: m.predict(["ab"]), TypeError, r"pair 0: expected \(query, document\), got str 'ab'"),
         (lambda m: m.predict([("a", IMAGES[0], 3)]), TypeError, r"pair 0: expected \(query, document\), got tuple"),
-        (lambda m: m.predict([("a", 3)]), TypeError, "pair 0: expected a text, an image .*, got int 3"),
+        (lambda m: m.predict([("a", 3)]), TypeError, "pair 0: expected a text, an image .*, got 3"),
         (lambda m: m.rank("a", ["b"]), ValueError, "document 0: the matching head judges one image and one text"),
         (lambda m: m.rank("a", "b.png"), TypeError, "documents must be a list, got str"),
         (lambda m: m.rank("a", IMAGES, top_k=0), ValueError, "top_k: expected at least 1, got 0"),
