@@ -9,7 +9,7 @@ from PIL import Image
 from test_cli import run
 from toy import toy_model, toy_processor
 
-from unimodal.data import CocoCaptions, KarpathyJson, audit, open_splits
+from unimodal.data import CocoCaptions, KarpathyJson, audit, open_splits, write_karpathy
 from unimodal.data.guess import open_split
 from unimodal.hub import save_checkpoint
 
@@ -123,6 +123,13 @@ def test_what_is_wrong_is_named(tmp_path: Path, change: Any, message: str) -> No
     path.write_text(json.dumps(data))
     with pytest.raises(ValueError, match=message):
         CocoCaptions(path)
+
+
+def test_ids_are_written(tmp_path: Path) -> None:
+    reader = CocoCaptions(coco(tmp_path))
+    copy = KarpathyJson(write_karpathy({"val": reader}, tmp_path / "copy"), split="val")
+    assert [copy.coco_ids(i) for i in range(4)] == [reader.coco_ids(i) for i in range(4)]
+    assert [copy.captions(i) for i in range(4)] == [reader.captions(i) for i in range(4)]
 
 
 def test_the_other_format_is_named(tmp_path: Path) -> None:

@@ -174,7 +174,8 @@ def test_data_that_cannot_be_judged_are_refused_before_they_are_read(small, work
         assert message in capsys.readouterr().err
     assert cli.main(["evaluate", "--data", "scenes", "--out", str(work / "out"), "--judgements"]) == 1
     assert (
-        "scenes test has no COCO ids; Karpathy's file of COCO, dataset_coco.json, has them" in capsys.readouterr().err
+        "scenes test has no COCO ids; Karpathy's file of COCO, dataset_coco.json, and COCO's own, captions_val2017.json, have them"
+        in capsys.readouterr().err
     )
 
 

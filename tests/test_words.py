@@ -11,7 +11,8 @@ import yaml
 from test_cli import plain, run, schedule, write
 
 from unimodal import words
-from unimodal.cli.train import ConfigCheck
+from unimodal.cli.schedule import stage_configs
+from unimodal.cli.train import ConfigCheck, read_schedule
 from unimodal.survey.specs import read_spec, systems_folder
 
 TEXTS = (
@@ -157,6 +158,25 @@ def test_other_settings_of_a_schedule(
     assert value == expected and type(value) is type(expected)
 
 
+@pytest.mark.parametrize("name", ["7", "007", "2026-11-30", "no"])
+def test_a_stage_is_named_by_its_word(name: str, tmp_path: Path) -> None:
+    stages = f"{{a: {{}}, {name}: {{mine: {{top_k: 0x10}}}}, c: {{data: {{negatives: {name}}}}}, d: {{merge: {{a: 1e-1, c: 1}}}}}}"
+    (tmp_path / "stages.yaml").write_text(f"stages: {stages}\n")
+    content = read_schedule([write(tmp_path, plain()), tmp_path / "stages.yaml"], [])
+    assert content is not None and list(content["stages"]) == ["a", name, "c", "d"]
+    assert content["stages"][name]["mine"] == {"top_k": 16} and content["stages"]["d"]["merge"] == {"a": 0.1, "c": 1.0}
+    configs = {stage: config for stage, _, config in stage_configs(content)}
+    assert configs["c"]["data"]["negatives"].endswith(f"/{name}/negatives.jsonl")
+
+
+def test_mappings_and_lists_on_the_command_line(tmp_path: Path) -> None:
+    (tmp_path / "plain.yaml").write_text(words.dump(plain()))
+    train = "{class_path: unimodal.data.CsvTable, init_args: {path: 2026-11-30, split: 007, captions: [no, 010]}}"
+    arguments = ["--config", str(tmp_path / "plain.yaml"), "--data.train", train, "--seed_everything=false"]
+    init_args = ConfigCheck(arguments, run=False).config.data.train.init_args
+    assert (str(init_args.path), init_args.split, init_args.captions) == ("2026-11-30", "007", ["no", "010"])
+
+
 @pytest.mark.parametrize(
     ("override", "message"),
     [
@@ -185,6 +205,16 @@ def test_an_override_without_a_value(
         return
     option = given[0].rstrip("=")
     assert status == 2 and error == f"unimodal fit: {option} has no value; write {option} VALUE\n"
+
+
+@pytest.mark.parametrize(
+    "verb",
+    ["embed a.png --out=", "mine --data=", "survey --data x --out=", "data check x --split=", "doctor --config="],
+)
+def test_an_option_without_a_value(verb: str, capsys: pytest.CaptureFixture[str]) -> None:
+    status, _, error = run(capsys, *verb.split())
+    option = verb.split()[-1][:-1]
+    assert status == 2 and error == f"unimodal {verb.split()[0]}: {option} has no value; write {option} VALUE\n"
 
 
 @pytest.mark.parametrize("text", WORDS)

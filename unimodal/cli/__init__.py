@@ -7,6 +7,7 @@ has status 130, one whose reader is gone (`| head -1`) is silent and has status 
 import importlib
 import io
 import os
+import re
 import sys
 from collections.abc import Sequence
 from contextlib import suppress
@@ -97,6 +98,9 @@ def _run(arguments: list[str]) -> int:
     verb = arguments[0]
     if verb not in VERBS:
         say(f"unimodal: unknown verb {verb!r}; {nearest(verb, VERBS)}")
+        return 2
+    if empty := next((word for word in arguments[1:] if re.fullmatch(r"--[\w.-]+=", word)), None):
+        say(f"unimodal {verb}: {empty[:-1]} has no value; write {empty[:-1]} VALUE")
         return 2
     module, function, _ = VERBS[verb]
     return getattr(importlib.import_module(f"unimodal.cli.{module}"), function)(arguments) or 0

@@ -162,7 +162,7 @@ def _configs(arguments: Sequence[str]) -> tuple[list[Path], list[str]]:
             if (file := next(given, "")) == "":
                 raise _no_value("config")
             files.append(Path(file))
-        elif word.startswith("--config=") and word != "--config=":
+        elif word.startswith("--config="):
             files.append(Path(word.split("=", 1)[1]))
         else:
             rest.append(word)
@@ -230,8 +230,6 @@ def run(arguments: Sequence[str]) -> int:
     verb, where, folder = arguments[0], "", Path(tempfile.gettempdir())
     try:
         given, rest = _configs(arguments[1:])
-        if empty := next((word for word in rest if word.startswith("--") and word.endswith("=")), None):
-            raise _no_value(empty[2:-1])
         schedule = None
         if not {"-h", "--help"} & set(rest):
             schedule = read_schedule(given, [word for word in rest if word != "--print_config"])

@@ -20,6 +20,7 @@ TYPES: dict[str, Any] = {
     "precision": str,
     "aims": dict[str, float],
 }
+DATA = {"negatives": str | None}  # a stage, by its name, or a file
 MAPPINGS = {"final": EvaluationSettings, "card": Card}
 
 
@@ -33,6 +34,8 @@ def typed(schedule: dict[str, Any]) -> dict[str, Any]:
     for key, kind in MAPPINGS.items():
         if isinstance(out.get(key), dict):
             out[key] = _each(out[key], typing.get_type_hints(kind), f"{key}.")
+    if isinstance(out.get("data"), dict):
+        out["data"] = _each(out["data"], DATA, "data.")
     if isinstance(out["stages"], dict):
         out["stages"] = {name: _stage(name, stage) for name, stage in out["stages"].items()}
     return out
@@ -42,6 +45,8 @@ def _stage(name: str, stage: Any) -> Any:
     if not isinstance(stage, dict):
         return stage
     out = {**stage, **_each(stage, {"about": str, "merge": dict[str, float]}, f"stages.{name}.")}
+    if isinstance(out.get("data"), dict):
+        out["data"] = _each(out["data"], DATA, f"stages.{name}.data.")
     if isinstance(out.get("mine"), dict):
         out["mine"] = _each(out["mine"], typing.get_type_hints(mine_negatives), f"stages.{name}.mine.")
     return out

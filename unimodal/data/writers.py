@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from unimodal.data.pairs import Pairs, require_captions
+from unimodal.data.readers import Listed
 
 
 def write_karpathy(pairs_by_split: Mapping[str, Pairs], folder: str | Path) -> Path:
@@ -33,8 +34,11 @@ def write_karpathy(pairs_by_split: Mapping[str, Pairs], folder: str | Path) -> P
         for i in range(len(pairs)):
             filename = f"{split}-{i:06d}.png"
             pairs.image(i).save(folder / "images" / filename)
-            sentences = [{"raw": caption} for caption in pairs.captions(i)]
+            sentences: list[dict[str, Any]] = [{"raw": caption} for caption in pairs.captions(i)]
             entry = {"filename": filename, "split": split, "imgid": len(images), "sentences": sentences}
+            if isinstance(pairs, Listed) and pairs.samples[i].coco_ids:
+                entry["cocoid"], ids = pairs.coco_ids(i)
+                sentences[:] = [{**one, "sentid": number} for one, number in zip(sentences, ids)]
             images.append(entry | _labels(pairs, i))
     data = {"dataset": next(iter(pairs_by_split.values())).name, "images": images}
     path = folder / "dataset.json"  # last, so that an interrupted folder is none
