@@ -237,7 +237,9 @@ def test_vectors_on_a_server(server: str, precision, tmp_path: Path, monkeypatch
     assert index.search(TEXTS) == plain.search(TEXTS) and len(other.search(TEXTS[0])) == 2
     assert index.search(TEXTS, filter="even = true") == plain.search(TEXTS, filter="even = true")
     index.backend.close()
-    again = Index.load(tmp_path / "index", one)
+    with pytest.raises(ValueError, match=f"keeps its vectors on the server {server}, .* got uri=None; give uri="):
+        Index.load(tmp_path / "index", one)
+    again = Index.load(tmp_path / "index", one, uri=server)
     assert (
         again.search(TEXTS) == plain.search(TEXTS) and sorted(again.backend.keys()) == plain.catalogue.rows().tolist()
     )
@@ -256,20 +258,19 @@ class Killed(BaseException):
 
 def test_killed_anywhere_nothing_is_lost_or_twice(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Build, add, replace and delete, killed before every write in turn and run again: always the index of an undisturbed run."""
-    from unimodal.search import catalogue
-    from unimodal.search import index as index_module
+    from unimodal.search import ledger, writer
     from unimodal.search.backends import exact
 
     monkeypatch.setattr(store, "PART", 2)
     one = encoder()
     read: list[int] = []
-    real_read = index_module.read_items
+    real_read = writer.read_items
 
     def counted(encoder: Encoder, items, *rest):
         read.append(len(items))
         return real_read(encoder, items, *rest)
 
-    monkeypatch.setattr(index_module, "read_items", counted)
+    monkeypatch.setattr(writer, "read_items", counted)
     countdown = [10**9]
 
     def mortal(owner, method: str) -> None:
@@ -284,10 +285,10 @@ def test_killed_anywhere_nothing_is_lost_or_twice(tmp_path: Path, monkeypatch: p
         monkeypatch.setattr(owner, method, call)
 
     for method in ("plan", "read", "reveal", "delete", "set_in_line"):
-        mortal(catalogue.Catalogue, method)
+        mortal(ledger.Ledger, method)
     for method in ("add", "delete"):
         mortal(exact.ExactIndex, method)
-    mortal(index_module, "write_part")
+    mortal(writer, "write_part")
 
     def work(folder: Path) -> None:
         index = build_index(one, PICTURES[:3], folder=folder, batch_size=1)
@@ -297,7 +298,7 @@ def test_killed_anywhere_nothing_is_lost_or_twice(tmp_path: Path, monkeypatch: p
 
     def resumed(folder: Path) -> Index:
         """The same work by someone who looks what is done."""
-        if not (folder / "index.json").exists() or not catalogue.Catalogue(folder / "documents.sqlite", 2).built:
+        if not (folder / "index.json").exists() or not ledger.Ledger(folder / "documents.sqlite", 2).built:
             index = build_index(one, PICTURES[:3], folder=folder, batch_size=1)
         else:
             index = Index.load(folder, one)
@@ -341,23 +342,23 @@ def test_what_an_index_refuses(tmp_path: Path) -> None:
         index.delete([0, 9])
     with pytest.raises(ValueError, match="keeps image documents with their tokens, got text ones"):
         index.add(TEXTS)
-    with pytest.raises(ValueError, match="expected 1 dicts, one per document, got 2"):
+    with pytest.raises(ValueError, match="expected 1 dicts, one for each document, got 2"):
         index.add([picture(5)], metadata=[{}, {}])
     for metadata, error, message in (
         ({"year": "x"}, ValueError, "field 'year' holds a number, got the text 'x'"),
         ({"Year": 3}, ValueError, "differ by case alone"),
         ({"a b": 3}, ValueError, "'a b' is no name for a field"),
         ({"like": 3}, ValueError, "'like' is no name for a field"),
-        ({"tags": ["x"]}, TypeError, "takes a text, a number, true or false, got list"),
+        ({"tags": ["x"]}, TypeError, "expected a text, a number, True, False or None, got list"),
         ({"big": 2**60}, ValueError, "finite numbers up to 2\\^53"),
-        ({"nan": float("nan")}, ValueError, "finite numbers"),
+        ({"nan": float("nan")}, ValueError, "expected a finite number"),
     ):
         with pytest.raises(error, match=message):
             index.add([picture(5)], metadata=[metadata])
     assert len(index) == 2
     index.add([picture(5)])
     assert index.ids == [0, 1, 2]
-    with pytest.raises(ValueError, match="first_width: expected 1 to 16"):
+    with pytest.raises(ValueError, match="first_width: expected a whole number, 1 to 16, got int 17"):
         build_index(one, PICTURES, first_width=17)
     with pytest.raises(ValueError, match="no field 'colour'"):
         index.search(TEXTS[0], filter="colour = 'red'")

@@ -50,8 +50,9 @@ def drawn(kind: str, count: int, width: int, seed: int) -> tuple[np.ndarray, np.
 def open_stage(folder: Path, backend: str, precision: str, width: int, full: int) -> FirstStage:
     vectors = np.load(folder / "vectors.npy", mmap_mode="r")
     opened = open_backend(backend, folder / f"{backend}-{precision}-{width}", width, precision)
+    rows = np.arange(len(vectors))
     return FirstStage(
-        opened, lambda rows: torch.from_numpy(np.asarray(vectors[rows])), precision=precision, width=width
+        opened, lambda rows: torch.from_numpy(np.asarray(vectors[rows])), rows, precision=precision, width=width
     )
 
 

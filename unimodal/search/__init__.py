@@ -4,7 +4,8 @@ from unimodal.search.build import build_index
 from unimodal.search.calibrate import Calibration, calibrate
 from unimodal.search.encoder import Encoded, Encoder
 from unimodal.search.folder import FolderIndex, cache_folder, index_folder
-from unimodal.search.index import Hit, Index
+from unimodal.search.hits import Hit
+from unimodal.search.index import Index
 from unimodal.search.negatives import mine_negatives
 from unimodal.search.quantise import Precision, dequantise, quantise
 from unimodal.search.twostage import similarity

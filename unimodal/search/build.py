@@ -6,12 +6,15 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
+from unimodal import arguments
+from unimodal.data.folders import require_unicode
 from unimodal.data.items import as_items
 from unimodal.search import store
-from unimodal.search.backends import Backend, FirstPrecision
+from unimodal.search.backends import Backend, FirstPrecision, check_backend
 from unimodal.search.catalogue import Id, Metadata
 from unimodal.search.encoder import Encoder
-from unimodal.search.index import Index, kind_of
+from unimodal.search.index import Index, warn_of_skipped
+from unimodal.search.writer import kind_of
 
 
 def build_index(
@@ -60,15 +63,19 @@ def build_index(
         root: the folder whose pictures `unimodal.search.index_folder` keeps here; None where the documents are one's own.
 
     Raises:
+        InUseError: another process or thread writes the index in that folder.
         ValueError: ids or metadata that do not fit, an unknown precision or backend, an address with a password, a folder that holds
             something else; also what `as_items` and `load_image` raise.
         ImportError: the library of the backend is not installed.
     """
-    if precision not in ("int8", "float32"):
-        raise ValueError(f"precision: the tokens of an index are 'int8' or 'float32', got {precision!r}")
+    precision = arguments.choice(precision, "precision", ("int8", "float32"))  # type: ignore[assignment]
+    on_error = arguments.choice(on_error, "on_error", ("raise", "skip"))  # type: ignore[assignment]
+    batch_size = arguments.integer(batch_size, "batch_size")
+    prompt = arguments.optional(arguments.text, prompt, "prompt", empty=True)
     dim = encoder.model.embedding.dim
-    if first_width is not None and not 1 <= first_width <= dim:
-        raise ValueError(f"first_width: expected 1 to {dim}, the width of this model, got {first_width}")
+    if first_width is not None:
+        first_width = arguments.integer(first_width, "first_width", most=dim)
+    check_backend(backend, first_width or dim, first_precision, uri)
     if uri and "@" in uri:
         raise ValueError(
             "uri: an address with a password would be kept in index.json; give it without, and set MILVUS_TOKEN"
@@ -87,9 +94,13 @@ def build_index(
         "prompt": prompt,
         "root": None if root is None else str(root),
     }
+    encoder.check_one_shape(items)
     home = tempfile.TemporaryDirectory(prefix="unimodal-index-") if folder is None else None
-    place = Path(folder if home is None else home.name)  # type: ignore[arg-type]
-    index = Index(encoder, place, store.claim_folder(place, manifest), home)
-    options: dict[str, Any] = {"batch_size": batch_size, "on_error": on_error, "show_progress_bar": show_progress_bar}
-    index.build(items, ids, metadata, **options)
+    place = Path(home.name) if home is not None else arguments.path(folder, "folder")
+    require_unicode(place)
+    index = Index(encoder, place, home, uri)
+    with index.writing(begin=manifest) as writer:
+        planned = writer.planned(items, range(len(items)) if ids is None else ids, metadata)
+        writer.build(items, planned, batch_size, on_error, show_progress_bar)
+        warn_of_skipped(writer.ledger)
     return index

@@ -2,8 +2,11 @@
 
 Documents come in three steps, so that a kill between any two of them loses nothing and leaves nothing twice: they are planned (`plan`),
 their parts are read one after another (`read`), and all of them become visible at once (`reveal`). Until then searches see the old state;
-planning the same documents again finds the plan, and goes on with what is not read yet. The backend is brought into line afterwards:
-`in_line` is false from the moment documents change until the backend has them all.
+planning the same documents again finds the plan, and goes on with what is not read yet. The backend has the vectors of a document before it
+becomes visible, and loses them after it is gone: `in_line` is false from the moment documents change until the backend holds no others.
+
+One `Ledger` at a time writes the file. A `Catalogue` is a copy of it at one moment: it stays the same while others write, and it needs no
+lock, no journal and no folder that can be written.
 
 Metadata are columns whose declared type says what they hold: TEXT a text, NUMERIC a number, BOOLEAN true or false.
 
@@ -12,9 +15,11 @@ Legend: rows are the numbers by which an index knows its documents, never used t
 
 import json
 import math
+import shutil
 import sqlite3
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+import tempfile
+from collections.abc import Mapping, Sequence
+from contextlib import closing
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -24,6 +29,7 @@ from unimodal.search.filters import FIELD, WORDS, Filter, Kind, column
 
 TYPES: dict[Kind, str] = {"text": "TEXT", "number": "NUMERIC", "flag": "BOOLEAN"}
 KINDS: dict[str, Kind] = {declared: kind for kind, declared in TYPES.items()}
+PATIENCE = 60  # seconds to wait for those who copy a catalogue, or for the one who writes it
 LARGEST = 2**53  # beyond it not every whole number has a float of its own
 
 Id = int | str
@@ -39,29 +45,60 @@ class Document(NamedTuple):
 
 
 class Catalogue:
-    """The documents of an index, in a file that is made where it is missing."""
+    """The documents of an index as they were at one moment: a copy in memory, which no writer changes.
 
-    def __init__(self, path: Path, part: int) -> None:
-        self.part = part
-        self.db = sqlite3.connect(path, isolation_level=None, check_same_thread=False)
+    Attributes:
+        db: the copy; several threads may ask it at once.
+        part: rows per part.
+    """
+
+    def __init__(self, db: sqlite3.Connection, part: int) -> None:
+        self.db, self.part = db, part
         self.db.execute("pragma case_sensitive_like = on")
-        with self._transaction():
-            self.db.execute(
-                "create table if not exists documents (row integer primary key, id not null, document text not null, "
-                "pending integer not null, read integer not null, error text)"
-            )
-            self.db.execute("create unique index if not exists visible on documents (id) where pending = 0")
-            self.db.execute("create table if not exists facts (name text primary key, value integer not null)")
 
-    @contextmanager
-    def _transaction(self) -> Iterator[None]:
-        self.db.execute("begin immediate")
+    @classmethod
+    def of(cls, path: Path, part: int) -> "Catalogue":
+        """Copy what a catalogue says now. Its file is only read.
+
+        Raises:
+            FileNotFoundError: it is not there.
+            PermissionError: it may not be read.
+            ValueError: it is damaged.
+        """
+        with open(path, "rb"):  # SQLite has one message for all that keeps it from opening a file
+            pass
+        copy = sqlite3.connect(":memory:", isolation_level=None, check_same_thread=False)
         try:
-            yield
-        except BaseException:
-            self.db.execute("rollback")
-            raise
-        self.db.execute("commit")
+            with closing(sqlite3.connect(f"{path.absolute().as_uri()}?mode=ro", uri=True)) as file:
+                file.backup(copy)
+            found = cls(copy, part)
+            found._require_sound()
+        except sqlite3.DatabaseError as error:
+            if path.with_name(f"{path.name}-journal").exists():
+                return cls._rolled_back(path, part)
+            raise ValueError(
+                f"{path} is damaged ({error}); copy it back from a backup, or build the index again in another folder"
+            ) from error
+        return found
+
+    @classmethod
+    def _rolled_back(cls, path: Path, part: int) -> "Catalogue":
+        """What a catalogue says without the change that a kill interrupted: SQLite undoes it, in a copy."""
+        with tempfile.TemporaryDirectory() as folder:
+            for one in (path.with_name(f"{path.name}-journal"), path):
+                if one.exists():
+                    shutil.copyfile(one, Path(folder, one.name))
+            with closing(sqlite3.connect(Path(folder, path.name))) as file:
+                file.execute("select count(*) from sqlite_master").fetchone()
+            Path(folder, f"{path.name}-journal").unlink(missing_ok=True)
+            return cls.of(Path(folder, path.name), part)
+
+    def _require_sound(self) -> None:
+        self.db.execute("select row, id, document, pending, read, error from documents limit 1").fetchone()
+        self.db.execute("select name, value from facts limit 1").fetchone()
+        for field in self.fields:
+            if not FIELD.match(field):
+                raise sqlite3.DatabaseError(f"{field!r} is no name of a field")
 
     # Facts.
 
@@ -69,8 +106,10 @@ class Catalogue:
         found = self.db.execute("select value from facts where name = ?", (name,)).fetchone()
         return found[0] if found else 0
 
-    def _set(self, name: str, value: int) -> None:
-        self.db.execute("insert or replace into facts values (?, ?)", (name, value))
+    @property
+    def generation(self) -> int:
+        """Another number after every change of what is visible."""
+        return self.fact("generation")
 
     @property
     def built(self) -> bool:
@@ -79,12 +118,8 @@ class Catalogue:
 
     @property
     def in_line(self) -> bool:
-        """Whether the backend holds exactly the visible documents."""
+        """Whether the backend holds the visible documents and no others."""
         return bool(self.fact("in_line"))
-
-    def set_in_line(self) -> None:
-        with self._transaction():
-            self._set("in_line", 1)
 
     @property
     def fields(self) -> dict[str, Kind]:
@@ -92,29 +127,35 @@ class Catalogue:
         columns = self.db.execute("pragma table_info(documents)").fetchall()
         return {name[2:]: KINDS[declared] for _, name, declared, *_ in columns if name.startswith(column(""))}
 
-    # Adding.
+    # Documents.
 
-    def plan(self, documents: Sequence[Document]) -> None:
-        """Write down what is going to be read; what an interrupted run planned is kept where it is the same."""
-        if documents and [pending for _, pending in self.pending()] == list(documents):
-            return
-        with self._transaction():
-            self.db.execute("delete from documents where pending = 1")
-            known = self.fields
-            for field, kind in kinds_of([document.metadata for document in documents], known).items():
-                if field not in known:
-                    self.db.execute(f"alter table documents add column `{column(field)}` {TYPES[kind]}")
-            fields = list(self.fields)
-            names = ["row", "id", "document", "pending", "read", *(f"`{column(field)}`" for field in fields)]
-            first = self.fact("next_part") * self.part
-            self.db.executemany(
-                f"insert into documents ({', '.join(names)}) values ({', '.join('?' * len(names))})",
-                (
-                    (first + i, one.id, _text(one.document), 1, 0, *(one.metadata.get(field) for field in fields))
-                    for i, one in enumerate(documents)
-                ),
-            )
-            self._set("next_part", self.fact("next_part") - (-len(documents) // self.part))
+    def __len__(self) -> int:
+        return self.db.execute("select count(*) from documents where pending = 0 and error is null").fetchone()[0]
+
+    def rows(self, where: Filter | None = None) -> np.ndarray:
+        """Rows of the visible documents that a filter lets through, [n] int64, in order.
+
+        Raises:
+            ValueError: SQLite cannot evaluate the filter.
+        """
+        more = "" if where is None else f"and {where.sql()}"
+        try:
+            found = self.db.execute(
+                f"select row from documents where pending = 0 and error is null {more} order by row"
+            ).fetchall()
+        except (sqlite3.Error, sqlite3.Warning) as error:
+            raise ValueError(f"this filter cannot be evaluated ({error}); make it shorter") from error
+        return np.fromiter((row for (row,) in found), np.int64, len(found))
+
+    def ranks(self, rows: np.ndarray) -> np.ndarray:
+        """Places of rows [n] in the order of their ids: numbers before texts, each in their own order."""
+        question = "select row from documents where row in (select value from json_each(?)) order by id"
+        place = {row: i for i, (row,) in enumerate(self.db.execute(question, (json.dumps(rows.tolist()),)))}
+        return np.array([place[row] for row in rows.tolist()], np.int64)
+
+    def parts(self) -> set[int]:
+        """Numbers of the parts that hold a document, visible or not."""
+        return {part for (part,) in self.db.execute(f"select distinct row / {self.part} from documents")}
 
     def pending(self) -> list[tuple[int, Document]]:
         """(row, document) of what is planned and not visible yet."""
@@ -126,48 +167,12 @@ class Catalogue:
             row for (row,) in self.db.execute("select row from documents where pending = 1 and read = 0 order by row")
         ]
 
-    def read(self, rows: Sequence[int], errors: Mapping[int, str]) -> None:
-        """These rows are read and their part is on the disk, but for those with an error."""
-        with self._transaction():
-            self.db.executemany(
-                "update documents set read = 1, error = ? where row = ?", [(errors.get(row), row) for row in rows]
-            )
-
-    def reveal(self) -> None:
-        """Everything planned becomes visible, in place of visible documents with the same ids."""
-        with self._transaction():
-            self.db.execute(
-                "delete from documents where pending = 0 and id in (select id from documents where pending = 1)"
-            )
-            self.db.execute("update documents set pending = 0 where pending = 1")
-            self._set("built", 1)
-            self._set("in_line", 0)
-
-    def delete(self, ids: Sequence[Id]) -> None:
-        with self._transaction():
-            self.db.executemany("delete from documents where pending = 0 and id = ?", [(one,) for one in ids])
-            self._set("in_line", 0)
-
-    # Asking.
-
-    def __len__(self) -> int:
-        return self.db.execute("select count(*) from documents where pending = 0 and error is null").fetchone()[0]
-
-    def rows(self, where: Filter | None = None) -> np.ndarray:
-        """Rows of the visible documents that a filter lets through, [n] int64, in order."""
-        more = "" if where is None else f"and {where.sql()}"
-        found = self.db.execute(f"select row from documents where pending = 0 and error is null {more} order by row")
-        return np.fromiter((row for (row,) in found), np.int64)
-
-    def parts(self) -> set[int]:
-        """Numbers of the parts that hold a document, visible or not."""
-        return {part for (part,) in self.db.execute(f"select distinct row / {self.part} from documents")}
-
     def documents(self, rows: Sequence[int] | None = None) -> dict[int, Document]:
         """By row; all visible ones without `rows`."""
         if rows is None:
             return dict(self._documents("pending = 0 and error is null order by row"))
-        return dict(self._documents(f"row in ({', '.join(str(int(row)) for row in rows)})"))
+        listed = json.dumps([int(row) for row in rows])
+        return dict(self._documents("row in (select value from json_each(?))", listed))
 
     def listed(self) -> list[Document]:
         """All visible documents, with those that could not be read, in order."""
@@ -190,21 +195,16 @@ class Catalogue:
             found |= {one for (one,) in self.db.execute(question, some)}
         return found
 
-    def next_id(self) -> int:
-        """The first whole number above all ids that are one."""
-        question = "select coalesce(max(id), -1) + 1 from documents where pending = 0 and typeof(id) = 'integer'"
-        return self.db.execute(question).fetchone()[0]
-
-    def _documents(self, where: str) -> list[tuple[int, Document]]:
+    def _documents(self, where: str, *values: Any) -> list[tuple[int, Document]]:
         fields = self.fields
         names = "".join(f", `{column(field)}`" for field in fields)
         out = []
-        for row, one, document, *values in self.db.execute(
-            f"select row, id, document{names} from documents where {where}"
+        for row, one, document, *held in self.db.execute(
+            f"select row, id, document{names} from documents where {where}", values
         ):
             metadata = {
                 field: bool(value) if kind == "flag" else value
-                for (field, kind), value in zip(fields.items(), values)
+                for (field, kind), value in zip(fields.items(), held)
                 if value is not None
             }
             out.append((row, Document(one, json.loads(document), metadata)))
@@ -212,6 +212,16 @@ class Catalogue:
 
     def close(self) -> None:
         self.db.close()
+
+
+def generation(path: Path) -> int | None:
+    """The generation of a catalogue's file, without copying it; None where the file cannot be asked."""
+    try:
+        with closing(sqlite3.connect(f"{path.absolute().as_uri()}?mode=ro", uri=True, timeout=PATIENCE)) as file:
+            found = file.execute("select value from facts where name = 'generation'").fetchone()
+    except sqlite3.Error:
+        return None
+    return found[0] if found else 0
 
 
 def kinds_of(metadata: Sequence[Mapping[str, Any]], known: Mapping[str, Kind]) -> dict[str, Kind]:
@@ -250,7 +260,3 @@ def _kind(field: str, value: Any) -> Kind:
     if not math.isfinite(value) or abs(value) > LARGEST:
         raise ValueError(f"metadata: field {field!r} takes finite numbers up to 2^53, got {value!r}; pass it as a text")
     return "number"
-
-
-def _text(document: Any) -> str:
-    return json.dumps(document, ensure_ascii=False)

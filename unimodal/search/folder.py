@@ -9,16 +9,19 @@ their full path, FINGERPRINT models by their weights. All of it may be deleted a
 import hashlib
 import json
 import os
-import sqlite3
+import time
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
 
 from unimodal.data.folders import pictures_in, require_unicode
+from unimodal.files import LOCK, InUseError, locked, restore
 from unimodal.search.build import build_index
 from unimodal.search.catalogue import Document, Id
 from unimodal.search.encoder import Encoder
 from unimodal.search.index import Index
+
+WAIT = 600  # seconds to wait for another search that reads the same folder
 
 
 @dataclass(frozen=True)
@@ -69,51 +72,67 @@ def index_folder(
     Raises:
         FileNotFoundError: no such folder of pictures.
         PermissionError: the index cannot be written.
-        OSError: the index cannot be used.
+        InUseError: another search has been bringing the index up to date for ten minutes.
         ValueError: no picture is there, none can be read, or `kept_in` holds something else, which stays as it is.
     """
     root = Path(folder).resolve()
     require_unicode(root)
-    found = pictures_in(Path(folder))
     place = cache_folder(root) / encoder.fingerprint() if kept_in is None else Path(kept_in)
-    _require_writable(place)
-    try:
-        index = _open(encoder, place, root)
-        wanted: dict[Id, Document] = {}
-        unnamed: dict[str, str] = {}
-        for path in found.pictures:
-            name = path.relative_to(folder).as_posix()
-            try:
-                require_unicode(root / name)
-                stat = path.stat()
-            except (OSError, ValueError) as error:
-                unnamed[name] = str(error)
-                continue
-            wanted[name] = Document(name, str(root / name), {"version": f"{stat.st_size} {stat.st_mtime_ns}"})
-        held = {document.id: document for document in index.catalogue.listed()}
-        fresh = [document for name, document in wanted.items() if held.get(name) != document]
-        gone = [name for name in held if name not in wanted]
-        if gone:
-            index.delete(gone)
-        if fresh:
-            index.add(
-                [Path(one.document) for one in fresh],
-                [one.id for one in fresh],
-                [one.metadata for one in fresh],
-                replace=True,
-                batch_size=batch_size,
-                on_error="skip",
-                show_progress_bar=show_progress_bar,
-            )
-        skipped = unnamed | {str(name): why for name, why in index.catalogue.skipped().items()}
-    except sqlite3.Error as error:
-        raise OSError(f"{place}: the index cannot be used ({error}); if no other search is at it, delete it") from error
+    end = time.monotonic() + WAIT
+    while True:
+        try:
+            return _up_to_date(encoder, Path(folder), root, place, batch_size, show_progress_bar)
+        except InUseError:  # what the other one does is what is wanted here
+            with locked(place / LOCK, f"the index {place}", max(0, end - time.monotonic())):
+                pass
+
+
+def _up_to_date(
+    encoder: Encoder, folder: Path, root: Path, place: Path, batch_size: int, show: bool | None
+) -> FolderIndex:
+    found = pictures_in(folder)
+    wanted: dict[Id, Document] = {}
+    unnamed: dict[str, str] = {}
+    for path in found.pictures:
+        name = path.relative_to(folder).as_posix()
+        try:
+            require_unicode(root / name)
+            stat = path.stat()
+        except (OSError, ValueError) as error:
+            unnamed[name] = str(error)
+            continue
+        wanted[name] = Document(name, str(root / name), {"version": f"{stat.st_size} {stat.st_mtime_ns}"})
+    index = _open(encoder, place, root)
+    fresh, changed, gone = _differences(index, wanted)
+    if fresh or gone:
+        _require_writable(place)
+        with index.writing():
+            fresh, changed, gone = _differences(index, wanted)  # another search may have been here meanwhile
+            if gone:
+                index.delete(gone)
+            if fresh:
+                index.add(
+                    [Path(one.document) for one in fresh],
+                    [one.id for one in fresh],
+                    [one.metadata for one in fresh],
+                    replace=True,
+                    batch_size=batch_size,
+                    on_error="skip",
+                    show_progress_bar=show,
+                )
+    skipped = unnamed | {str(name): why for name, why in index.catalogue.skipped().items()}
     if not len(index):
         raise ValueError(
             f"none of the {len(found.pictures)} pictures in {folder} can be read: {next(iter(skipped.values()))}"
         )
-    changed = sum(one.id in held for one in fresh)
     return FolderIndex(index, len(fresh), len(gone) + changed, skipped, found.left_out)
+
+
+def _differences(index: Index, wanted: dict[Id, Document]) -> tuple[list[Document], int, list[Id]]:
+    """Documents that are new or have changed, how many of them have changed, and ids of those that are gone."""
+    held = {document.id: document for document in index.catalogue.listed()}
+    fresh = [document for name, document in wanted.items() if held.get(name) != document]
+    return fresh, sum(one.id in held for one in fresh), [name for name in held if name not in wanted]
 
 
 def _open(encoder: Encoder, place: Path, root: Path) -> Index:
@@ -122,13 +141,16 @@ def _open(encoder: Encoder, place: Path, root: Path) -> Index:
     Raises:
         ValueError: the place holds something else.
     """
+    restore(place)
     if not (place / "index.json").exists():
+        _require_writable(place)
         return build_index(encoder, [], folder=place, root=root)
     _require_index_of(place, root)
     try:
         return Index.load(place, encoder)
-    except ValueError as error:  # another model's, another format's, or its beginning was interrupted
-        warnings.warn(f"{error}. All pictures in {root} are read again", stacklevel=3)
+    except ValueError as error:  # another model's, another format's, damaged, or its beginning was interrupted
+        _require_writable(place)
+        warnings.warn(f"{error}. All pictures in {root} are read again", stacklevel=4)
         build_index(encoder, [], root=root).save(place)
         return Index.load(place, encoder)
 

@@ -3,58 +3,47 @@
 What a search needs of the documents is in here, so that no image is opened or read by the model at query time. A backend finds candidates
 (`unimodal.search.first`), which the matching head scores again.
 
-Legend: G documents, N vectors or tokens per image, T image tokens, E embedding width, W and D token widths.
+One process and thread at a time changes an index; a second one waits a while and is told by an `InUseError`. Any number search it
+meanwhile, each on the newest whole state at the beginning of its search (`unimodal.search.state`).
 """
 
+import os
 import tempfile
+import threading
 import warnings
-from collections.abc import Sequence
-from itertools import groupby
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Any, TypedDict, get_args
+from typing import Any, get_args
 
-import numpy as np
-import torch
 from torch import Tensor
 
-from unimodal.config import MatchingConfig
-from unimodal.data.items import Item, as_items, is_single
+from unimodal import arguments
+from unimodal.data.folders import require_unicode
+from unimodal.data.items import as_items, is_single
 from unimodal.data.texts import UnknownWordsWarning
+from unimodal.files import LOCK, InUseError, locked, replacing_contents
 from unimodal.search.backends import VectorIndex, open_backend
-from unimodal.search.catalogue import Catalogue, Document, Id, Metadata, kinds_of
-from unimodal.search.encoder import Encoder, batches, progress
-from unimodal.search.filters import Filter, Selection, parse
+from unimodal.search.catalogue import PATIENCE, Catalogue, Id, Metadata
+from unimodal.search.copying import copy_index
+from unimodal.search.encoder import Encoder
 from unimodal.search.first import FirstStage
-from unimodal.search.reader import OnError, lay_out, open_item, read_items
-from unimodal.search.store import (
-    Arrays,
-    Manifest,
-    copy_folder,
-    map_part,
-    part_file,
-    read_manifest,
-    write_manifest,
-    write_part,
-)
-from unimodal.search.twostage import Combine, check_depths, rerank
+from unimodal.search.hits import search
+from unimodal.search.reader import OnError
+from unimodal.search.state import State, newest, stage_of, stamp_of
+from unimodal.search.store import Manifest, is_ours, read_manifest, require_place, require_replaceable, write_manifest
+from unimodal.search.twostage import Combine
+from unimodal.search.writer import Writer
 
-SYNC = 8192  # vectors handed to a backend at a time
-
-
-class Hit(TypedDict):
-    """One result: see `Index.search`."""
-
-    id: Id
-    document: Any
-    metadata: dict[str, Any]
-    rank: int
-    score: float
-    first_score: float
-    rerank_score: float | None
+WAIT = 30  # seconds to wait for another writer
+TRIES = 5  # of a search whose backend shows at once what others change
 
 
 class Index:
-    """Documents that one model has read: what `build_index` makes and `Index.load` opens. One process at a time may change an index.
+    """Documents that one model has read: what `build_index` makes and `Index.load` opens.
+
+    Everything that is asked of an index is answered from its newest whole state: what this object, another thread or another process has
+    added is there when the call that added it has returned.
 
     An index of images, or of texts, keeps their tokens for reranking. One that mixes them, or holds documents that are
     both, searches by embeddings only.
@@ -62,38 +51,97 @@ class Index:
     Args:
         encoder: the model that read the documents.
         folder: where everything is kept.
-        manifest: what `index.json` says.
         home: the temporary folder, where it is one; it goes when the index does.
+        uri: address of the server that holds the vectors, where one does.
     """
 
     def __init__(
-        self,
-        encoder: Encoder,
-        folder: Path,
-        manifest: Manifest,
-        home: tempfile.TemporaryDirectory | None = None,
+        self, encoder: Encoder, folder: Path, home: tempfile.TemporaryDirectory | None = None, uri: str | None = None
     ) -> None:
-        folder = folder.absolute()  # the working folder may change
-        self.encoder, self.folder, self.manifest, self.home = encoder, folder, manifest, home
-        self.catalogue = Catalogue(folder / "documents.sqlite", manifest["part"])
-        self.backend: VectorIndex = open_backend(
-            manifest["backend"],
-            folder / manifest["backend"],
-            manifest["first_width"],
-            manifest["first_precision"],
-            manifest["uri"],
+        self.encoder, self.folder, self.home, self.uri = encoder, folder.absolute(), home, uri
+        self._own = threading.local()  # the writer, in the thread that writes
+        self._spare: tempfile.TemporaryDirectory | None = None
+
+        self._process, self._lock = os.getpid(), threading.Lock()
+        self._state: State | None = None
+
+    def _notice_fork(self) -> None:
+        """A lock and a database of another process are of no use after a fork."""
+        if self._process != os.getpid():
+            self._own, self._process, self._lock, self._state = threading.local(), os.getpid(), threading.Lock(), None
+
+    # What there is.
+
+    @property
+    def state(self) -> State:
+        """The newest whole state."""
+        self._notice_fork()
+        with self._lock:
+            if self._state is None or self._state.stamp != stamp_of(self.folder):
+                self._state = self._take(self._state)
+            return self._state
+
+    def _take(self, held: State | None) -> State:
+        shared = held.backend if held is not None and held.backend.shared else None
+        state = newest(self.folder, self.encoder, self.uri, shared)
+        if held is None or held.manifest["model"] != state.manifest["model"]:
+            require_same_model(str(self.folder), state.manifest["model"], self.encoder)
+        if state.sound and state.catalogue.in_line:
+            return state
+        try:  # a kill or a lost file left something, which a writer mends when it begins; or another one writes just now
+            with self.writing(wait=0 if state.sound else PATIENCE):
+                pass
+        except InUseError:
+            if state.sound:
+                return state
+            raise
+        except PermissionError:
+            return state if state.sound else self._mended_elsewhere(state)
+        state = newest(self.folder, self.encoder, self.uri, shared)
+        if not state.sound:
+            raise ValueError(
+                f"{self.folder / state.manifest['backend']} is damaged and could not be mended; delete it, and it is made again"
+            )
+        return state
+
+    def _mended_elsewhere(self, state: State) -> State:
+        """A state whose backend is made anew in a temporary folder, where its own cannot be written."""
+        name, manifest = state.manifest["backend"], state.manifest
+        self._spare = tempfile.TemporaryDirectory(prefix="unimodal-index-")
+        backend = open_backend(
+            name, Path(self._spare.name, name), manifest["first_width"], manifest["first_precision"], manifest["uri"]
         )
-        self._parts: dict[int, Arrays] = {}
-        self._count = len(self.catalogue)
+        first = stage_of(manifest, backend, state.parts, state.catalogue, state.catalogue.rows())
+        first.hold(first.rows, state.catalogue.documents)
+        warnings.warn(
+            f"{self.folder / name} is damaged and cannot be written: its vectors are made again each time that the index is opened; open "
+            "it once where you may write it",
+            stacklevel=4,
+        )
+        return State(manifest, state.catalogue, state.parts, first, True, state.stamp)
+
+    @property
+    def manifest(self) -> Manifest:
+        """What `index.json` says."""
+        return self.state.manifest
+
+    @property
+    def catalogue(self) -> Catalogue:
+        """The documents."""
+        return self.state.catalogue
+
+    @property
+    def backend(self) -> VectorIndex:
+        """What searches the vectors."""
+        return self.state.backend
 
     @property
     def first(self) -> FirstStage:
         """What finds candidates."""
-        precision, width = self.manifest["first_precision"], self.manifest["first_width"]
-        return FirstStage(self.backend, self._embeddings, precision=precision, width=width, each=self._each)
+        return self.state.stage
 
     def __len__(self) -> int:
-        return self._count
+        return len(self.catalogue)
 
     @property
     def ids(self) -> list[Id]:
@@ -113,15 +161,54 @@ class Index:
     @property
     def embedding(self) -> Tensor:
         """[G, E] float32, or [G, N, E] where the model keeps N vectors per image; reads all of them."""
-        return self._embeddings(self.catalogue.rows())
-
-    @property
-    def _each(self) -> int:
-        """Vectors per document."""
-        several = self.encoder.model.embedding.pool == "query" and self.manifest["kind"] == "image"
-        return len(self.encoder.model.bridge.query_sets["image"]) if several else 1
+        state = self.state
+        return state.parts.embeddings(state.catalogue.rows())
 
     # Changing.
+
+    @contextmanager
+    def writing(self, wait: float | None = None, begin: Manifest | None = None) -> Iterator[Writer]:
+        """Hold the index as the only one who writes it while the block runs; `add` and `delete` within the block write as the same one.
+
+        Args:
+            wait: seconds to wait for another writer; None is half a minute.
+            begin: what `index.json` says of an index that may have to be begun.
+
+        Raises:
+            InUseError: another process or thread writes the index.
+            PermissionError: the folder cannot be written.
+        """
+        self._notice_fork()
+        if (writer := getattr(self._own, "writer", None)) is not None:
+            yield writer
+            return
+        if begin is not None:
+            require_place(self.folder, begin)
+            self.folder.mkdir(parents=True, exist_ok=True)
+        with self._holding(WAIT if wait is None else wait):
+            if begin is not None and require_place(self.folder, begin) is None:
+                write_manifest(self.folder, begin)
+            shared = self._state.backend if self._state is not None and self._state.backend.shared else None
+            writer = self._own.writer = Writer(self.folder, self.encoder, shared)
+            try:
+                yield writer
+            finally:
+                self._own.writer = None
+                writer.close()
+
+    @contextmanager
+    def _holding(self, wait: float) -> Iterator[None]:
+        with ExitStack() as stack:
+            try:
+                stack.enter_context(locked(self.folder / LOCK, f"the index {self.folder}", wait))
+            except InUseError:
+                raise
+            except OSError as error:
+                raise PermissionError(
+                    f"{self.folder}: the index cannot be changed ({error.strerror}); save it to a folder that you may write, and change "
+                    "that one"
+                ) from error
+            yield
 
     def add(
         self,
@@ -147,179 +234,33 @@ class Index:
             show_progress_bar: None shows one for several batches on a terminal.
 
         Raises:
+            InUseError: another process or thread writes the index.
             ValueError: an id that is there already, another kind of document; also what `build_index` raises for ids, metadata and items.
         """
+        arguments.choice(on_error, "on_error", get_args(OnError))
+        batch_size = arguments.integer(batch_size, "batch_size")
         items = as_items(documents, check_files=on_error == "raise")
-        if ids is None:
-            start = self.catalogue.next_id()
-            ids = range(start, start + len(items))
-        planned = self._plan(items, ids, metadata)
-        if not replace and (there := self.catalogue.there([one.id for one in planned])):
-            raise ValueError(
-                f"{len(there)} of {len(planned)} ids are in the index already, for example {next(iter(there))!r}; give "
-                "other ids, or replace=True to put the new documents in their place"
-            )
-        kind = kind_of(items)
-        if not len(self):
-            self.manifest = {**self.manifest, "kind": kind}
-            write_manifest(self.folder, self.manifest)
-        elif items and self.manifest["kind"] != "mixed" and kind != self.manifest["kind"]:
-            raise ValueError(
-                f"this index keeps {self.manifest['kind']} documents with their tokens, got {kind} ones; build another index"
-            )
-        self._fill(items, planned, batch_size, on_error, show_progress_bar)
+        with self.writing() as writer:
+            planned = writer.planned(items, writer.free_ids(len(items)) if ids is None else ids, metadata)
+            writer.add(items, planned, replace, batch_size, on_error, show_progress_bar)
+            warn_of_skipped(writer.ledger, [document.id for document in planned])
 
     def delete(self, ids: Sequence[Id]) -> None:
         """Take documents out of the index, or out of the list of those that could not be read.
 
         Raises:
+            InUseError: another process or thread writes the index.
+            TypeError: something that is no id.
             ValueError: an id that is not there; nothing is deleted then.
         """
-        wanted = list(ids) if not isinstance(ids, str) else [ids]
-        known = self.catalogue.there(wanted) | self.catalogue.skipped().keys()
-        if missing := [one for one in wanted if one not in known]:
-            raise ValueError(f"{len(missing)} of {len(wanted)} ids are not in the index, for example {missing[0]!r}")
-        self.catalogue.delete(wanted)
-        self._bring_in_line()
-
-    def build(
-        self,
-        items: Sequence[Item],
-        ids: Sequence[Id] | None,
-        metadata: Sequence[Metadata] | None,
-        *,
-        batch_size: int,
-        on_error: OnError,
-        show_progress_bar: bool | None,
-    ) -> None:
-        """The first documents of an index: see `unimodal.search.build_index`. One that was built from the same documents stays as it is."""
-        self.encoder.check_one_shape(items)
-        planned = self._plan(items, range(len(items)) if ids is None else ids, metadata)
-        begun = self.catalogue.listed() if self.catalogue.built else [one for _, one in self.catalogue.pending()]
-        if begun and begun != planned or (self.catalogue.built and not begun and planned):
-            names = [
-                name
-                for name in Document._fields
-                if [getattr(a, name) for a in begun] != [getattr(b, name) for b in planned]
-            ]
-            differ = ", ".join({"id": "ids", "document": "documents"}.get(name, name) for name in names)
-            raise ValueError(
-                f"{self.folder} holds another index: other {differ}; choose another folder, delete it, or open it with "
-                "Index.load to add and delete documents"
-            )
-        if self.catalogue.built:
-            self._bring_in_line()
-            self._warn()
-        else:
-            self._fill(items, planned, batch_size, on_error, show_progress_bar)
-
-    def _plan(self, items: Sequence[Item], ids: Sequence[Id], metadata: Sequence[Metadata] | None) -> list[Document]:
-        names = _check_ids(ids, len(items))
-        if metadata is not None and len(metadata) != len(items):
-            raise ValueError(f"metadata: expected {len(items)} dicts, one per document, got {len(metadata)}")
-        held = [
-            {name: value for name, value in one.items() if value is not None} for one in metadata or [{}] * len(items)
-        ]
-        kinds_of(held, self.catalogue.fields)
-        return [Document(one, item.document, extra) for one, item, extra in zip(names, items, held)]
-
-    def _fill(
-        self, items: Sequence[Item], planned: list[Document], batch_size: int, on_error: OnError, show: bool | None
-    ) -> None:
-        """Read what is planned and not read yet, a part at a time, then let it be seen."""
-        if on_error not in get_args(OnError):
-            raise ValueError(f"on_error: expected 'raise' or 'skip', got {on_error!r}")
-        self.encoder.check_one_shape(items)
-        self.catalogue.plan(planned)
-        size = self.manifest["part"]
-        item_of = {row: item for (row, _), item in zip(self.catalogue.pending(), items)}
-        steps = []
-        for number, rows in groupby(self.catalogue.unread(), key=lambda row: row // size):
-            of_part = list(rows)
-            steps += [(number, of_part[batch]) for batch in batches(len(of_part), batch_size)]
-        for number, group in groupby(progress(steps, "Indexing", show), key=lambda step: step[0]):
-            read: list[tuple[list[int], Arrays]] = []
-            done: list[int] = []
-            errors: dict[int, str] = {}
-            for _, batch in group:
-                opened = {row: open_item(item_of[row], on_error) for row in batch}
-                errors |= {row: item for row, item in opened.items() if isinstance(item, str)}
-                good = {row: item for row, item in opened.items() if isinstance(item, Item)}
-                done += batch
-                if good:
-                    keep = self.manifest["kind"] != "mixed"
-                    options = (self.manifest["precision"], keep, self.manifest.get("prompt"))
-                    arrays = read_items(self.encoder, list(good.values()), *options)
-                    read.append(([row % size for row in good], arrays))
-            write_part(part_file(self.folder, number), lay_out(read, done[-1] % size + 1))
-            self.catalogue.read(done, errors)
-        self.catalogue.reveal()
-        self._bring_in_line()
-        self._warn([document.id for document in planned])
-
-    def _warn(self, ids: Sequence[Id] | None = None) -> None:
-        problems = {one: why for one, why in self.catalogue.skipped().items() if ids is None or one in set(ids)}
-        if problems:
-            total = len(self.catalogue.listed() if ids is None else ids)
-            warnings.warn(
-                f"{len(problems)} of {total} documents could not be read and are not in the index: "
-                + "; ".join(f"{one!r}: {why}" for one, why in list(problems.items())[:5]),
-                stacklevel=4,
-            )
-
-    def _bring_in_line(self) -> None:
-        """Give the backend what it lacks and take from it what is gone; whatever was interrupted, the catalogue is right."""
-        self._count = len(self.catalogue)
-        if self.catalogue.in_line:
-            return
-        each, first = self._each, self.first
-        wanted, here = first.keys(self.catalogue.rows()), self.backend.keys()
-        if len(gone := np.setdiff1d(here, wanted)):
-            self.backend.delete(gone)
-        lacking = np.unique(np.setdiff1d(wanted, here) // each)
-        self.backend.delete(first.keys(lacking))  # a document's vectors come together
-        for batch in batches(len(lacking), SYNC):
-            some = lacking[batch]
-            metadata = self.catalogue.documents(some.tolist())
-            vectors = self._embeddings(some).reshape(len(some) * each, -1)
-            self.backend.add(
-                first.keys(some),
-                first.narrow(vectors),
-                [metadata[row].metadata for row in some.tolist() for _ in range(each)],
-            )
-        self.catalogue.set_in_line()
-        alive = self.catalogue.parts()
-        for path in self.folder.glob("part-*.safetensors"):
-            if (number := int(path.stem.removeprefix("part-"))) not in alive:
-                self._parts.pop(number, None)
-                path.unlink()
-
-    # Reading what is kept.
-
-    def _part(self, number: int) -> Arrays:
-        if number not in self._parts:
-            self._parts[number] = map_part(part_file(self.folder, number))
-        return self._parts[number]
-
-    def _embeddings(self, rows: np.ndarray) -> Tensor:
-        """Embeddings of rows [n] in order, [n, E] or [n, N, E]."""
-        size, width = self.manifest["part"], self.encoder.model.embedding.dim
-        shape = (len(rows), self._each, width) if self._each > 1 else (len(rows), width)
-        out = np.empty(shape, np.float32)
-        numbers = rows // size
-        for number in np.unique(numbers):
-            here = numbers == number
-            out[here] = self._part(int(number))["embedding"][rows[here] % size]
-        return torch.from_numpy(out)
-
-    def tokens(self, row: int) -> Tensor:
-        """What the matching head reads of a document: [length, W] float32, or ids [length]."""
-        number, place = divmod(row, self.manifest["part"])
-        part = self._part(number)
-        where = slice(part["end"][place - 1] if place else 0, part["end"][place])
-        if len(part["scale"]):
-            return torch.from_numpy(part["tokens"][where] * part["scale"][where, None])
-        return torch.from_numpy(np.array(part["tokens"][where]))
+        wanted = arguments.ids([ids] if isinstance(ids, str) else ids)
+        with self.writing() as writer:
+            known = writer.ledger.there(wanted) | writer.ledger.skipped().keys()
+            if missing := [one for one in wanted if one not in known]:
+                raise ValueError(
+                    f"{len(missing)} of {len(wanted)} ids are not in the index, for example {missing[0]!r}"
+                )
+            writer.delete(wanted)
 
     # Searching.
 
@@ -361,58 +302,29 @@ class Index:
             where the pair was not scored) and `score`, the one that decided: match probability, sum, or cosine.
 
         Raises:
-            ValueError: top_k below 1, a negative depth, an unknown `combine`, a filter that cannot be read; also what
+            TypeError, ValueError: top_k below 1, a negative depth, an unknown `combine`, a filter that cannot be read; also what
                 `as_items` raises.
         """
-        matching = self.encoder.model.config.matching or MatchingConfig()
-        combine = matching.combine if combine is None else combine
-        match_scale = matching.scale if match_scale is None else match_scale
-        check_depths(top_k, rerank_top_k, combine)
+        asked: dict[str, Any] = {
+            "top_k": arguments.integer(top_k, "top_k"),
+            "rerank_top_k": arguments.integer(rerank_top_k, "rerank_top_k", least=0),
+            "filter": arguments.optional(arguments.text, filter, "filter", empty=True),
+            "combine": arguments.optional(arguments.choice, combine, "combine", get_args(Combine)),
+            "match_scale": arguments.optional(arguments.number, match_scale, "match_scale"),
+            "batch_size": arguments.integer(batch_size, "batch_size"),
+            "prompt": arguments.optional(arguments.text, prompt, "prompt", empty=True),
+        }
         items = as_items(queries)
-        selection = None if filter is None else Selection(parse(filter, self.catalogue.fields), self._keys)
-        partner = {"image": "text", "text": "image"}.get(self.manifest["kind"])
         said = [self.encoder.unknown_words(item) for item in items]
         for message in said:
             if message:
                 warnings.warn(message, UnknownWordsWarning, stacklevel=2)
-        kinds = [(item.kind, bool(message)) for item, message in zip(items, said)]
-        groups = [[row for row in range(len(items)) if kinds[row] == kind] for kind in dict.fromkeys(kinds)]
-        steps = [group[rows] for group in groups for rows in batches(len(group), batch_size)]
-        hits: list[list[Hit]] = [[] for _ in items]
-        for rows in progress(steps, "Searching", show_progress_bar):
-            read = self.encoder.read([items[row] for row in rows], prompt)
-
-            def match(pairs: list[tuple[int, int]], tokens: list[Tensor] = read.tokens) -> Tensor:
-                cached = {row: self.tokens(row) for row in {row for _, row in pairs}}
-                both = [(tokens[query], cached[row]) for query, row in pairs]
-                return self.encoder.match(both if partner == "image" else [(d, q) for q, d in both], batch_size)
-
-            can_match = self.encoder.matches and kinds[rows[0]] == (partner, False)
-            found = rerank(
-                self.first.candidates(read.embedding.cpu(), max(top_k, rerank_top_k), selection),
-                match if can_match else None,
-                top_k=top_k,
-                rerank_top_k=rerank_top_k,
-                combine=combine,
-                match_scale=match_scale,
-                probability=self.encoder.probability,
-            )
-            known = self.catalogue.documents([one.row for some in found for one in some])
-            for query, some in zip(rows, found):
-                hits[query] = [
-                    {
-                        **known[one.row]._asdict(),  # type: ignore[typeddict-item]
-                        "rank": rank,
-                        "score": one.score,
-                        "first_score": one.first_score,
-                        "rerank_score": one.rerank_score,
-                    }
-                    for rank, one in enumerate(some, start=1)
-                ]
+        for _ in range(TRIES):
+            state = self.state
+            hits = search(self.encoder, state, items, [not message for message in said], show_progress_bar=show_progress_bar, **asked)
+            if not state.backend.shared or self.state is state:
+                break
         return hits[0] if is_single(queries) else hits
-
-    def _keys(self, where: Filter) -> np.ndarray:
-        return self.first.keys(self.catalogue.rows(where))
 
     # Keeping.
 
@@ -420,36 +332,41 @@ class Index:
         """Copy the index to another folder; an index that was there stays until the new one is complete.
 
         Raises:
+            InUseError: another process or thread writes the index in that folder.
+            OSError: the folder cannot be written; what was there is intact.
             ValueError: the folder holds something else, or the vectors are on a server.
         """
-        if self.manifest["uri"]:
+        folder = arguments.path(folder, "folder")
+        state = self.state
+        if state.manifest["uri"]:
             raise ValueError(
                 "the vectors of this index are on a Milvus server, which a folder cannot copy; build it with folder=..."
             )
-        if Path(folder).resolve() != self.folder.resolve():
-            copy_folder(self.folder, Path(folder))
+        if folder.resolve() != self.folder.resolve():
+            require_replaceable(folder)
+            with replacing_contents(folder, is_ours) as fresh:
+                copy_index(state, self.folder, fresh, self.encoder)
 
     @classmethod
-    def load(cls, folder: str | Path, encoder: Encoder) -> "Index":
-        """Open an index with the model that made it.
+    def load(cls, folder: str | Path, encoder: Encoder, uri: str | None = None) -> "Index":
+        """Open an index with the model that made it. A sound index is only read, and may lie in a folder that cannot be written.
+
+        Args:
+            folder: where it is kept.
+            encoder: the model that made it.
+            uri: address of the Milvus server that holds its vectors. An index that names another server, or one that was not asked for,
+                is not opened: whoever wrote it could see all that is searched.
 
         Raises:
             FileNotFoundError: no index there.
-            ValueError: the index is incomplete, of another format, or made by another model.
+            PermissionError: a file of it may not be read.
+            ValueError: the index is incomplete, of another format, made by another model, or names a server that was not asked for.
         """
-        folder = Path(folder)
-        manifest = read_manifest(folder)
-        require_same_model(str(folder), manifest["model"], encoder)
-        index = cls(encoder, folder, manifest)
-        if not index.catalogue.built:
-            parts = {row // manifest["part"] for row, _ in index.catalogue.pending()}
-            missing = sorted({row // manifest["part"] for row in index.catalogue.unread()})
-            first = part_file(folder, missing[0] if missing else 0).name
-            raise ValueError(
-                f"{folder} is incomplete: {len(missing)} of {len(parts)} parts are missing, first {first}; build it "
-                "again with the same documents and this folder, and it continues there"
-            )
-        index._bring_in_line()
+        folder = arguments.path(folder, "folder")
+        require_unicode(folder)
+        require_same_model(str(folder), read_manifest(folder)["model"], encoder)
+        index = cls(encoder, folder, uri=uri)
+        index.state  # noqa: B018
         return index
 
 
@@ -464,20 +381,13 @@ def require_same_model(name: str, made_by: str, encoder: Encoder) -> None:
         )
 
 
-def kind_of(items: Sequence[Item]) -> str:
-    """What an index of these items holds: `image`, `text` or `mixed`."""
-    kinds = {item.kind for item in items}
-    return kinds.pop() if kinds in ({"image"}, {"text"}) else "mixed"
-
-
-def _check_ids(ids: Sequence[Id], count: int) -> list[Id]:
-    ids = list(ids)
-    if wrong := [i for i in ids if isinstance(i, bool) or not isinstance(i, int | str)]:
-        raise ValueError(f"ids: expected int or str, got {type(wrong[0]).__name__} {wrong[0]!r}")
-    if large := [i for i in ids if isinstance(i, int) and not -(2**63) <= i < 2**63]:
-        raise ValueError(f"ids: whole numbers have up to 64 bits, got {large[0]}; pass it as a text")
-    if len(ids) != count or len(set(ids)) != count:
-        raise ValueError(
-            f"ids: expected {count} different ones, one per document, got {len(ids)} of which {len(set(ids))} differ"
+def warn_of_skipped(catalogue: Catalogue, ids: Sequence[Id] | None = None) -> None:
+    """Warn of the documents that could not be read, all of them or those of `ids`."""
+    problems = {one: why for one, why in catalogue.skipped().items() if ids is None or one in set(ids)}
+    if problems:
+        total = len(catalogue.listed() if ids is None else ids)
+        warnings.warn(
+            f"{len(problems)} of {total} documents could not be read and are not in the index: "
+            + "; ".join(f"{one!r}: {why}" for one, why in list(problems.items())[:5]),
+            stacklevel=3,
         )
-    return ids

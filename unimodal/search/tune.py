@@ -241,7 +241,12 @@ def _stage(read: Read, folder: Path, precision: str, width: int) -> FirstStage:
     count, each = len(read.tokens), read.embedding.shape[1] if read.embedding.ndim == 3 else 1
     backend = open_backend("exact", folder, width, precision)
     stage = FirstStage(
-        backend, lambda rows: read.embedding[torch.from_numpy(rows)], precision=precision, width=width, each=each
+        backend,
+        lambda rows: read.embedding[torch.from_numpy(rows)],
+        np.arange(count),
+        precision=precision,
+        width=width,
+        each=each,
     )
     vectors = stage.narrow(read.embedding.reshape(count * each, -1))
     backend.add(stage.keys(np.arange(count)), vectors, [{}] * len(vectors))

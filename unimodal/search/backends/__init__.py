@@ -12,6 +12,8 @@ backend only has to find, and its scores need no common scale.
 Legend: n vectors, Q queries, E width, k candidates.
 """
 
+import os
+import shutil
 from pathlib import Path
 from typing import Any, Literal, Protocol, get_args
 
@@ -21,7 +23,7 @@ from unimodal.config import nearest
 from unimodal.search.backends.exact import ExactIndex
 from unimodal.search.backends.faiss import FaissIndex
 from unimodal.search.backends.lancedb import LanceIndex
-from unimodal.search.backends.milvus import MilvusIndex
+from unimodal.search.backends.milvus import MilvusIndex, release_file
 from unimodal.search.filters import Selection
 
 Backend = Literal["exact", "faiss", "lancedb", "milvus"]
@@ -31,7 +33,13 @@ __all__ = ["Backend", "ExactIndex", "FaissIndex", "FirstPrecision", "LanceIndex"
 
 
 class VectorIndex(Protocol):
-    """Unit vectors under keys, kept in a folder. What `add` and `delete` did is on the disk when they return."""
+    """Unit vectors under keys, kept in a folder. What `add` and `delete` did is on the disk when they return.
+
+    Attributes:
+        shared: whether what another object adds or deletes in the same place shows at once; otherwise an object stays as it was opened.
+    """
+
+    shared: bool
 
     def __len__(self) -> int: ...
 
@@ -51,8 +59,22 @@ class VectorIndex(Protocol):
         """Let go of files and connections."""
 
 
+def check_backend(name: str, width: int, precision: str, uri: str | None = None) -> None:
+    """Raises:
+    ValueError: an unknown name or precision, a width that precision cannot hold, an address for a backend that has none.
+    """
+    if name not in get_args(Backend):
+        raise ValueError(f"backend: no {name!r}; {nearest(name, get_args(Backend))}")
+    if precision not in get_args(FirstPrecision):
+        raise ValueError(f"first_precision: expected 'float32', 'int8' or 'binary', got {precision!r}")
+    if precision == "binary" and width % 8:
+        raise ValueError(f"first_precision 'binary' packs eight dimensions to a byte, got the width {width}")
+    if uri is not None and name != "milvus":
+        raise ValueError(f"uri: only the milvus backend has a server, got {uri!r} for {name}")
+
+
 def open_backend(name: str, folder: Path, width: int, precision: str, uri: str | None = None) -> VectorIndex:
-    """Open a backend's folder, made where it is missing.
+    """Open a backend's folder; where it is missing, it is empty, and made when vectors are added.
 
     Args:
         name: which one.
@@ -64,17 +86,26 @@ def open_backend(name: str, folder: Path, width: int, precision: str, uri: str |
     Raises:
         ValueError: an unknown name or precision, a width that precision cannot hold, an address for a backend that has none.
         ImportError: the backend's library is not installed.
+        PermissionError: a file may not be read.
     """
-    if name not in get_args(Backend):
-        raise ValueError(f"backend: no {name!r}; {nearest(name, get_args(Backend))}")
-    if precision not in get_args(FirstPrecision):
-        raise ValueError(f"first_precision: expected 'float32', 'int8' or 'binary', got {precision!r}")
-    if precision == "binary" and width % 8:
-        raise ValueError(f"first_precision 'binary' packs eight dimensions to a byte, got the width {width}")
-    if uri is not None and name != "milvus":
-        raise ValueError(f"uri: only the milvus backend has a server, got {uri!r} for {name}")
-    folder.mkdir(parents=True, exist_ok=True)
+    check_backend(name, width, precision, uri)
+    for path in folder.rglob("*"):
+        if not os.access(path, os.R_OK):
+            raise PermissionError(f"{path} may not be read; let its owner change its mode")
     if name == "milvus":
         return MilvusIndex(folder, width, precision, uri)
     kinds: dict[str, Any] = {"exact": ExactIndex, "faiss": FaissIndex, "lancedb": LanceIndex}
     return kinds[name](folder, width, precision)
+
+
+def release_backend(name: str, folder: Path) -> None:
+    """Close what the library of a backend keeps open of a folder though all objects are closed."""
+    if name == "milvus" and folder.exists():
+        release_file(folder)
+
+
+def discard_backend(name: str, folder: Path) -> None:
+    """Remove the folder of a backend."""
+    release_backend(name, folder)
+    if folder.exists():
+        shutil.rmtree(folder)

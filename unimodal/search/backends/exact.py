@@ -7,19 +7,21 @@
 Sign bits are scored by the query's own values, not by its signs: the product of a query and eight signs is looked up by their byte. That
 finds far more of what is near than counting the signs that differ (Gordo et al., TPAMI 2014) and takes no more memory.
 
-The files are memory-mapped and only ever appended to: a query reads them through the page cache, a block at a time, and opening an index
-reads none of them. The number of keys says how many vectors there are: keys are written last, and what a kill left beyond them is cut off.
+Codes and scales are memory-mapped and only ever appended to: a query reads them through the page cache, a block at a time, and opening an
+index reads none of them. Keys are read when the index is opened and say how many vectors there are: they are written last, when the others
+are on the disk, and what a kill left beyond them is written over. A deletion replaces the file of the keys. So an index that is open
+stays as it is, whatever another process adds and deletes.
 
 Legend: n vectors, Q queries, E width, k candidates.
 """
 
-import os
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
 
+from unimodal.files import flush, replacing
 from unimodal.search.filters import Selection
 from unimodal.search.quantise import int8_rows, quantise
 
@@ -33,59 +35,69 @@ DTYPES: dict[str, Any] = {"float32": np.float32, "int8": np.int8, "binary": np.u
 class ExactIndex:
     """Arguments as in `unimodal.search.backends.open_backend`; methods as in `VectorIndex`."""
 
+    shared = False
+
     def __init__(self, folder: Path, width: int, precision: str) -> None:
         self.folder, self.precision = folder, precision
         bytes_wide = width // 8 if precision == "binary" else width
         self.files: dict[str, tuple[Any, tuple[int, ...]]] = {"codes": (DTYPES[precision], (bytes_wide,))}
         if precision == "int8":
             self.files["scale"] = (np.float32, ())
-        self.files["keys"] = (np.int64, ())  # last: it says that the others are whole
+        keys = self._path("keys")
+        self.kept = np.fromfile(keys, np.int64) if keys.exists() else np.empty(0, np.int64)
         self._map()
 
-    def _map(self) -> None:
-        count = self._size("keys") // 8
-        self.arrays: dict[str, np.ndarray] = {}
-        for name, (dtype, shape) in self.files.items():
-            path = self.folder / f"{name}.bin"
-            whole = count * int(np.prod(shape, dtype=int)) * np.dtype(dtype).itemsize
-            if path.exists() and self._size(name) > whole:
-                os.truncate(path, whole)
-            mode: Literal["r", "r+"] = "r+" if name == "keys" else "r"
-            empty = np.empty((0, *shape), dtype)
-            self.arrays[name] = np.memmap(path, dtype, mode, shape=(count, *shape)) if count else empty
-        self.live = int((self.arrays["keys"] >= 0).sum())
+    def _path(self, name: str) -> Path:
+        return self.folder / f"{name}.bin"
 
-    def _size(self, name: str) -> int:
-        path = self.folder / f"{name}.bin"
-        return path.stat().st_size if path.exists() else 0
+    def _map(self) -> None:
+        count = len(self.kept)
+        self.arrays: dict[str, np.ndarray] = {
+            name: np.memmap(self._path(name), dtype, "r", shape=(count, *shape))
+            if count
+            else np.empty((0, *shape), dtype)
+            for name, (dtype, shape) in self.files.items()
+        }
 
     def __len__(self) -> int:
-        return self.live
+        return int((self.kept >= 0).sum())
 
     def keys(self) -> np.ndarray:
-        keys = np.asarray(self.arrays["keys"])
-        return keys[keys >= 0]
+        return self.kept[self.kept >= 0]
 
     def add(self, keys: np.ndarray, vectors: np.ndarray, payload: list[dict[str, Any]]) -> None:
-        new = {"keys": keys.astype(np.int64)}
+        new: dict[str, np.ndarray] = {}
         if self.precision == "int8":
             new["codes"], new["scale"] = int8_rows(vectors)
         else:
             new["codes"] = quantise(vectors, "ubinary" if self.precision == "binary" else "float32")
-        for name, (dtype, _) in self.files.items():
-            with open(self.folder / f"{name}.bin", "ab") as file:
-                file.write(np.ascontiguousarray(new[name], dtype).tobytes())
+        self.folder.mkdir(parents=True, exist_ok=True)
+        for name, (dtype, shape) in self.files.items():
+            self._append(name, np.ascontiguousarray(new[name], dtype), int(np.prod(shape, dtype=int)))
+        self._append("keys", keys.astype(np.int64), 1)
+        flush(self.folder)
+        self.kept = np.concatenate([self.kept, keys.astype(np.int64)])
         self._map()
 
+    def _append(self, name: str, values: np.ndarray, wide: int) -> None:
+        """Write values behind those of the vectors that are there; they are on the disk when this returns."""
+        path = self._path(name)
+        path.touch()
+        with open(path, "r+b") as file:
+            file.truncate(len(self.kept) * wide * values.itemsize)
+            file.seek(0, 2)
+            file.write(values.tobytes())
+        flush(path)
+
     def delete(self, keys: np.ndarray) -> None:
-        here = self.arrays["keys"]
-        here[np.isin(here, keys)] = -1
-        if isinstance(here, np.memmap):
-            here.flush()
-        self.live = int((here >= 0).sum())
+        gone = np.isin(self.kept, keys) & (self.kept >= 0)
+        if gone.any():
+            self.kept = np.where(gone, -1, self.kept)
+            with replacing(self._path("keys")) as unfinished:
+                self.kept.tofile(unfinished)
 
     def search(self, queries: np.ndarray, k: int, selection: Selection | None = None) -> tuple[np.ndarray, np.ndarray]:
-        keys = np.asarray(self.arrays["keys"])
+        keys = self.kept
         allowed = keys >= 0
         if selection is not None:
             allowed &= np.isin(keys, selection.keys)

@@ -7,12 +7,12 @@ without them once they are half of it.
 Legend: n vectors, Q queries, E width, k candidates.
 """
 
-import os
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from unimodal.files import replacing
 from unimodal.search.filters import Selection
 from unimodal.search.quantise import quantise
 
@@ -22,6 +22,8 @@ EFFORT = 64  # vectors kept in sight while searching, at least
 
 class FaissIndex:
     """Arguments as in `unimodal.search.backends.open_backend`; methods as in `VectorIndex`."""
+
+    shared = False
 
     def __init__(self, folder: Path, width: int, precision: str) -> None:
         try:
@@ -34,6 +36,8 @@ class FaissIndex:
         read: Any = faiss.read_index_binary if binary else faiss.read_index
         self._write: Any = faiss.write_index_binary if binary else faiss.write_index
         self.index: Any = read(str(self.path)) if self.path.exists() else self._empty()
+        if self.index.d != width:
+            raise ValueError(f"{self.path} holds vectors of the width {self.index.d}, expected {width}")
         self.gone = np.load(self.gone_path, allow_pickle=False) if self.gone_path.exists() else np.empty(0, np.int64)
         self.gone = self.gone[np.isin(self.gone, self._all())]
 
@@ -65,17 +69,21 @@ class FaissIndex:
         return np.setdiff1d(self._all(), self.gone)
 
     def add(self, keys: np.ndarray, vectors: np.ndarray, payload: list[dict[str, Any]]) -> None:
+        if np.isin(keys, self.gone).any():  # else they would stay left out
+            self._forget()
         self.index.add_with_ids(self._codes(vectors), keys.astype(np.int64))
         self._save()
 
     def delete(self, keys: np.ndarray) -> None:
-        self.gone = np.union1d(self.gone, np.intersect1d(keys, self._all()))
+        gone = np.union1d(self.gone, np.intersect1d(keys, self._all()))
+        if len(gone) == len(self.gone):
+            return
+        self.gone = gone
         if 2 * len(self.gone) > self.index.ntotal:
             self._forget()
             self._save()
-        unfinished = self.gone_path.with_name("unfinished.npy")
-        np.save(unfinished, self.gone)
-        os.replace(unfinished, self.gone_path)
+        with replacing(self.gone_path) as unfinished:
+            np.save(unfinished, self.gone)
 
     def _forget(self) -> None:
         keys = self.keys()
@@ -85,9 +93,9 @@ class FaissIndex:
         self.index, self.gone = kept, np.empty(0, np.int64)
 
     def _save(self) -> None:
-        unfinished = self.path.with_name("unfinished.faiss")
-        self._write(self.index, str(unfinished))
-        os.replace(unfinished, self.path)
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        with replacing(self.path) as unfinished:
+            self._write(self.index, str(unfinished))
 
     def search(self, queries: np.ndarray, k: int, selection: Selection | None = None) -> tuple[np.ndarray, np.ndarray]:
         faiss = self.faiss

@@ -11,12 +11,15 @@ from typing import Any
 
 import numpy as np
 
+from unimodal.files import flush
 from unimodal.search.filters import Selection, column
 from unimodal.search.quantise import quantise
 
 
 class LanceIndex:
     """Arguments as in `unimodal.search.backends.open_backend`; methods as in `VectorIndex`."""
+
+    shared = False
 
     def __init__(self, folder: Path, width: int, precision: str) -> None:
         try:
@@ -30,15 +33,16 @@ class LanceIndex:
             pyarrow.uint8() if precision == "binary" else pyarrow.float32(),
             width // 8 if precision == "binary" else width,
         )
-        database = lancedb.connect(str(folder))
-        if not (folder / "vectors.lance").exists():
-            database.create_table("vectors", schema=pyarrow.schema({"key": pyarrow.int64(), "vector": self.type}))
-        self.table: Any = database.open_table("vectors")
+        self.folder, self._connect = folder, lancedb.connect
+        there = (folder / "vectors.lance").exists()
+        self.table: Any = lancedb.connect(str(folder)).open_table("vectors") if there else None
 
     def __len__(self) -> int:
-        return self.table.count_rows()
+        return 0 if self.table is None else self.table.count_rows()
 
     def keys(self) -> np.ndarray:
+        if self.table is None:
+            return np.empty(0, np.int64)
         found = self.table.search().select(["key"]).limit(max(1, len(self))).to_arrow()
         return found["key"].to_numpy().astype(np.int64)
 
@@ -46,6 +50,9 @@ class LanceIndex:
         return quantise(vectors, "ubinary") if self.precision == "binary" else vectors.astype(np.float32, copy=False)
 
     def add(self, keys: np.ndarray, vectors: np.ndarray, payload: list[dict[str, Any]]) -> None:
+        if self.table is None:
+            schema = self.arrow.schema({"key": self.arrow.int64(), "vector": self.type})
+            self.table = self._connect(str(self.folder)).create_table("vectors", schema=schema)
         codes = self._codes(vectors)
         columns: dict[str, Any] = {
             "key": self.arrow.array(keys, self.arrow.int64()),
@@ -66,6 +73,11 @@ class LanceIndex:
         self.table.add(self.arrow.table({name: columns[name] for name in schema.names}, schema=schema))
         if self.precision == "int8":
             self._index()
+        self._flush()
+
+    def _flush(self) -> None:
+        for path in self.folder.rglob("*"):
+            flush(path)
 
     def _index(self) -> None:
         """Let the graph grow by what was added; made with the first vectors."""
@@ -78,21 +90,33 @@ class LanceIndex:
 
     def delete(self, keys: np.ndarray) -> None:
         for start in range(0, len(keys), 1000):
-            self.table.delete(f"key in ({', '.join(map(str, keys[start : start + 1000].tolist()))})")
+            if self.table is not None:
+                self.table.delete(f"key in ({', '.join(map(str, keys[start : start + 1000].tolist()))})")
+        self._flush()
 
     def search(self, queries: np.ndarray, k: int, selection: Selection | None = None) -> tuple[np.ndarray, np.ndarray]:
         keys = np.full((len(queries), k), -1)
         scores = np.full((len(queries), k), -np.inf, np.float32)
+        if self.table is None:
+            return keys, scores
         for i, query in enumerate(self._codes(queries)):
             asked = self.table.search(query, vector_column_name="vector").distance_type(self.metric)
             if self.precision == "int8":
                 asked = asked.ef(max(64, 2 * k))
             if selection is not None:
                 asked = asked.where(selection.filter.sql(), prefilter=True)
-            found = asked.limit(k).select(["key", "_distance"]).to_arrow()
+            found = self._answer(asked.limit(k).select(["key", "_distance"]), selection)
             keys[i, : len(found)] = found["key"].to_numpy()
             scores[i, : len(found)] = -found["_distance"].to_numpy()
         return keys, scores
+
+    def _answer(self, asked: Any, selection: Selection | None) -> Any:
+        try:
+            return asked.to_arrow()
+        except (OSError, RuntimeError, ValueError) as error:
+            if selection is None:
+                raise
+            raise ValueError(f"LanceDB cannot evaluate this filter ({str(error)[:200]}); make it simpler") from error
 
     def close(self) -> None:
         self.table = None

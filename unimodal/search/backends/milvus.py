@@ -2,7 +2,7 @@
 
 `float32` and `int8` are graphs over full and over scalar-quantised vectors. `binary` keeps packed sign bits on a server. milvus-lite has no
 such column: in a file it keeps the signs as numbers, without the saving, and asks with full queries as the exact backend does;
-`milvus-lite server`, which serves a file to others, refuses `binary`.
+`milvus-lite server`, which serves a file to others, refuses `binary`. milvus-lite keeps its file for one process at a time.
 
 A server is named by its address, a user by the environment variable MILVUS_TOKEN, which is never written anywhere. The collection is named
 by the address of the index, which `index.json` keeps.
@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 
+from unimodal.files import flush, locked
 from unimodal.search.filters import Selection, column
 from unimodal.search.quantise import quantise
 
@@ -30,18 +31,32 @@ class MilvusIndex:
         width: of the vectors.
         precision: in which they are kept.
         uri: address of a server, with the collection's name after a `#`; None keeps a file.
+
+    Raises:
+        InUseError: another process has the file.
     """
+
+    shared = True
 
     def __init__(self, folder: Path, width: int, precision: str, uri: str | None) -> None:
         try:
-            from pymilvus import DataType, MilvusClient
+            from pymilvus import DataType, MilvusClient, MilvusException
         except ImportError as error:
             raise ImportError("the milvus backend needs pymilvus: pip install 'unimodal[milvus]'") from error
+        self.error = MilvusException
         address, _, name = (uri or "").partition("#")
         self.name = name or "vectors"
-        self.client: Any = MilvusClient(
-            address or str(folder / "milvus.db"), **({"token": os.environ.get("MILVUS_TOKEN", "")} if address else {})
-        )
+        self.file = None if address else folder / "milvus.db"
+        if self.file is not None:
+            folder.mkdir(parents=True, exist_ok=True)
+        access = {"token": os.environ.get("MILVUS_TOKEN", "")} if address else {}
+        try:
+            self.client: Any = MilvusClient(address or str(self.file), **access)
+        except Exception:
+            if self.file is not None and (self.file / "LOCK").exists():
+                with locked(self.file / "LOCK", f"{self.file}, which milvus-lite keeps for one process at a time,"):
+                    pass  # nobody else has it
+            raise
         self.signs = precision == "binary"
         self.packed = self.signs and bool(address)
         if not self.client.has_collection(self.name):
@@ -82,23 +97,36 @@ class MilvusIndex:
         ]
         for start in range(0, len(rows), BATCH):
             self.client.upsert(self.name, rows[start : start + BATCH])
+        self._flush()
+
+    def _flush(self) -> None:
         self.client.flush(self.name)
+        if self.file is not None:
+            for path in self.file.rglob("*"):
+                flush(path)
 
     def delete(self, keys: np.ndarray) -> None:
         for start in range(0, len(keys), BATCH):
             self.client.delete(self.name, ids=keys[start : start + BATCH].tolist())
+        if len(keys):
+            self._flush()
 
     def search(self, queries: np.ndarray, k: int, selection: Selection | None = None) -> tuple[np.ndarray, np.ndarray]:
         keys = np.full((len(queries), k), -1)
         scores = np.full((len(queries), k), -np.inf, np.float32)
-        found = self.client.search(
-            self.name,
-            self._codes(queries) if self.packed else queries.astype(np.float32).tolist(),
-            limit=k,
-            filter="" if selection is None else selection.filter.milvus(),
-            search_params={"params": {"ef": max(64, 2 * k)}},
-            output_fields=[],
-        )
+        try:
+            found = self.client.search(
+                self.name,
+                self._codes(queries) if self.packed else queries.astype(np.float32).tolist(),
+                limit=k,
+                filter="" if selection is None else selection.filter.milvus(),
+                search_params={"params": {"ef": max(64, 2 * k)}},
+                output_fields=[],
+            )
+        except self.error as error:
+            if selection is None:
+                raise
+            raise ValueError(f"Milvus cannot evaluate this filter ({str(error)[:200]}); make it simpler") from error
         for i, hits in enumerate(found):
             keys[i, : len(hits)] = [hit["key"] if "key" in hit else hit["id"] for hit in hits]
             scores[i, : len(hits)] = [-hit["distance"] if self.packed else hit["distance"] for hit in hits]
@@ -106,3 +134,10 @@ class MilvusIndex:
 
     def close(self) -> None:
         self.client.close()
+
+
+def release_file(folder: Path) -> None:
+    """Let go of the file of milvus-lite in a folder, which it otherwise keeps open until the process ends."""
+    from milvus_lite.server_manager import server_manager_instance
+
+    server_manager_instance.release_server(str(folder / "milvus.db"))
