@@ -145,11 +145,17 @@ def test_an_index_that_cannot_be_kept_says_what_to_do(encoder: Encoder, photos: 
 
 
 @pytest.mark.filterwarnings("ignore:.*could not be read and are not in the index")
-def test_an_index_that_is_broken_says_what_to_do(encoder: Encoder, photos: Path) -> None:  # noqa: F811
+@pytest.mark.parametrize("broken", ["index.json", "documents.sqlite", "part-00000.safetensors"])
+def test_an_index_that_is_broken_is_made_again(broken: str, encoder: Encoder, photos: Path) -> None:  # noqa: F811
     folder = index_folder(encoder, photos).index.folder
-    (folder / "documents.sqlite").write_bytes(b"no database" * 1000)
-    with pytest.raises(OSError, match="the index cannot be used .*; if no other search is at it, delete it"):
-        index_folder(encoder, photos)
+    content = (folder / broken).read_bytes()
+    if broken == "index.json":
+        (folder / broken).write_bytes(content.replace(b'"part": 1024', b'"part": "no"'))
+    else:
+        (folder / broken).write_bytes(content[: len(content) // 2])
+    with pytest.warns(UserWarning, match=f"{broken}.* All pictures in .* are read again"):
+        again = index_folder(encoder, photos)
+    assert (again.fresh, len(again.index)) == (4, 3)
 
 
 def test_from_python(photos: Path) -> None:  # noqa: F811

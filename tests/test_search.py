@@ -326,11 +326,11 @@ def test_what_does_not_fit_is_refused(tmp_path: Path, photos: list[str]) -> None
     one = encoder()
     with pytest.raises(ValueError, match="expected 6 different ones, one per document, got 6 of which 1 differ"):
         build_index(one, photos, ids=["a"] * 6)
-    with pytest.raises(TypeError, match="expected an id as int or str, got float 0.5"):
+    with pytest.raises(TypeError, match="expected an id as int or str, got .*0.5"):
         build_index(one, photos, ids=[0.5] * 6)  # type: ignore[list-item]
-    with pytest.raises(ValueError, match="precision: .* got str 'binary'; known: float32, int8"):
+    with pytest.raises(ValueError, match="precision: .*binary"):
         build_index(one, photos, precision="binary")  # type: ignore[arg-type]
-    with pytest.raises(ValueError, match="on_error: .* got str 'ignore'; known: raise, skip"):
+    with pytest.raises(ValueError, match="on_error: .*ignore"):
         build_index(one, photos, on_error="ignore")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="holds no index; choose another folder"):
         build_index(one, photos, folder=tmp_path / "photos")

@@ -358,7 +358,7 @@ def test_what_an_index_refuses(tmp_path: Path) -> None:
     assert len(index) == 2
     index.add([picture(5)])
     assert index.ids == [0, 1, 2]
-    with pytest.raises(ValueError, match="first_width: expected a whole number, 1 to 16, got int 17"):
+    with pytest.raises(ValueError, match="first_width: expected .*1 to 16, got .*17"):
         build_index(one, PICTURES, first_width=17)
     with pytest.raises(ValueError, match="no field 'colour'"):
         index.search(TEXTS[0], filter="colour = 'red'")

@@ -44,8 +44,8 @@ def search(
     prompt: str | None,
     show_progress_bar: bool | None,
 ) -> list[list[Hit]]:
-    """Hits of each of Q queries, best first; arguments as in `unimodal.search.Index.search`, checked; `known` says of each query whether the
-    model knows words of it."""
+    """Hits of each of Q queries, best first; arguments as in `unimodal.search.Index.search`, checked. `known` says of each query
+    whether the model knows words of it."""
     matching = encoder.model.config.matching or MatchingConfig()
     combine = matching.combine if combine is None else combine
     match_scale = matching.scale if match_scale is None else match_scale

@@ -321,7 +321,14 @@ class Index:
                 warnings.warn(message, UnknownWordsWarning, stacklevel=2)
         for _ in range(TRIES):
             state = self.state
-            hits = search(self.encoder, state, items, [not message for message in said], show_progress_bar=show_progress_bar, **asked)
+            hits = search(
+                self.encoder,
+                state,
+                items,
+                [not message for message in said],
+                show_progress_bar=show_progress_bar,
+                **asked,
+            )
             if not state.backend.shared or self.state is state:
                 break
         return hits[0] if is_single(queries) else hits
