@@ -293,6 +293,19 @@ def test_a_full_disk_under_standard_output_is_one_line(unbuffered: str) -> None:
     assert (ended.returncode, ended.stderr) == (1, "unimodal --help: [Errno 28] No space left on device\n")
 
 
+def test_a_text_that_is_not_unicode_is_said_to_be_none(model: Path, place: Path, capsys) -> None:  # noqa: F811
+    for words in (
+        ("embed", "caf\udce9", "--out", "x.npy"),
+        ("search", "photos", "caf\udce9"),
+        ("search", "photos", "a star", "--prompt", "caf\udce9"),
+        ("rank", "caf\udce9", "photos/a.png"),
+        ("explain", "photos/a.png", "caf\udce9"),
+        ("generate", "caf\udce9"),
+    ):
+        status, _, error = run(capsys, *words, "--model", model)
+        assert status == 1 and "has half of a character, '\\udce9' at place 3" in error.splitlines()[-1], error
+
+
 def test_an_interrupted_verb_says_so(place: Path, capsys, monkeypatch) -> None:
     def interrupted(*arguments: object) -> None:
         raise KeyboardInterrupt

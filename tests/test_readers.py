@@ -442,12 +442,34 @@ def test_links_in_a_shard_are_refused(tmp_path: Path) -> None:
 # Writers.
 
 
+@pytest.mark.parametrize(
+    "write", [lambda pairs, to: write_karpathy({"val": pairs}, to), lambda pairs, to: write_webdataset(pairs, to, 1)]
+)
+def test_a_data_set_is_written_whole_or_not_at_all(write, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    scenes, image = Scenes("val", count=3), Scenes.image
+
+    def broken(self: Scenes, i: int) -> Image.Image:
+        if i == 2:
+            raise OSError("No space left on device")
+        return image(self, i)
+
+    monkeypatch.setattr(Scenes, "image", broken)
+    with pytest.raises(OSError, match="No space left"):
+        write(scenes, tmp_path / "new")
+    assert not (tmp_path / "new").exists()
+    monkeypatch.undo()
+    write(scenes, tmp_path / "new")
+    with pytest.raises(FileExistsError, match="holds files already"):
+        write(scenes, tmp_path / "new")
+
+
 def test_writers_refuse_what_would_be_lost(tmp_path: Path) -> None:
     scenes = Scenes("val", count=1)
     (tmp_path / "mine.txt").write_text("keep")
     for write in (lambda: write_karpathy({"val": scenes}, tmp_path), lambda: write_webdataset(scenes, tmp_path)):
         with pytest.raises(FileExistsError, match="holds files already; choose a new folder"):
             write()
+    assert [path.name for path in tmp_path.iterdir()] == ["mine.txt"]
     with pytest.raises(ValueError, match="got no split; give at least one"):
         write_karpathy({}, tmp_path / "new")
     with pytest.raises(ValueError, match="shard_size: expected at least 1, got 0"):

@@ -87,7 +87,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 141
     except (ImportError, OSError, TypeError, ValueError) as error:
         _drop_output()
-        say(f"unimodal {verb}: {error}")
+        say(f"unimodal {verb}: {' '.join(str(error).split()) or type(error).__name__}")
         return 1
 
 

@@ -40,11 +40,7 @@ def check_data(options: argparse.Namespace) -> int:
     """Print what was found; returns 1 when there is anything, 0 for a sound data set."""
     if options.max_length is not None and options.tokenizer is None:
         raise ValueError("--max_length counts the tokens of a tokenizer; give --tokenizer too")
-    tokenizer = None
-    if options.tokenizer is not None:
-        tokenizer = (
-            scenes_tokenizer() if options.tokenizer == "scenes" else AutoTokenizer.from_pretrained(options.tokenizer)
-        )
+    tokenizer = None if options.tokenizer is None else _tokenizer(options.tokenizer)
     reader, splits = open_splits(
         options.path, options.root, options.split, image=options.image, captions=options.captions
     )
@@ -58,6 +54,15 @@ def check_data(options: argparse.Namespace) -> int:
     else:
         _report(options, reader, splits, findings)
     return 1 if findings else 0
+
+
+def _tokenizer(name: str) -> Any:
+    if name == "scenes":
+        return scenes_tokenizer()
+    try:
+        return AutoTokenizer.from_pretrained(name)
+    except (OSError, ValueError, TypeError) as error:
+        raise ValueError(f"--tokenizer {name}: no tokenizer can be read there: {error}") from error
 
 
 def _report(options: argparse.Namespace, reader: str, splits: dict[str, Pairs], findings: list[Finding]) -> None:

@@ -53,6 +53,10 @@ def run(arguments: Sequence[str]) -> int:
     quiet()
     try:
         require_free_folder(options.out, (), overwrite=False, inputs=[options.checkpoint])
+        if not (options.checkpoint.is_file() or options.checkpoint.is_dir()):
+            raise FileNotFoundError(
+                f"{options.checkpoint}: no such file or folder; give what training left: resume.ckpt"
+            )
         weights = read_training_weights(options.checkpoint)
         parts = Parts(_configuration(options), run=False)
         task, data = parts.model, parts.datamodule

@@ -27,7 +27,9 @@ def add_arguments(verb: argparse.ArgumentParser) -> None:
     verb.add_argument(
         "--margin", type=number(), default=0.0, help="keep a negative below the mean of the positives plus this"
     )
-    verb.add_argument("--judge", default="match", help="match (logit of the matching head) or cosine")
+    verb.add_argument(
+        "--judge", choices=("match", "cosine"), default="match", help="match is the logit of the matching head"
+    )
     add_overwrite(verb)
     add_json(verb)
 

@@ -9,6 +9,7 @@ import os
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
+from typing import get_args
 
 import numpy as np
 import torch
@@ -32,6 +33,7 @@ from unimodal.hub import push_to_hub
 from unimodal.inference import Unimodal
 from unimodal.recipes import shipped_checkpoint
 from unimodal.report.pieces import chances, told_apart
+from unimodal.search import Precision
 
 DRAWN = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")  # endings of a picture that is written
 
@@ -49,7 +51,9 @@ def parser() -> argparse.ArgumentParser:
     verb = verbs.add_parser("embed", parents=[model, prompt], help="embed images or texts into a .npy file")
     verb.add_argument("inputs", nargs="+", metavar="PATH_OR_TEXT", help="pictures, folders of pictures, or texts")
     verb.add_argument("--out", type=Path, required=True, help="the .npy file; a .json beside it names the rows")
-    verb.add_argument("--precision", default="float32", help="float32, int8, uint8, binary or ubinary")
+    verb.add_argument(
+        "--precision", choices=get_args(Precision), default="float32", help="of the vectors; all but float32 are codes"
+    )
     verb.add_argument("--truncate_dim", type=whole(1), help="keep the first dimensions")
     add_overwrite(verb)
     add_json(verb)

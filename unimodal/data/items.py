@@ -19,6 +19,7 @@ import numpy as np
 import torch
 from PIL import Image
 
+from unimodal import arguments
 from unimodal.arguments import described
 from unimodal.data.endings import address_of, is_data, is_remote, names_picture, shown
 from unimodal.data.images import load_image
@@ -238,4 +239,4 @@ def _text(value: Any, where: str) -> str:
         raise TypeError(f"{where}expected a text as str, got {described(value)}")
     if not value.strip():
         raise ValueError(f"{where}the text is empty; leave it out, or give it words")
-    return value
+    return arguments.text(value, where.removesuffix(": ") or "a text")

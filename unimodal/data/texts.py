@@ -3,6 +3,8 @@
 from collections.abc import Sequence
 from typing import Any
 
+from unimodal import arguments
+
 
 class TruncationWarning(UserWarning):
     """Some texts were longer than the model reads."""
@@ -31,3 +33,4 @@ def require_texts(texts: Sequence[str]) -> None:
             raise TypeError(f"texts: entry {i} is {type(text).__name__} {text!r}; expected a string")
         if not text.strip():
             raise ValueError(f"texts: entry {i} is empty; leave it out or give it words")
+        arguments.text(text, f"texts: entry {i}")

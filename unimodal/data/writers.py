@@ -8,12 +8,14 @@ from __future__ import annotations
 import io
 import json
 import tarfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from unimodal.data.pairs import Pairs, require_captions
 from unimodal.data.readers import Listed
+from unimodal.files import BOOKKEEPING, replacing_contents, write_json
 
 
 def write_karpathy(pairs_by_split: Mapping[str, Pairs], folder: str | Path) -> Path:
@@ -27,23 +29,21 @@ def write_karpathy(pairs_by_split: Mapping[str, Pairs], folder: str | Path) -> P
         raise ValueError("write_karpathy: got no split; give at least one")
     for pairs in pairs_by_split.values():
         require_captions(pairs, "write_karpathy")
-    folder = _new_folder(folder)
-    (folder / "images").mkdir()
     images: list[dict[str, Any]] = []
-    for split, pairs in pairs_by_split.items():
-        for i in range(len(pairs)):
-            filename = f"{split}-{i:06d}.png"
-            pairs.image(i).save(folder / "images" / filename)
-            sentences: list[dict[str, Any]] = [{"raw": caption} for caption in pairs.captions(i)]
-            entry = {"filename": filename, "split": split, "imgid": len(images), "sentences": sentences}
-            if isinstance(pairs, Listed) and pairs.samples[i].coco_ids:
-                entry["cocoid"], ids = pairs.coco_ids(i)
-                sentences[:] = [{**one, "sentid": number} for one, number in zip(sentences, ids)]
-            images.append(entry | _labels(pairs, i))
-    data = {"dataset": next(iter(pairs_by_split.values())).name, "images": images}
-    path = folder / "dataset.json"  # last, so that an interrupted folder is none
-    path.write_text(json.dumps(data, ensure_ascii=False), encoding="utf-8")
-    return path
+    with _new_folder(folder) as fresh:
+        (fresh / "images").mkdir()
+        for split, pairs in pairs_by_split.items():
+            for i in range(len(pairs)):
+                filename = f"{split}-{i:06d}.png"
+                pairs.image(i).save(fresh / "images" / filename)
+                sentences: list[dict[str, Any]] = [{"raw": caption} for caption in pairs.captions(i)]
+                entry = {"filename": filename, "split": split, "imgid": len(images), "sentences": sentences}
+                if isinstance(pairs, Listed) and pairs.samples[i].coco_ids:
+                    entry["cocoid"], ids = pairs.coco_ids(i)
+                    sentences[:] = [{**one, "sentid": number} for one, number in zip(sentences, ids)]
+                images.append(entry | _labels(pairs, i))
+        write_json(fresh / "dataset.json", {"dataset": next(iter(pairs_by_split.values())).name, "images": images})
+    return Path(folder) / "dataset.json"
 
 
 def write_webdataset(pairs: Pairs, folder: str | Path, shard_size: int = 1000) -> list[Path]:
@@ -56,20 +56,20 @@ def write_webdataset(pairs: Pairs, folder: str | Path, shard_size: int = 1000) -
     if shard_size < 1:
         raise ValueError(f"shard_size: expected at least 1, got {shard_size}")
     require_captions(pairs, "write_webdataset")
-    folder, paths = _new_folder(folder), []
-    for shard, start in enumerate(range(0, len(pairs), shard_size)):
-        paths.append(folder / f"{pairs.split}-{shard:05d}.tar")
-        with tarfile.open(paths[-1], "w") as tar:
-            for i in range(start, min(start + shard_size, len(pairs))):
-                picture = io.BytesIO()
-                pairs.image(i).save(picture, "PNG")
-                words = {"captions": pairs.captions(i)} | _labels(pairs, i)
-                text = json.dumps(words, ensure_ascii=False).encode()
-                for suffix, content in (("json", text), ("png", picture.getvalue())):
-                    member = tarfile.TarInfo(f"{i:06d}.{suffix}")
-                    member.size = len(content)
-                    tar.addfile(member, io.BytesIO(content))
-    return paths
+    names = [f"{pairs.split}-{shard:05d}.tar" for shard in range(-(-len(pairs) // shard_size))]
+    with _new_folder(folder) as fresh:
+        for shard, name in enumerate(names):
+            with tarfile.open(fresh / name, "w") as tar:
+                for i in range(shard * shard_size, min((shard + 1) * shard_size, len(pairs))):
+                    picture = io.BytesIO()
+                    pairs.image(i).save(picture, "PNG")
+                    words = {"captions": pairs.captions(i)} | _labels(pairs, i)
+                    text = json.dumps(words, ensure_ascii=False).encode()
+                    for suffix, content in (("json", text), ("png", picture.getvalue())):
+                        member = tarfile.TarInfo(f"{i:06d}.{suffix}")
+                        member.size = len(content)
+                        tar.addfile(member, io.BytesIO(content))
+    return [Path(folder) / name for name in names]
 
 
 def _labels(pairs: Pairs, i: int) -> dict[str, list[str]]:
@@ -77,9 +77,11 @@ def _labels(pairs: Pairs, i: int) -> dict[str, list[str]]:
     return {"labels": labels} if labels else {}
 
 
-def _new_folder(folder: str | Path) -> Path:
+@contextmanager
+def _new_folder(folder: str | Path) -> Iterator[Path]:
+    """A folder to fill, whose contents come to lie in `folder` all at once, when the block ends without an exception."""
     folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    if any(folder.iterdir()):
+    if folder.exists() and any(path.name not in BOOKKEEPING for path in folder.iterdir()):
         raise FileExistsError(f"{folder} holds files already; choose a new folder")
-    return folder
+    with replacing_contents(folder, lambda name: False) as fresh:
+        yield fresh
