@@ -307,6 +307,16 @@ def test_spoilt_folders_are_refused_in_words(copy: Path, spoil: Callable[[Path],
         assert word in str(caught.value), str(caught.value)
 
 
+def test_states_of_other_trainers_beside_the_weights_are_left_alone(copy: Path, model: UnimodalModel) -> None:
+    for name in ("training_args.bin", "optimizer.pt", "scheduler.pt", "rng_state_0.pth"):
+        (copy / name).write_bytes(b"\x80\x04")
+    loaded, _ = load_checkpoint(copy)
+    assert torch.equal(loaded.log_scale, model.log_scale)
+    (copy / "model.safetensors").unlink()
+    with pytest.raises(CheckpointError, match="lacks model.safetensors"):
+        load_checkpoint(copy)
+
+
 def test_weights_file_instead_of_folder(saved: Path) -> None:
     with pytest.raises(CheckpointError, match="is a file, expected a checkpoint folder or a Hub id"):
         load_checkpoint(saved / "model.safetensors")

@@ -22,6 +22,7 @@ from unimodal.adapters import (
     export_sentence_transformer,
 )
 from unimodal.data import Scenes
+from unimodal.data.texts import TruncationWarning
 from unimodal.hub import CheckpointError, push_to_hub, save_checkpoint, verify_checkpoint
 from unimodal.search import Calibration
 
@@ -133,15 +134,106 @@ def test_model_in_memory_needs_no_trust(ours: Unimodal, images: list[Image.Image
     assert memory.encode(images) == near(ours.encode(images))
 
 
-def test_settings_of_another_kind_are_refused(embedder: Path) -> None:
-    half = library("SentenceTransformer")(
-        str(embedder), device="cpu", trust_remote_code=True, model_kwargs={"dtype": torch.bfloat16}
-    )
-    assert half[0].model.log_scale.dtype == torch.bfloat16
+@pytest.mark.parametrize(
+    "settings",
+    [{"dtype": torch.bfloat16}, {"dtype": "bfloat16"}, {"torch_dtype": torch.bfloat16}, {"dtype": "torch.bfloat16"}],
+)
+def test_dtype(settings: dict[str, Any], embedder: Path, reranker: Path, images: list[Image.Image]) -> None:
+    half = library("SentenceTransformer")(str(embedder), device="cpu", trust_remote_code=True, model_kwargs=settings)
+    assert half[0].model.log_scale.dtype == half.dtype == torch.bfloat16
     assert np.linalg.norm(half.encode(TEXTS), axis=1) == pytest.approx(1, abs=1e-6)
-    for settings, told in (({"backend": "onnx"}, "backend='onnx'"), ({"processor_kwargs": {"size": 3}}, "got size;")):
-        with pytest.raises(ValueError, match=f"a unimodal checkpoint is loaded as it is.*{told}"):
-            library("SentenceTransformer")(str(embedder), trust_remote_code=True, **settings)
+    half = library("CrossEncoder")(str(reranker), device="cpu", trust_remote_code=True, model_kwargs=settings)
+    assert half[0].model.log_scale.dtype == torch.bfloat16
+    assert half.predict([(TEXTS[0], images[0])]).dtype == np.float32
+
+
+def test_settings_that_say_what_is_so_are_taken(embedder: Path, reranker: Path, ours: Unimodal) -> None:
+    settings = {"dtype": "auto", "device_map": "cpu", "attn_implementation": "sdpa"}
+    theirs = library("SentenceTransformer")(
+        str(embedder), trust_remote_code=True, model_kwargs=settings, local_files_only=True, backend="torch"
+    )
+    assert theirs.encode(TEXTS) == near(ours.encode(TEXTS)) and theirs.dtype == torch.float32
+    short = library("CrossEncoder")(str(reranker), device="cpu", trust_remote_code=True, num_labels=1, max_length=8)
+    assert short.max_seq_length == 8 and short.num_labels == 1
+
+
+def test_longest_text(embedder: Path, tmp_path: Path) -> None:
+    model = library("SentenceTransformer")(str(embedder), device="cpu", trust_remote_code=True)
+    long, cut = "a red circle left of a blue star", "a red circle left of a"
+    whole, expected = model.encode(long), model.encode(cut)
+    with pytest.warns(TruncationWarning, match="1 of 1 texts are longer than 8 tokens"):
+        assert model.encode(long, processing_kwargs={"text": {"max_length": 8, "truncation": True}}) == near(expected)
+    assert model.encode(long) == near(whole)  # for that call alone
+    model.max_seq_length = 8
+    with pytest.warns(TruncationWarning):
+        assert model.encode(long) == near(expected)
+    model.save_pretrained(str(tmp_path / "short"))
+    again = library("SentenceTransformer")(str(tmp_path / "short"), device="cpu", trust_remote_code=True)
+    assert again.max_seq_length == 8
+    model.max_seq_length = None
+    assert model.max_seq_length == 32
+    other = {"processor_kwargs": {"model_max_length": 16}}
+    assert library("SentenceTransformer")(str(embedder), trust_remote_code=True, **other).max_seq_length == 16
+    for length in (33, 2, 0, -1):
+        with pytest.raises(ValueError, match="max_seq_length: expected a whole number, 3 to 32"):
+            model.max_seq_length = length
+
+
+def test_prompts_width_and_similarity_are_kept(embedder: Path, ours: Unimodal, tmp_path: Path) -> None:
+    theirs = library("SentenceTransformer")(
+        str(embedder),
+        device="cpu",
+        trust_remote_code=True,
+        prompts={"query": "a blue ", "short": "a "},
+        default_prompt_name="short",
+        truncate_dim=8,
+        similarity_fn_name="dot",
+    )
+    theirs.save_pretrained(str(tmp_path / "again"))
+    again = library("SentenceTransformer")(
+        str(tmp_path / "again"), device="cpu", trust_remote_code=True, truncate_dim=8
+    )
+    for model in (theirs, again):
+        expected = ours.encode(TEXTS, prompt="a blue ", truncate_dim=8)
+        assert model.encode_query(TEXTS, normalize_embeddings=True) == near(expected)
+        assert model.encode(TEXTS, normalize_embeddings=True) == near(ours.encode(TEXTS, prompt="a ", truncate_dim=8))
+        assert model.similarity_fn_name == "dot" and model.get_embedding_dimension() == 8
+
+
+def test_the_card_is_written_where_it_is_asked_for(
+    sentence_transformer: Any, cross_encoder: Any, ours: Unimodal, tmp_path: Path
+) -> None:
+    for name, model in (("embedder", sentence_transformer), ("reranker", cross_encoder)):
+        for card in (True, False):
+            folder = tmp_path / f"{name} {card}"
+            model.save_pretrained(str(folder), create_model_card=card)
+            assert (folder / "README.md").exists() is card
+            assert max(verify_checkpoint(folder).values()) < 1e-5
+
+
+@pytest.mark.parametrize(
+    ("settings", "told"),
+    [
+        ({"backend": "onnx"}, "a unimodal checkpoint is loaded as it is, with backend='torch', got backend='onnx'"),
+        ({"processor_kwargs": {"size": 3}}, "a unimodal checkpoint is loaded as it is; .*got size=3: leave that out"),
+        ({"model_kwargs": {"attn_implementation": "eager"}}, "got attn_implementation='eager': leave that out"),
+        ({"config_kwargs": {"num_labels": 3}}, "got num_labels=3: leave that out"),
+        ({"model_kwargs": {"dtype": "float8"}}, "dtype: expected one of torch.float32.*float8"),
+    ],
+)
+def test_settings_of_another_kind_are_refused(settings: dict[str, Any], told: str, embedder: Path) -> None:
+    with pytest.raises(ValueError, match=told):
+        library("SentenceTransformer")(str(embedder), device="cpu", trust_remote_code=True, **settings)
+
+
+def test_preprocessing_of_another_kind_is_refused(sentence_transformer: Any) -> None:
+    for asked, told in (
+        ({"image": {"size": 3}}, "got image: size=3"),
+        ({"text": {"max_length": 8, "truncation": False}}, "got text: truncation=False"),
+        ({"text": {"max_length": 64}}, "max_length: expected a whole number, 3 to 32"),
+    ):
+        with pytest.raises(ValueError, match=told):
+            sentence_transformer.encode(TEXTS, processing_kwargs=asked)
 
 
 def test_pictures_in_their_own_sizes(tmp_path: Path) -> None:

@@ -14,11 +14,13 @@ the flag is not wanted, a model in memory will do: `SentenceTransformer(modules=
 Items are told apart as everywhere here (`unimodal.data.items`), but sentence-transformers refuses a batch that mixes texts and images.
 It does not normalise what it truncates: `encode(..., truncate_dim=64, normalize_embeddings=True)` equals ours.
 
-Legend: n items, I images, M texts, P pairs, E embedding width, S image side, L text length.
+Legend: n items, P pairs, D distinct items of them, E embedding width.
 """
 
+import copy
 import json
 import shutil
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, ClassVar, Self
@@ -28,7 +30,22 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from unimodal import __version__
-from unimodal.backbones import move_pixels
+from unimodal.adapters.features import (
+    Features,
+    conversation_features,
+    conversations,
+    count_of,
+    decoded,
+    picture_features,
+    pictures,
+    rows_with_pictures,
+    rows_with_texts,
+    text_features,
+    texts,
+)
+from unimodal.adapters.settings import load_settings, text_length
+from unimodal.arguments import integer
+from unimodal.backbones import Pixels, move_pixels
 from unimodal.config import ModelConfig
 from unimodal.data.images import load_image
 from unimodal.data.items import Item, as_items
@@ -37,6 +54,9 @@ from unimodal.hub.contents import is_ours, read_contents
 from unimodal.hub.folder import is_checkpoint_file, replacing
 from unimodal.inference import Unimodal, as_pair, identity
 from unimodal.model import ImageState, TextState
+
+KINDS = ("image", "text")
+SHORTEST = 3  # tokens of a text: its first and its last, and a word
 
 
 class _Module(nn.Module):
@@ -55,6 +75,8 @@ class _Module(nn.Module):
         self.unimodal, self.model = model, model.model
         self.processor: Any = model.processor
         self.tokenizer = self.processor.tokenizer
+        self.longest: int = self.processor.max_length
+        self.eval()
 
     @classmethod
     def load(
@@ -76,25 +98,21 @@ class _Module(nn.Module):
         Args:
             model_name_or_path: the folder or Hub id.
             token, cache_folder, revision, local_files_only: as in `Unimodal.from_pretrained`.
-            model_kwargs: `dtype` is understood.
-            processor_kwargs, config_kwargs, backend: only their defaults are.
+            model_kwargs: `dtype` (or `torch_dtype`), `device_map` of one device, `attn_implementation="sdpa"`.
+            processor_kwargs: `model_max_length`, the longest text in tokens.
+            config_kwargs: `num_labels=1`.
+            backend: `torch`.
             place: where in the folder the module is, and who is trusted; it is the folder itself, and no code is read.
 
         Raises:
             ValueError: a setting that this model does not have.
         """
-        settings = dict(model_kwargs or {})
-        dtype = settings.pop("dtype", None)
-        unknown = [*settings, *(processor_kwargs or {}), *(config_kwargs or {})]
-        if unknown or backend != "torch":
-            raise ValueError(
-                f"a unimodal checkpoint is loaded as it is, with `dtype` alone among model_kwargs and backend='torch'; got "
-                f"{', '.join(unknown) or f'backend={backend!r}'}; for ONNX use `unimodal export onnx`"
-            )
-        return cls(
+        settings = load_settings(model_kwargs, processor_kwargs, config_kwargs, backend)
+        module = cls(
             Unimodal.from_pretrained(
                 model_name_or_path,
-                dtype=dtype,
+                device=settings.device,
+                dtype=settings.dtype,
                 revision=revision,
                 cache_folder=cache_folder,
                 local_files_only=local_files_only,
@@ -102,14 +120,33 @@ class _Module(nn.Module):
                 heads=cls.heads,
             )
         )
+        module.max_seq_length = settings.max_length
+        return module
 
     @property
     def max_seq_length(self) -> int:
-        """Longest text in tokens."""
+        """Longest text in tokens; longer ones are cut. It can be set, up to what the checkpoint was saved with; None sets that."""
         return self.processor.max_length
 
+    @max_seq_length.setter
+    def max_seq_length(self, length: int | None) -> None:
+        self.processor.max_length = self._length(length, "max_seq_length")
+
+    def _length(self, length: int | None, name: str) -> int:
+        return self.longest if length is None else integer(length, name, least=SHORTEST, most=self.longest)
+
+    def _reader(self, max_length: int | None, processing_kwargs: dict[str, Any] | None) -> Any:
+        """The processor for one call: with a longest text of its own, where one is given."""
+        length = text_length(processing_kwargs)
+        if length is None and max_length is None:
+            return self.processor
+        reader = copy.copy(self.processor)
+        reader.max_length = self._length(max_length if length is None else length, "max_length")
+        return reader
+
     def save(self, output_path: str, safe_serialization: bool = True) -> None:
-        """Write the checkpoint, with the heads that are loaded; sentence-transformers calls this and adds its own files.
+        """Write the checkpoint, with the heads that are loaded and without a card; sentence-transformers calls this and adds its own files,
+        a card among them unless `create_model_card=False`.
 
         Raises:
             ValueError: safe_serialization=False, which would be a pickle.
@@ -117,26 +154,32 @@ class _Module(nn.Module):
         if not safe_serialization:
             raise ValueError("safe_serialization=False: checkpoints are safetensors alone; leave the argument out")
         self.unimodal.save_pretrained(output_path)
+        (Path(output_path) / "README.md").unlink(missing_ok=True)
 
-    def _read(self, images: Sequence[Any], texts: Sequence[str]) -> dict[str, Tensor]:
-        """Images and texts as the model takes them, what is not there left out: `pixels` [I, 3, S, S], or `pixels.*` where a processor
-        makes several tensors; input_ids and attention_mask [M, L]."""
-        features: dict[str, Tensor] = {}
-        if images:
-            features |= _named(self.processor.images([load_image(image) for image in images]))
-        if texts:
-            features["input_ids"], features["attention_mask"] = self.processor.texts(texts)
+    def _items(self, items: Sequence[Item], prompt: str | None, reader: Any) -> Features:
+        """Items, each with an image, a text or both, as features; the prompt comes before every text."""
+        if self.model.backbone.whole:
+            return conversation_features(reader.items(items, prompt))
+        pictured, worded = ([i for i, item in enumerate(items) if getattr(item, kind) is not None] for kind in KINDS)
+        features: Features = {}
+        if pictured:
+            pixels = reader.images([load_image(items[i].image) for i in pictured])
+            features |= picture_features(pixels, pictured, len(items))
+        if worded:
+            ids, mask = reader.texts([f"{prompt or ''}{items[i].text}" for i in worded])
+            reads_padding = getattr(reader, "pad_to_max", False)
+            features |= text_features(ids, mask, worded, len(items), reads_padding=reads_padding)
         return features
 
-    def _pixels(self, features: dict[str, Tensor]) -> Any:
-        named = {name.removeprefix("pixels."): part for name, part in features.items() if name.startswith("pixels.")}
-        return move_pixels(named or features["pixels"], self.model.log_scale.device, self.model.log_scale.dtype)
+    def _image(self, features: Features, rows: Tensor) -> ImageState:
+        pixels = conversations(features, rows) if self.model.backbone.whole else pictures(features, rows)
+        return self.model.encode_image(self._moved(pixels))
 
-    def _image(self, features: dict[str, Tensor]) -> ImageState:
-        return self.model.encode_image(self._pixels(features))
+    def _moved(self, pixels: Pixels) -> Any:
+        return move_pixels(pixels, self.model.log_scale.device, self.model.log_scale.dtype)
 
-    def _text(self, features: dict[str, Tensor]) -> TextState:
-        return self.model.encode_text(features["input_ids"], features["attention_mask"])
+    def _text(self, features: Features, rows: Tensor) -> TextState:
+        return self.model.encode_text(*texts(features, rows))
 
 
 class SentenceTransformerModule(_Module):
@@ -153,50 +196,37 @@ class SentenceTransformerModule(_Module):
         super().__init__(model)
 
     def preprocess(
-        self, inputs: Sequence[Any], prompt: str | None = None, task: str | None = None
-    ) -> dict[str, Tensor]:
-        """Items -> tensors, and for each image and text the row of the item that it belongs to.
+        self,
+        inputs: Sequence[Any],
+        prompt: str | None = None,
+        task: str | None = None,
+        max_length: int | None = None,
+        processing_kwargs: dict[str, Any] | None = None,
+    ) -> Features:
+        """Items -> features, one row for each item; see `unimodal.adapters.features`.
 
         Args:
             inputs: texts, images, or dicts of both.
             prompt: put before every text; to a vision-language model the instruction.
             task: "query" or "document", as sentence-transformers says; it chose the prompt by it, and nothing else depends on it.
+            max_length: longest text in tokens, for this call.
+            processing_kwargs: the same as sentence-transformers writes it: `{"text": {"max_length": 16}}`.
         """
-        items = as_items(list(inputs))
-        if self.model.backbone.whole:
-            return self._conversations(items, prompt)
-        rows = {
-            kind: [i for i, item in enumerate(items) if getattr(item, kind) is not None] for kind in ("image", "text")
-        }
-        features = self._read(
-            [items[i].image for i in rows["image"]], [f"{prompt or ''}{items[i].text}" for i in rows["text"]]
+        return self._items(
+            as_items([decoded(item) for item in inputs]), prompt, self._reader(max_length, processing_kwargs)
         )
-        return features | {f"{kind}_rows": torch.tensor(places) for kind, places in rows.items() if places}
 
-    def _conversations(self, items: Sequence[Item], instruction: str | None) -> dict[str, Tensor]:
-        """Each item as one sequence; those with pictures apart from mere texts, as `Unimodal.encode` reads them."""
-        features: dict[str, Tensor] = {}
-        for kind, seen in (("image", True), ("text", False)):
-            rows = [i for i, item in enumerate(items) if bool(item.images or item.video) is seen]
-            if not rows:
-                continue
-            batch = self.processor.items([items[i] for i in rows], instruction)
-            features |= _named(batch) if seen else {"input_ids": batch["ids"], "attention_mask": batch["mask"]}
-            features[f"{kind}_rows"] = torch.tensor(rows)
-        return features
-
-    def forward(self, features: dict[str, Tensor]) -> dict[str, Tensor]:
+    def forward(self, features: Features) -> Features:
         """Adds `sentence_embedding` [n, E]: unit vectors; an item with image and text has the normalised mean of its two."""
-        vectors, rows = [], []
-        if "image_rows" in features:
-            vectors.append(self.model.image_embedding(self._image(features)))
-            rows.append(features["image_rows"])
-        if "text_rows" in features:
-            vectors.append(self.model.text_embedding(self._text(features)))
-            rows.append(features["text_rows"])
-        row, vector = torch.cat(rows), torch.cat(vectors).float()
-        summed = vector.new_zeros(int(row.max()) + 1, vector.shape[1]).index_add(0, row, vector)
-        return features | {"sentence_embedding": F.normalize(summed, dim=-1)}
+        vectors = self.model.log_scale.new_zeros(count_of(features), self.model.embedding.dim, dtype=torch.float32)
+        pictured, worded = rows_with_pictures(features), rows_with_texts(features)
+        if len(pictured):
+            embedding = self.model.image_embedding(self._image(features, pictured))
+            vectors = vectors.index_add(0, pictured, embedding.float())
+        if len(worded):
+            embedding = self.model.text_embedding(self._text(features, worded))
+            vectors = vectors.index_add(0, worded, embedding.float())
+        return features | {"sentence_embedding": F.normalize(vectors, dim=-1)}
 
     def get_embedding_dimension(self) -> int:
         """E."""
@@ -217,31 +247,59 @@ class CrossEncoderModule(_Module):
         super().__init__(model)
         self.judges = model.encoder.judges
 
-    def preprocess(self, inputs: Sequence[Any], prompt: str | None = None) -> dict[str, Tensor]:
-        """Pairs of an image and a text, in either order -> tensors of the distinct images and texts, and which of them each pair is; to a
-        vision-language model pairs of a query and a document of any kind -> a conversation each.
+    def preprocess(
+        self,
+        inputs: Sequence[Any],
+        prompt: str | None = None,
+        task: str | None = None,
+        max_length: int | None = None,
+        processing_kwargs: dict[str, Any] | None = None,
+    ) -> Features:
+        """Pairs of an image and a text, in either order -> features of one row for each pair, and which distinct image and text each has;
+        to a vision-language model pairs of a query and a document of any kind -> a conversation each.
 
         Args:
-            inputs: the pairs.
+            inputs: the pairs. Single items, whose tokens sentence-transformers counts for a model card, give features without scores.
             prompt: put before every text; to a vision-language model the instruction.
+            task, max_length, processing_kwargs: as in `SentenceTransformerModule.preprocess`.
         """
+        reader = self._reader(max_length, processing_kwargs)
+        if not any(isinstance(pair, list | tuple) for pair in inputs):
+            return self._items(as_items([decoded(item) for item in inputs]), prompt, reader)
         if self.judges:
             whole = [as_pair(pair, f"pair {i}: ", whole=True) for i, pair in enumerate(inputs)]
-            rows = [self.processor.pair(*pair, prompt, f"pair {i}: ") for i, pair in enumerate(whole)]
-            return _named(self.processor.batch(rows, "left"))
+            rows = [reader.pair(*pair, prompt, f"pair {i}: ") for i, pair in enumerate(whole)]
+            return conversation_features(reader.batch(rows, "left"))
         pairs = [as_pair(pair, f"pair {i}: ") for i, pair in enumerate(inputs)]
-        images, image_index = _distinct([image for image, _ in pairs])
-        texts, text_index = _distinct([text for _, text in pairs])
-        features = self._read([item.image for item in images], [f"{prompt or ''}{item.text}" for item in texts])
-        return features | {"image_index": image_index, "text_index": text_index}
+        features: Features = {}
+        for kind, items in zip(KINDS, zip(*pairs)):
+            distinct, index = _distinct(items)
+            read = self._items(distinct, prompt, reader)
+            features |= {name: part[index] for name, part in read.items()} | {f"{kind}_index": index}
+        return features
 
-    def forward(self, features: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Adds `scores` [P, 1]: match logits, calibrated where the checkpoint is, so that their sigmoid is the match probability."""
+    def forward(self, features: Features) -> Features:
+        """Adds `scores` [P, 1]: match logits, calibrated where the checkpoint is, so that their sigmoid is the match probability.
+
+        A calibration belongs to the weights that it was measured on: in training the logits are plain, and the calibration is let go.
+        """
         if self.judges:
-            logits = self.model.judge(self._pixels(features)).float()
+            rows = torch.arange(count_of(features))
+            logits = self.model.judge(self._moved(conversations(features, rows))).float()
+        elif "image_index" in features:
+            (pictured, image_index), (worded, text_index) = (_firsts(features[f"{kind}_index"]) for kind in KINDS)
+            image, text = self._image(features, pictured), self._text(features, worded)
+            logits = self.model.match(image, text, image_index, text_index).float()
         else:
-            image, text = self._image(features), self._text(features)
-            logits = self.model.match(image, text, features["image_index"], features["text_index"]).float()
+            raise ValueError(
+                "got single items, expected pairs of an image and a text, which is what a CrossEncoder scores"
+            )
+        if self.training and self.unimodal.encoder.calibration is not None:
+            warnings.warn(
+                "training lets go of the calibration, which was measured on the weights before; calibrate again afterwards",
+                stacklevel=2,
+            )
+            self.unimodal.encoder.calibration = None
         if (calibration := self.unimodal.encoder.calibration) is not None:
             logits = calibration.scale * logits + calibration.offset
         return features | {"scores": logits[:, None]}
@@ -314,13 +372,16 @@ def _require_one_vector(config: ModelConfig) -> None:
         )
 
 
-def _named(pixels: Any) -> dict[str, Tensor]:
-    """Pixels as features of their own names."""
-    return {f"pixels.{name}": part for name, part in pixels.items()} if isinstance(pixels, dict) else {"pixels": pixels}
-
-
 def _distinct(items: Sequence[Item]) -> tuple[list[Item], Tensor]:
     """The different ones among items, and which of them each is [P]."""
     different = {identity(item): item for item in items}
     place = {key: i for i, key in enumerate(different)}
     return list(different.values()), torch.tensor([place[identity(item)] for item in items])
+
+
+def _firsts(index: Tensor) -> tuple[Tensor, Tensor]:
+    """The first row of each distinct item [D], and which of these each pair has [P]; a batch may be a part of what was preprocessed."""
+    distinct, place = index.unique(return_inverse=True)
+    rows = torch.arange(len(index), device=index.device)
+    first = rows.new_full((len(distinct),), len(index)).scatter_reduce(0, place, rows, "amin")
+    return first, place

@@ -18,6 +18,8 @@ from unimodal.hub.precision import SCALE, restore
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
+# What the trainers of transformers and sentence-transformers leave beside the weights; nothing here opens them.
+TRAINER_STATES = ("training_args.bin", "optimizer.pt", "optimizer.bin", "scheduler.pt", "scaler.pt", "rng_state*.pth")
 
 
 class CheckpointError(ValueError):
@@ -67,7 +69,11 @@ def weight_files(folder: Path) -> list[Path]:
     Raises:
         CheckpointError: for a pickle, a missing shard, or an index that names anything but shards of this folder.
     """
-    pickles = sorted(path.name for path in folder.iterdir() if path.suffix in PICKLES)
+    pickles = sorted(
+        path.name
+        for path in folder.iterdir()
+        if path.suffix in PICKLES and not any(path.match(state) for state in TRAINER_STATES)
+    )
     if pickles:
         raise CheckpointError(
             f"{folder} holds {', '.join(pickles)}: pickles, which can run code when loaded, so a checkpoint has "
