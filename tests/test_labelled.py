@@ -106,7 +106,7 @@ def test_bad_pascal_sentence(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match="expected dataset/CLASS/NAME.jpg"):
         PascalSentence(tmp_path, split="train")
     root = pascal(tmp_path)
-    with pytest.raises(ValueError, match="split: expected train, val, test or all, got 'dev'"):
+    with pytest.raises(ValueError, match="split: expected one of train, val, test, all, got 'dev'"):
         PascalSentence(root, split="dev")
     (root / "sentence" / "cat" / "2008_3.txt").unlink()
     with pytest.raises(ValueError, match="cat/2008_3.jpg: expected a list of at least one caption"):
@@ -139,7 +139,7 @@ def test_wikipedia(tmp_path: Path) -> None:
 
 def test_bad_wikipedia(tmp_path: Path) -> None:
     root = wikipedia(tmp_path)
-    with pytest.raises(ValueError, match="split: expected train or test, got 'val'"):
+    with pytest.raises(ValueError, match="split: expected one of train, test, got 'val'"):
         Wikipedia(root, split="val")
     for line in ("t1-1\tp1", "t1-1\tp1\t11", "t1-1\tp1\tart"):
         text(root / "trainset_txt_img_cat.list", line)
@@ -185,7 +185,7 @@ def test_nus_wide(tmp_path: Path) -> None:
 
 def test_bad_nus_wide(tmp_path: Path) -> None:
     root = nus_wide(tmp_path)
-    with pytest.raises(ValueError, match="split: expected train, test or all, got 'val'"):
+    with pytest.raises(ValueError, match="split: expected one of train, test, all, got 'val'"):
         NusWide(root, split="val")
     with pytest.raises(FileNotFoundError, match="Labels_skie.txt"):
         NusWide(root, split="test", concepts=["skie"])

@@ -33,9 +33,9 @@ def test_label_says_everything_in_one_line() -> None:
     [
         (dict(captions=9), "got 2 images x 5 captions per image, which is not 9 captions"),
         (dict(images=0), "got 0 images and 10 captions"),
-        (dict(stage="second"), "got stage 'second'; expected 'first', 'reranked' or None"),
+        (dict(stage="second"), "stage: expected one of first, reranked, got 'second'"),
         (dict(stage="reranked"), "got k=None, combine=None; a reranked result needs k >= 1"),
-        (dict(stage="reranked", k=5, combine="mean"), "combine 'replace' or 'sum'"),
+        (dict(stage="reranked", k=5, combine="mean"), "combine: expected one of replace, sum, got 'mean'"),
         (dict(k=5), "got k=5, combine=None at stage 'first'; only stage 'reranked' has them"),
         (dict(match_scale=0.5), "got match_scale=0.5 with combine=None; only 'sum' has a scale"),
     ],

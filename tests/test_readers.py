@@ -202,7 +202,7 @@ def test_captions_are_cut_to_five_and_counted(tmp_path: Path) -> None:
         reader = KarpathyJson(path, split="train", captions_per_image=5)
     assert ["".join(reader.captions(i)) for i in range(4)] == ["abcde", "abcde", "abcde", "abc"]
     assert len(KarpathyJson(path, split="train").captions(0)) == 7
-    with pytest.raises(ValueError, match="captions_per_image: expected at least 1, or None for all, got 0"):
+    with pytest.raises(ValueError, match="captions_per_image: expected at least 1, got 0"):
         KarpathyJson(path, split="train", captions_per_image=0)
 
 
@@ -391,7 +391,7 @@ def test_empty_splits_and_unknown_policies_are_named(tmp_path: Path) -> None:
     ):
         with pytest.raises(ValueError, match="has no samples in split 'train'; check the path and the split"):
             make()
-    with pytest.raises(ValueError, match="on_error: expected 'raise', 'skip' or 'keep', got 'ignore'"):
+    with pytest.raises(ValueError, match="on_error: expected one of raise, skip, keep, got 'ignore'"):
         KarpathyJson(karpathy(tmp_path, [["a"]]), split="train", on_error="ignore")
 
 

@@ -8,7 +8,7 @@ One item gives one result, a list gives a list in the same order; how items fall
 import copy
 import tempfile
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -208,15 +208,13 @@ class Unimodal:
         self, inputs: Any, prompt_name: str | None = None, prompt: str | None = None, **options: Any
     ) -> Any:
         """`encode` with the prompt `query`, where there is one."""
-        return self.encode(inputs, prompt_name or ("query" if "query" in self.prompts else None), prompt, **options)
+        return self.encode(inputs, _own_prompt(prompt_name, "query", self.prompts), prompt, **options)
 
     def encode_document(
         self, inputs: Any, prompt_name: str | None = None, prompt: str | None = None, **options: Any
     ) -> Any:
         """`encode` with the prompt `document`, where there is one."""
-        return self.encode(
-            inputs, prompt_name or ("document" if "document" in self.prompts else None), prompt, **options
-        )
+        return self.encode(inputs, _own_prompt(prompt_name, "document", self.prompts), prompt, **options)
 
     def similarity(self, a: Any, b: Any) -> Tensor:
         """Cosines [A, B], float32, from -1 to 1, of embeddings [A, E] and [B, E]; one vector [E] counts as a list of one.
@@ -466,7 +464,7 @@ class Unimodal:
         """
         around = ("{}" if self.encoder.writes else "Question: {} Answer:") if prompt is None else prompt
         if "{}" not in arguments.text(around, "prompt"):
-            raise ValueError(f"prompt: expected a text with {{}} where the question goes, got {around!r}")
+            raise ValueError(f"prompt: expected a text with {{}} where the question goes, got {around!r:.80}")
         if isinstance(questions, str):
             asked: str | list[str] = around.replace("{}", arguments.text(questions, "questions"))
         else:
@@ -736,6 +734,11 @@ def _with_adapters(model: UnimodalModel, names: tuple[str, ...]) -> UnimodalMode
     view = copy.copy(model)
     view.active = names
     return view
+
+
+def _own_prompt(prompt_name: str | None, usual: str, prompts: Mapping[str, str]) -> str | None:
+    """The name of the prompt that was asked for, or of the usual one where there is one."""
+    return (usual if usual in prompts else None) if prompt_name is None else prompt_name
 
 
 def _activated(activation_fn: Callable[[Tensor], Tensor], logits: Tensor) -> Tensor:

@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import Any
 
+from unimodal import arguments
 from unimodal.data.readers import Listed, OnError, Sample, first_captions, inside, relative
 from unimodal.data.text import parse_json
 
@@ -36,11 +37,16 @@ class CocoCaptions(Listed):
         captions_per_image: int | None = None,
         on_error: OnError = "raise",
     ) -> None:
-        path = Path(path)
+        path = arguments.path(path, "path")
+        split = arguments.optional(arguments.text, split, "split")
         name = split_of(path)
         beside = path.absolute().parent
         places = [folder / name for folder in (beside.parent, beside)]
-        root = Path(root) if root is not None else next((place for place in places if place.is_dir()), places[-1])
+        root = (
+            arguments.path(root, "root")
+            if root is not None
+            else next((place for place in places if place.is_dir()), places[-1])
+        )
         data = parse_json(path.read_bytes(), str(path))
         images, annotations = (_entries(data, part, keys, path) for part, keys in PARTS.items())
         captions: dict[int, list[tuple[int, Any]]] = {one["id"]: [] for one in images}

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from unimodal import arguments
 from unimodal.data.captions import as_captions, is_missing, usual_captions
 from unimodal.data.readers import Listed, OnError, Sample
 
@@ -50,6 +51,18 @@ class HuggingFaceDataset(Listed):
             import datasets
         except ImportError as error:
             raise ImportError(f"{error}; pip install 'unimodal[datasets]' to read Hugging Face datasets") from error
+        for value, argument in (
+            (name, "name"),
+            (split, "split"),
+            (revision, "revision"),
+            (labels, "labels"),
+            (key, "key"),
+        ):
+            arguments.optional(arguments.text, value, argument)
+        arguments.text(image, "image")
+        if captions is not None and not isinstance(captions, str):
+            columns = arguments.listed(captions, "captions", "columns")
+            captions = [arguments.text(one, f"captions[{i}]") for i, one in enumerate(columns)]
         table = _one_split(_load(dataset, name, split, revision), split)
         if not isinstance(table, datasets.Dataset):
             raise TypeError(

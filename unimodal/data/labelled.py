@@ -16,6 +16,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from unimodal import arguments
 from unimodal.data.folders import find_pictures
 from unimodal.data.pairs import Pairs
 from unimodal.data.readers import Listed, OnError, Sample, inside
@@ -73,11 +74,11 @@ class PascalSentence(Listed):
     """
 
     def __init__(self, root: str | Path, *, split: str, seed: int = 0, on_error: OnError = "raise") -> None:
-        pictures, sentences = Path(root) / "dataset", Path(root) / "sentence"
+        arguments.choice(split, "split", ("train", "val", "test", "all"))
+        root, seed = arguments.path(root, "root"), arguments.integer(seed, "seed", least=0)
+        pictures, sentences = root / "dataset", root / "sentence"
         if not pictures.is_dir():
             raise FileNotFoundError(f"there is no folder {str(pictures)!r}; expected dataset/CLASS/NAME.jpg")
-        if split not in ("train", "val", "test", "all"):
-            raise ValueError(f"split: expected train, val, test or all, got {split!r}")
         samples = []
         for folder in sorted(path for path in pictures.iterdir() if path.is_dir()):
             files = [path for path in find_pictures(folder).pictures if path.parent == folder]
@@ -111,9 +112,8 @@ class Wikipedia(Listed):
     """
 
     def __init__(self, root: str | Path, *, split: str, on_error: OnError = "raise") -> None:
-        if split not in ("train", "test"):
-            raise ValueError(f"split: expected train or test, got {split!r}; the set has no other")
-        root, samples = Path(root), []
+        arguments.choice(split, "split", ("train", "test"))
+        root, samples = arguments.path(root, "root"), []
         listed = root / f"{split}set_txt_img_cat.list"
         for n, line in enumerate(decoded(listed.read_bytes()).splitlines(), 1):
             parts = line.split()
@@ -153,10 +153,12 @@ class NusWide(Listed):
     def __init__(
         self, root: str | Path, *, split: str, concepts: list[str] | None = None, on_error: OnError = "raise"
     ) -> None:
-        root = Path(root)
+        root = arguments.path(root, "root")
         files = {"train": "TrainImagelist.txt", "test": "TestImagelist.txt", "all": "Imagelist.txt"}
-        if split not in files:
-            raise ValueError(f"split: expected train, test or all, got {split!r}")
+        arguments.choice(split, "split", files)
+        if concepts is not None:
+            named = arguments.listed(concepts, "concepts", "names")
+            concepts = [arguments.text(one, f"concepts[{i}]") for i, one in enumerate(named)]
         names = _names(root / "ImageList" / "Imagelist.txt")
         wanted = set(_names(root / "ImageList" / files[split]))
         tags = lines((root / "NUS_WID_Tags" / "All_Tags.txt").read_bytes())

@@ -11,10 +11,11 @@ import os
 import warnings
 from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath, PureWindowsPath
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from PIL import Image
 
+from unimodal import arguments
 from unimodal.data.folders import find_pictures, is_hidden
 from unimodal.data.images import load_image
 from unimodal.data.pairs import Problem, caption_fault, check, fingerprint
@@ -52,8 +53,7 @@ class Listed:
     def __init__(
         self, name: str, split: str, samples: list[Sample], on_error: OnError, *, gallery: bool = False
     ) -> None:
-        if on_error not in ("raise", "skip", "keep"):
-            raise ValueError(f"on_error: expected 'raise', 'skip' or 'keep', got {on_error!r}")
+        arguments.choice(on_error, "on_error", get_args(OnError))
         if not samples:
             raise ValueError(f"{name} has no samples in split {split!r}; check the path and the split")
         self.name, self.split, self.samples = name, split, merged(samples)
@@ -189,11 +189,14 @@ class KarpathyJson(Listed):
         fold: tuple[int, int] | None = None,
         on_error: OnError = "raise",
     ) -> None:
-        root = Path(root) if root is not None else Path(path).parent / "images"
-        data = parse_json(Path(path).read_bytes(), str(path))
+        path = arguments.path(path, "path")
+        root = arguments.path(root, "root") if root is not None else path.parent / "images"
+        split = arguments.text(split, "split")
+        fold = None if fold is None else _fold(fold)
+        data = parse_json(path.read_bytes(), str(path))
         if not isinstance(data, dict) or not isinstance(data.get("images"), list):
             raise ValueError(f"{path}: expected an object with a list 'images', got {data!r:.60}")
-        name = str(data.get("dataset", Path(path).stem))
+        name = str(data.get("dataset", path.stem))
         wanted, found = split.split("+"), set()
         samples: list[Sample] = []
         for i, image in enumerate(data["images"]):
@@ -207,7 +210,7 @@ class KarpathyJson(Listed):
                 captions, labels, ids = _raw(image.get("sentences")), as_labels(image.get("labels")), _coco_ids(image)
                 samples.append(Sample(key, captions, inside(root, key), labels=labels, coco_ids=ids))
         if unknown := [part for part in wanted if part not in found]:
-            raise ValueError(f"{path} has no split {unknown[0]!r}; it has: {', '.join(sorted(found))}")
+            raise ValueError(f"{path} has no split {unknown[0]!r:.80}; it has: {', '.join(sorted(found))}")
         samples = first_captions(merged(samples), captions_per_image, f"{name} {split}")
         super().__init__(name, split, _block(samples, fold) if fold is not None else samples, on_error)
 
@@ -231,7 +234,8 @@ class ImageFolder(Listed):
     """
 
     def __init__(self, root: str | Path, *, split: str | None = None, on_error: OnError = "raise") -> None:
-        folder = inside(Path(root), split or "")
+        root = arguments.path(root, "root")
+        folder = inside(root, "" if split is None else arguments.text(split, "split", empty=True))
         if not folder.is_dir():
             raise FileNotFoundError(f"there is no folder {str(folder)!r}; the pictures of a split lie in root/split")
         seen = find_pictures(folder)
@@ -243,15 +247,27 @@ class ImageFolder(Listed):
             lines(texts[path.with_suffix("")].read_bytes()) if path.with_suffix("") in texts else [] for path in files
         ]
         samples = [Sample(path.relative_to(folder).as_posix(), said, path) for path, said in zip(files, captions)]
-        super().__init__(Path(root).resolve().name, split or "all", samples, on_error, gallery=True)
+        super().__init__(root.resolve().name, split or "all", samples, on_error, gallery=True)
         stems = {path.with_suffix("") for path in files}
         self.others = [path.relative_to(folder).as_posix() for stem, path in texts.items() if stem not in stems]
 
 
+def _fold(fold: Any) -> tuple[int, int]:
+    """Which block of how many.
+
+    Raises:
+        TypeError, ValueError: it is no such pair.
+    """
+    pair = [arguments.integer(one, "fold", least=-1) for one in arguments.listed(fold, "fold", "two numbers (f, n)")]
+    if len(pair) != 2 or not 0 <= pair[0] < pair[1]:
+        raise ValueError(
+            f"fold: expected (f, n) with f from 0 to n - 1, got {tuple(pair[:5])}; (0, 5) is the first of five"
+        )
+    return pair[0], pair[1]
+
+
 def _block(samples: list[Sample], fold: tuple[int, int]) -> list[Sample]:
     f, n = fold
-    if n < 1 or not 0 <= f < n:
-        raise ValueError(f"fold: expected (f, n) with f from 0 to n - 1, got {fold}; (0, 5) is the first of five")
     size, rest = divmod(len(samples), n)
     if rest:
         raise ValueError(f"fold: {len(samples)} images do not make {n} blocks of one size; choose another n than {n}")
@@ -301,8 +317,7 @@ def first_captions(samples: list[Sample], count: int | None, what: str) -> list[
     """The samples with their first captions, under a warning that counts the others."""
     if count is None:
         return samples
-    if count < 1:
-        raise ValueError(f"captions_per_image: expected at least 1, or None for all, got {count}")
+    count = arguments.integer(count, "captions_per_image")
     longer = [
         len(one.captions) - count for one in samples if isinstance(one.captions, list) and len(one.captions) > count
     ]

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+from unimodal import arguments
 from unimodal.data.endings import PICTURES
 from unimodal.data.folders import is_hidden
 from unimodal.data.readers import Listed, OnError, Sample, as_labels, inside
@@ -36,10 +37,13 @@ class WebDatasetTars(Listed):
     """
 
     def __init__(self, pattern: str | Path | list[str], *, split: str, on_error: OnError = "raise") -> None:
-        files = pattern if isinstance(pattern, list) else glob.glob(str(pattern))
-        shards = sorted(Path(path) for path in files)
+        arguments.text(split, "split")
+        files = pattern if isinstance(pattern, list) else glob.glob(str(arguments.path(pattern, "pattern")))
+        shards = sorted(arguments.path(path, f"pattern[{i}]") for i, path in enumerate(files))
         if not shards:
-            raise FileNotFoundError(f"no file fits {str(pattern)!r}; expected tar shards, such as 'data/train-*.tar'")
+            raise FileNotFoundError(
+                f"no file fits {str(pattern)!r:.200}; expected tar shards, such as 'data/train-*.tar'"
+            )
         indexed = [_index(shard) for shard in shards]
         samples = [sample for listed, _ in indexed for sample in listed]
         super().__init__(shards[0].resolve().parent.name, split, samples, on_error)

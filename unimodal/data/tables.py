@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+from unimodal import arguments
 from unimodal.data.captions import as_captions, caption_column, is_missing, written_list
 from unimodal.data.endings import address_of, is_data, is_remote, shown
 from unimodal.data.readers import Listed, OnError, Sample, as_labels, inside, relative
@@ -34,6 +35,14 @@ class Columns:
     captions: str | Sequence[str] | None
     labels: str | None
     split: str
+
+    def __post_init__(self) -> None:
+        for name in ("image", "labels"):
+            arguments.optional(arguments.text, getattr(self, name), name)
+        arguments.text(self.split, "split_column")
+        if self.captions is not None and not isinstance(self.captions, str):
+            for i, one in enumerate(arguments.listed(self.captions, "captions", "columns")):
+                arguments.text(one, f"captions[{i}]")
 
 
 class CsvTable(Listed):
@@ -71,7 +80,7 @@ class CsvTable(Listed):
         delimiter: str | None = None,
         on_error: OnError = "raise",
     ) -> None:
-        path = Path(path)
+        path = arguments.path(path, "path")
         columns = Columns(image, captions, labels, split_column)
         samples = _samples(path, root, _csv_rows(path, delimiter), columns, split)
         super().__init__(path.stem, split or "all", samples, on_error)
@@ -107,7 +116,7 @@ class JsonLines(Listed):
         split_column: str = "split",
         on_error: OnError = "raise",
     ) -> None:
-        path = Path(path)
+        path = arguments.path(path, "path")
         columns = Columns(image, captions, labels, split_column)
         samples = _samples(path, root, _json_rows(path), columns, split)
         super().__init__(path.stem, split or "all", samples, on_error)
@@ -120,6 +129,8 @@ def splits_of(path: Path, split_column: str = "split") -> list[str]:
 
 
 def _csv_rows(path: Path, delimiter: str | None) -> Iterator[tuple[str, dict[str, Any]]]:
+    if delimiter is not None and len(arguments.text(delimiter, "delimiter", empty=True)) != 1:
+        raise ValueError(arguments.refused("delimiter", "one character", delimiter))
     text, skipped = table_text(path.read_bytes(), str(path)), 0
     if said := re.match(r"sep=(.)\r?\n?", text):
         text, skipped = text[said.end() :], 1
@@ -175,8 +186,8 @@ def _json_rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
 
 def _samples(path: Path, root: str | Path | None, rows: Rows, columns: Columns, split: str | None) -> list[Sample]:
     """The images of a split, with the captions and labels of each of their rows."""
-    root = path.parent if root is None else Path(root)
-    wanted = split.split("+") if split is not None else []
+    root = path.parent if root is None else arguments.path(root, "root")
+    wanted = arguments.text(split, "split").split("+") if split is not None else []
     out: list[Sample] = []
     splits: set[str] = set()
     image: str | None = None
@@ -197,7 +208,7 @@ def _samples(path: Path, root: str | Path | None, rows: Rows, columns: Columns, 
         captions = _captions(row, columns.captions, usual, where)
         out.append(Sample(key, captions, inside(root, key), labels=labels))
     if unknown := [part for part in wanted if part not in splits]:
-        raise ValueError(f"{path} has no split {unknown[0]!r}; it has: {', '.join(sorted(splits))}")
+        raise ValueError(f"{path} has no split {unknown[0]!r:.80}; it has: {', '.join(sorted(splits))}")
     return out
 
 
@@ -231,7 +242,9 @@ def _image_column(row: dict[str, Any], where: str) -> str:
 
 def _value(row: dict[str, Any], name: str, argument: str, where: str) -> Any:
     if name not in row:
-        raise ValueError(f"{where}: there is no column {name!r}; the columns are {list(row)}; give another {argument}")
+        raise ValueError(
+            f"{where}: there is no column {name!r:.80}; the columns are {list(row)}; give another {argument}"
+        )
     return row[name]
 
 

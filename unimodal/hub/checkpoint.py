@@ -13,15 +13,17 @@ A configuration that comes from elsewhere chooses among known parts and can neit
 import copy
 import json
 import logging
+import re
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import get_args
 
 import torch
 from huggingface_hub import CommitInfo, HfApi, save_torch_state_dict
 from safetensors.torch import load_file, save_file
 
-from unimodal import __version__
+from unimodal import __version__, arguments
 from unimodal.backbones.published import find_published, loading_in
 from unimodal.config import ModelConfig, to_dict
 from unimodal.data.processor import Processor
@@ -73,7 +75,7 @@ def save_checkpoint(
         OSError: if writing fails, for example on a full disk; the older checkpoint is intact.
         ValueError: without the backbone, if a tower has no source or was trained since.
     """
-    if not include_backbone:
+    if not arguments.flag(include_backbone, "include_backbone"):
         towers.require_unchanged(model)
     return _save(model, processor, folder, metrics, card, max_shard_size, include_backbone, example, precision)
 
@@ -110,6 +112,18 @@ def _save(
     example: bool,
     precision: Precision = "float32",
 ) -> Path:
+    folder = arguments.path(folder, "folder")
+    card = Card() if card is None else card
+    if not isinstance(card, Card):
+        raise TypeError(arguments.refused("card", "a Card", card, "unimodal.hub.Card(name=...) makes one"))
+    for i, row in enumerate(metrics := arguments.listed(metrics, "metrics", "pairs (name, result)")):
+        if not isinstance(row, list | tuple) or len(row) != 2 or not hasattr(row[1], "scores"):
+            raise TypeError(arguments.refused(f"metrics[{i}]", "a pair (name, result)", row))
+        arguments.text(row[0], f"metrics[{i}]")
+    if not re.fullmatch(r"[1-9]\d{0,9} *([KMGT]i?B)?", arguments.text(max_shard_size, "max_shard_size"), re.IGNORECASE):
+        raise ValueError(arguments.refused("max_shard_size", "a size such as '2GB'", max_shard_size))
+    arguments.choice(precision, "precision", get_args(Precision))
+    example = arguments.flag(example, "example")
     apart = () if include_backbone else model.tower_state().keys()
     weights = {name: tensor for name, tensor in model.own_state().items() if name not in apart}
     with replacing(folder, is_ours) as fresh:
@@ -117,7 +131,7 @@ def _save(
         (fresh / "config.json").write_text(json.dumps(to_dict(contents), indent=2) + "\n", encoding="utf-8")
         save_torch_state_dict(shrink(weights, precision), fresh, max_shard_size=max_shard_size)
         processor.save_pretrained(fresh)
-        readme = render_card(model, contents.backbone, card or Card(), metrics)
+        readme = render_card(model, contents.backbone, card, metrics)
         (fresh / "README.md").write_text(readme, encoding="utf-8")
         if example:
             inputs = example_inputs(model, processor)
@@ -126,7 +140,7 @@ def _save(
             stored = {f"input.{name}": tensor for name, tensor in inputs.items()}
             stored |= {f"output.{name}": tensor for name, tensor in example_outputs(model, inputs).items()}
             save_file(stored, fresh / "example.safetensors")
-    return Path(folder)
+    return folder
 
 
 def load_checkpoint(
@@ -160,6 +174,12 @@ def load_checkpoint(
         CheckpointError: if it is not a checkpoint that can be read safely and completely.
         CheckpointMismatch: if the weights are not those of its configuration; every name is listed.
     """
+    device = arguments.optional(arguments.device, device)
+    dtype = arguments.optional(arguments.dtype, dtype)
+    if heads is not None:
+        heads = [
+            arguments.text(head, f"heads[{i}]") for i, head in enumerate(arguments.listed(heads, "heads", "heads"))
+        ]
     folder = find_checkpoint(path_or_id, revision, cache_dir, local_files_only, token)
     if is_published(folder):
         with loading_in(dtype):
@@ -347,7 +367,12 @@ def find_checkpoint(
     token: str | bool | None = None,
 ) -> Path:
     """The folder of a checkpoint, downloaded where it is a Hub id; arguments and errors as in `load_checkpoint`."""
-    folder = Path(path_or_id)
+    folder = arguments.path(path_or_id, "path_or_id")
+    revision = arguments.optional(arguments.text, revision, "revision")
+    cache_dir = arguments.optional(arguments.path, cache_dir, "cache_dir")
+    local_only = arguments.flag(local_only, "local_files_only")
+    if not isinstance(token, bool):
+        token = arguments.optional(arguments.text, token, "token")
     restore(folder)
     if folder.is_dir():
         return folder

@@ -7,7 +7,7 @@ one table never mixes two.
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields, replace
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from unimodal import arguments
 
@@ -71,9 +71,9 @@ class Protocol:
                 f"got {self.images} images x {each} captions per image, which is not {self.captions} captions; "
                 "correct the counts, or pass captions_per_image=None if images have different numbers"
             )
-        if self.stage not in ("first", "reranked", None):
-            raise ValueError(f"got stage {self.stage!r}; expected 'first', 'reranked' or None")
-        if self.stage == "reranked" and (self.k is None or self.k < 1 or self.combine not in ("replace", "sum")):
+        arguments.optional(arguments.choice, self.stage, "stage", ("first", "reranked"))
+        arguments.optional(arguments.choice, self.combine, "combine", get_args(Combine))
+        if self.stage == "reranked" and (self.k is None or self.k < 1 or self.combine is None):
             raise ValueError(
                 f"got k={self.k}, combine={self.combine!r}; "
                 "a reranked result needs k >= 1 and combine 'replace' or 'sum'"
@@ -142,6 +142,7 @@ def require_alike(protocols: Sequence[Protocol], *, any_search: bool = False) ->
     Raises:
         ValueError: naming each field that differs, with the values met.
     """
+    any_search = arguments.flag(any_search, "any_search")
     protocols = arguments.listed(protocols, "protocols", "Protocols")
     for i, protocol in enumerate(protocols):
         check_protocol(protocol, f"protocols[{i}]")
@@ -169,6 +170,7 @@ def results_table(rows: Sequence[tuple[str, Result]], *, any_search: bool = Fals
         ValueError: without rows, for unlike protocols, or for results that hold different numbers.
     """
     rows = arguments.listed(rows, "rows", "(name, result) pairs")
+    any_search = arguments.flag(any_search, "any_search")
     digits = arguments.integer(digits, "digits", least=0, most=20)
     for i, row in enumerate(rows):
         pair = isinstance(row, list | tuple) and len(row) == 2

@@ -10,6 +10,7 @@ Bootstrap: percentile interval (Efron & Tibshirani 1993). Test: random sign flip
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from numbers import Integral
 from typing import Any
 
 import numpy as np
@@ -200,11 +201,11 @@ def _check(values: np.ndarray, groups: ArrayLike | None) -> tuple[np.ndarray, np
     """Values and the number of each one's group, both [Q]."""
     if groups is None:
         return values, np.arange(len(values))
-    given = np.asarray(
-        groups.cpu() if isinstance(groups, Tensor) else arguments.listed(groups, "groups", "group names")
-    )
-    if given.dtype.kind not in "biuSU" or given.shape != values.shape:
+    plain = isinstance(groups, Tensor | np.ndarray) and groups.ndim == 1
+    names: list[Any] = groups.tolist() if plain else arguments.listed(groups, "groups", "names")  # type: ignore[union-attr]
+    alike = any(all(isinstance(name, kind) for name in names) for kind in (Integral, str))
+    if len(names) != len(values) or not alike:
         raise ValueError(
             arguments.refused("groups", f"one whole number or text for each query [{len(values)}]", groups)
         )
-    return values, np.unique(given, return_inverse=True)[1]
+    return values, np.unique(np.asarray(names), return_inverse=True)[1]

@@ -65,8 +65,10 @@ class Calibration:
 
     def probability(self, logits: Tensor) -> Tensor:
         """Calibrated match probabilities of logits [P], float32."""
-        logits = arguments.vectors(logits, "logits", dimensions=(1,)) if len(logits) else torch.empty(0)
-        return (self.scale * logits.double() + self.offset).sigmoid().float()
+        found = arguments.tensor(logits, "logits", "numbers [P]").double()
+        if found.ndim != 1 or not bool(found.isfinite().all()):
+            raise ValueError(arguments.refused("logits", "finite numbers [P]", logits))
+        return (self.scale * found + self.offset).sigmoid().float()
 
     def threshold_for(self, precision: float) -> float:
         """The lowest probability such that of the pairs at or above it at least this share is right, with 95 % confidence.
@@ -94,8 +96,9 @@ class Calibration:
         """Raises:
         ValueError: the file is no calibration.
         """
+        path = arguments.path(path, "path")
         try:
-            values = json.loads(Path(path).read_text(encoding="utf-8"))
+            values = json.loads(path.read_text(encoding="utf-8"))
             return cls(**{**values, "curve": tuple((float(p), float(share)) for p, share in values["curve"])})
         except (KeyError, TypeError, ValueError) as error:
             raise ValueError(f"{path} is no calibration ({error}); write it with Calibration.save") from error

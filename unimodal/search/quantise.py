@@ -11,6 +11,7 @@ Shapes: n vectors, E width.
 from typing import Literal, get_args
 
 import numpy as np
+import torch
 
 from unimodal import arguments
 
@@ -65,9 +66,10 @@ def _codes(codes: np.ndarray, precision: Precision) -> np.ndarray:
     """Codes as vectors that are not unit yet, float32."""
     dtype = np.int8 if precision in ("int8", "binary") else np.uint8
     expected = f"codes of quantise(..., {precision!r}): {np.dtype(dtype)} [..., E]"
-    array = arguments.tensor(codes, "dequantise", expected).cpu().numpy()
-    if array.dtype != dtype:
+    found = arguments.tensor(codes, "dequantise", expected)
+    if found.dtype != (torch.int8 if dtype is np.int8 else torch.uint8):
         raise TypeError(arguments.refused("dequantise", expected, codes))
+    array = found.cpu().numpy()
     if array.ndim == 0 or not array.shape[-1]:
         raise ValueError(arguments.refused("dequantise", expected, codes))
     if precision in ("binary", "ubinary"):
