@@ -214,6 +214,7 @@ def test_lines_of_json_may_have_more_captions_than_the_first(folder: Path) -> No
             "a.png: caption 1 is 'None', which stands for a missing one",
         ),
         ("image,caption\na.png,\nb.png,two", "a.png: caption 0 is empty"),
+        ("image,caption\na.png,\u200b\nb.png,two", r"a.png: caption 0 is '\\u200b', which shows nothing"),
         (
             "image,caption_0,caption_1\na.png,nan,\nb.png,two,",
             r"a.png: expected a list of at least one caption, got \[\]",
@@ -386,6 +387,44 @@ def test_what_is_neither_picture_nor_caption_is_named(tmp_path: Path) -> None:
         "no captions": ["all/b.png"],
         "other files": ["all/b.png.txt"],
     }
+
+
+@pytest.mark.parametrize("missing", ["nan", "", "None", "<NA>"])
+def test_missing_labels_are_none(folder: Path, missing: str) -> None:
+    rows = table(folder, f"image,caption,kind\na.png,one,{missing}\nb.png,two,x;{missing};y\n")
+    reader = CsvTable(rows, labels="kind")
+    assert [reader.labels(i) for i in range(2)] == [frozenset(), {"x", "y"}]
+    listed = CsvTable(table(folder, "image,caption,kind\na.png,one,\"['x', 'y']\"\n"), labels="kind")
+    assert listed.labels(0) == {"x", "y"}
+
+
+def test_a_folder_of_a_picture_may_be_null(folder: Path) -> None:
+    image = {"filename": "a.png", "filepath": None, "split": "all", "sentences": ["one"]}
+    assert read(KarpathyJson(table(folder, json.dumps({"images": [image]}), "k.json"), folder, split="all")) == {
+        "a.png": ["one"]
+    }
+    path = table(folder, json.dumps({"images": [image | {"filepath": 3}]}), "k.json")
+    with pytest.raises(ValueError, match=r"images\[0\] needs a filename and a split as strings"):
+        KarpathyJson(path, folder, split="all")
+
+
+def test_tables_in_folders_are_not_overlooked(folder: Path) -> None:
+    (folder / "train").mkdir()
+    (folder / "a.png").rename(folder / "train" / "a.png")
+    inner = table(folder / "train", '{"file_name": "a.png", "text": "one"}\n', "metadata.jsonl")
+    with pytest.raises(
+        ValueError, match="holds the table train/metadata.jsonl in the folder of a split; give the path of one table"
+    ):
+        open_splits(folder)
+    assert read(open_splits(inner)[1]["all"]) == {"a.png": ["one"]}
+    (finding,) = audit({"train": ImageFolder(folder, split="train")})
+    assert finding.kind == "other files" and finding.cases == ["train/metadata.jsonl"]
+
+
+def test_karpathys_json_may_have_the_name_of_coco(folder: Path) -> None:
+    images = [{"filename": "a.png", "split": "all", "sentences": ["one"]}]
+    table(folder, json.dumps({"images": images}), "captions_mine.json")
+    assert open_splits(folder, folder)[0] == "KarpathyJson"
 
 
 # All verbs alike.

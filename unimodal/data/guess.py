@@ -11,14 +11,13 @@ from unimodal.data.coco import CocoCaptions, split_of
 from unimodal.data.huggingface import HuggingFaceDataset, is_saved
 from unimodal.data.labelled import NusWide, PascalSentence, Wikipedia
 from unimodal.data.pairs import Pairs
-from unimodal.data.readers import ImageFolder, KarpathyJson, Listed, OnError
+from unimodal.data.readers import TABLES, ImageFolder, KarpathyJson, Listed, OnError
 from unimodal.data.scenes import Scenes
 from unimodal.data.shards import WebDatasetTars
 from unimodal.data.tables import CsvTable, JsonLines, splits_of
 from unimodal.data.text import parse_json
 
 SPLIT_FOLDERS = ("train", "training", "val", "valid", "validation", "dev", "test", "testing")
-TABLES = (".json", ".jsonl", ".csv", ".tsv")
 
 
 def open_splits(
@@ -104,7 +103,8 @@ def open_split(path: str | Path, split: str, root: str | Path | None = None, **o
 
 def _coco_files(path: Path) -> dict[str, tuple[Any, str | None]]:
     """The splits of COCO's files `captions_SPLIT.json` in a folder, or in its folder `annotations`."""
-    files = [file for folder in (path, path / "annotations") for file in sorted(folder.glob("captions_*.json"))]
+    named = [file for folder in (path, path / "annotations") for file in sorted(folder.glob("captions_*.json"))]
+    files = [file for file in named if b'"annotations"' in file.read_bytes()]  # the name alone could be Karpathy's
     return {split_of(file): (file, split_of(file)) for file in files}
 
 
@@ -140,6 +140,12 @@ def _reader(path: Path, wildcards: bool) -> tuple[type[Any], dict[str, tuple[Any
         if shards := sorted(path.glob("*.tar")):
             return WebDatasetTars, _shards(shards, path)
         folders = [name for name in SPLIT_FOLDERS if (path / name).is_dir()]
+        if inner := [
+            table for name in folders for table in sorted((path / name).iterdir()) if table.suffix.lower() in TABLES
+        ]:
+            raise ValueError(
+                f"{path} holds the table {inner[0].relative_to(path)} in the folder of a split; give the path of one table"
+            )
         return ImageFolder, all_of(*folders) if folders else {"all": (path, None)}
     if path.suffix.lower() == ".json":
         data = parse_json(path.read_bytes(), str(path))

@@ -114,6 +114,10 @@ def caption_fault(captions: Any) -> str | None:
             return f"caption {c} is {caption!r:.60}, which is no valid Unicode{byte}; write it as UTF-8"
         if "\0" in caption:
             return f"caption {c} is {caption!r:.60}, which holds a zero byte; write it as UTF-8"
+        if not any(
+            character.isprintable() and character != " " for character in caption
+        ):  # such as a byte-order mark alone
+            return f"caption {c} is {caption!r:.60}, which shows nothing; give it words"
         if is_written_list(caption):
             return f"caption {c} is {caption!r:.60}, a list written as text; give each caption its own place"
     return None

@@ -16,11 +16,13 @@ from typing import Any, Literal, get_args
 from PIL import Image
 
 from unimodal import arguments
+from unimodal.data.captions import is_missing
 from unimodal.data.folders import find_pictures, is_hidden
 from unimodal.data.images import load_image
 from unimodal.data.pairs import Problem, caption_fault, check, fingerprint
 from unimodal.data.text import lines, parse_json
 
+TABLES = (".json", ".jsonl", ".csv", ".tsv")  # files of captions, by their ending
 OnError = Literal["raise", "skip", "keep"]
 
 
@@ -200,13 +202,16 @@ class KarpathyJson(Listed):
         wanted, found = split.split("+"), set()
         samples: list[Sample] = []
         for i, image in enumerate(data["images"]):
-            if not isinstance(image, dict) or not all(isinstance(image.get(k), str) for k in ("filename", "split")):
+            if not isinstance(image, dict) or not all(
+                isinstance(image.get(key), str)
+                for key in ("filename", "split", *["filepath"] * (image.get("filepath") is not None))
+            ):
                 raise ValueError(
                     f"{path}: images[{i}] needs a filename and a split as strings, got {image!r:.80}{_other_format(data)}"
                 )
             found.add(image["split"])
             if image["split"] in wanted:
-                key = relative(str(PurePosixPath(str(image.get("filepath", "")), image["filename"])), root)
+                key = relative(str(PurePosixPath(image.get("filepath") or "", image["filename"])), root)
                 captions, labels, ids = _raw(image.get("sentences")), as_labels(image.get("labels")), _coco_ids(image)
                 samples.append(Sample(key, captions, inside(root, key), labels=labels, coco_ids=ids))
         if unknown := [part for part in wanted if part not in found]:
@@ -249,7 +254,14 @@ class ImageFolder(Listed):
         samples = [Sample(path.relative_to(folder).as_posix(), said, path) for path, said in zip(files, captions)]
         super().__init__(root.resolve().name, split or "all", samples, on_error, gallery=True)
         stems = {path.with_suffix("") for path in files}
-        self.others = [path.relative_to(folder).as_posix() for stem, path in texts.items() if stem not in stems]
+        tables = [
+            path
+            for place in {folder, *(path.parent for path in files)}
+            for path in place.glob("*")
+            if path.suffix.lower() in TABLES
+        ]
+        others = [path for stem, path in texts.items() if stem not in stems] + tables
+        self.others = sorted(path.relative_to(folder).as_posix() for path in others)
 
 
 def _fold(fold: Any) -> tuple[int, int]:
@@ -346,9 +358,9 @@ def relative(name: str, root: Path) -> str:
 
 
 def as_labels(value: Any) -> frozenset[str]:
-    """A category, a list of them or None, as text."""
+    """A category, a list of them or None, as text; what stands for a missing one is none."""
     values = value if isinstance(value, list) else [value]
-    return frozenset(text for label in values if label is not None and (text := str(label).strip()))
+    return frozenset(str(label).strip() for label in values if not is_missing(label))
 
 
 def _texts_beside(pictures: list[Path]) -> dict[Path, Path]:

@@ -253,18 +253,18 @@ def _key(name: Any, root: Path, where: str) -> str:
     if not isinstance(name, str) or is_missing(name) or any("\ud800" <= c <= "\udfff" for c in name):
         raise ValueError(f"{where}: expected a picture's name in UTF-8, got {name!r:.80}")
     try:
-        name = address_of(name)
+        address = address_of(name)
     except ValueError as error:
         raise ValueError(f"{where}: {error}") from error
-    if is_data(name) or is_remote(name):
+    if is_data(address) or is_remote(address):
         raise ValueError(
-            f"{where}: {shown(name)} is a URL; download the pictures first, for example with img2dataset, whose tar shards "
+            f"{where}: {shown(address)} is a URL; download the pictures first, for example with img2dataset, whose tar shards "
             "WebDatasetTars reads"
         )
-    whole, path = root.absolute().as_posix(), PurePosixPath(name.strip())
+    whole, path = root.absolute().as_posix(), PurePosixPath(address)
     if path.is_relative_to(whole):
         return str(path.relative_to(whole))
     try:
-        return relative(name, root)
+        return relative(name if address == name.strip() else address, root)
     except ValueError as error:
         raise ValueError(f"{where}: {error}") from error
