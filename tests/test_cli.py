@@ -1,5 +1,6 @@
 """The command line: what a user can get wrong is a short message and a status, never a traceback; what is right works."""
 
+import base64
 import json
 from pathlib import Path
 from typing import Any
@@ -203,6 +204,25 @@ def test_rank_and_caption(model: Path, photos: Path, capsys: pytest.CaptureFixtu
         str(photos / name) for name in ("a.png", "b.png", "more/c.png")
     ]
     assert "1 of 4 pictures skipped" in error
+
+
+def test_pictures_are_named_in_every_form_and_what_a_folder_leaves_out_is_said(
+    model: Path, photos: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (photos / "raw.NEF").write_bytes(b"x")
+    (photos / "again").symlink_to(photos)
+    url = "data:image/png;base64," + base64.b64encode((photos / "a.png").read_bytes()).decode()
+    status, output, error = run(capsys, "rank", "a red circle", photos, url, f"{photos}/a.png\n", "--model", model)
+    assert status == 0 and "'data:image/png;base64," in output and url[60:] not in output
+    assert "not read: 1 .nef; convert these to JPEG; not followed: 'again', linked to" in error
+    status, output, error = run(capsys, "caption", (photos / "b.png").as_uri(), "--model", model, "--num_beams", 1)
+    assert status == 0 and output.startswith(f"{photos / 'b.png'}:")
+    for query, message in (
+        ("photo.HEIC", "there is no image file 'photo.HEIC'"),
+        ("/photos/IMG_1", "is a path without"),
+    ):
+        status, _, error = run(capsys, "rank", query, photos, "--model", model)
+        assert status == 1 and message in error
 
 
 def test_embed_names_its_rows(model: Path, photos: Path, capsys: pytest.CaptureFixture[str]) -> None:

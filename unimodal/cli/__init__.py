@@ -64,7 +64,11 @@ VERBS = {
 def usage() -> str:
     width = max(map(len, VERBS))
     lines = [f"  {verb:<{width}}  {text}" for verb, (_, _, text) in VERBS.items()]
-    return "usage: unimodal VERB ...\n\n" + "\n".join(lines) + "\n\nunimodal VERB --help tells more.\n"
+    rest = (
+        "unimodal VERB --help tells more. The environment variable UNIMODAL_MAX_PIXELS sets how many pixels a picture may have "
+        "(by default 64000000)."
+    )
+    return "usage: unimodal VERB ...\n\n" + "\n".join(lines) + f"\n\n{rest}\n"
 
 
 def main(argv: Sequence[str] | None = None) -> int:

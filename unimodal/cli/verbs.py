@@ -24,7 +24,7 @@ from unimodal.cli.data import add_parser, check_data
 from unimodal.cli.options import Parser, add_model, names, number, whole
 from unimodal.cli.output import add_json, add_overwrite, print_json, require_free_file, say
 from unimodal.cli.photos import say_skipped
-from unimodal.data.endings import names_picture, shown
+from unimodal.data.endings import address_of, is_data, names_picture, shown
 from unimodal.data.folders import pictures_in
 from unimodal.data.images import load_image
 from unimodal.data.items import as_item
@@ -167,13 +167,13 @@ def rank(options: argparse.Namespace) -> None:
     if options.json:
         return print_json({"query": options.query, "hits": hits, "skipped": skipped})
     scores = told_apart([hit["score"] for hit in hits], ends=(0, 1))
-    rows = [(hit["rank"], hit["document"], score) for hit, score in zip(hits, scores)]
+    rows = [(hit["rank"], _in_table(hit["document"]), score) for hit, score in zip(hits, scores)]
     _table(shown(options.query), ("", "document", "match"), rows)
 
 
 @_verb
 def caption(options: argparse.Namespace) -> None:
-    paths = [Path(path) for path in _expand(options.paths)]
+    paths = [Path(address_of(str(path))) for path in _expand(options.paths)]
     if options.out is not None:
         require_free_file(options.out, photos.CAPTION_FILES, overwrite=options.overwrite, inputs=paths)
     captions, skipped = photos.caption(_load(options), options, paths)
@@ -277,6 +277,10 @@ def _readable(items: list[str | Path]) -> tuple[list[str | Path], dict[str, str]
     if len(bad) == len(items):
         raise ValueError(f"none of the {len(items)} inputs can be read")
     return [item for item in items if str(item) not in bad], bad
+
+
+def _in_table(document: str) -> str:
+    return shown(document) if is_data(document) else document
 
 
 def _table(title: str, columns: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
