@@ -275,7 +275,7 @@ def test_doctor_replays(model: Path, capsys: pytest.CaptureFixture[str]) -> None
         (("search", "nowhere", "x"), "nowhere: no such folder; give the folder that holds the pictures"),
         (("search", ".", "x"), ". holds no pictures; expected files that end in .jpg"),
         (("caption", "gone.png", "--model", "M"), "none of the 1 inputs can be read"),
-        (("rank", "x", "y", "--model", "M"), "the matching head judges one image and one text"),
+        (("rank", "a red circle", "a blue square", "--model", "M"), "the matching head judges one image and one text"),
         (
             ("embed", "x", "--out", "x.npy"),
             "no model in checkpoints/unimodal-small, which ships with the repository; start in a clone of it, or give --model",
