@@ -11,20 +11,7 @@ from unimodal.data.pairs import Pairs
 from unimodal.metrics.generation import SceneReport, summarise
 from unimodal.model import UnimodalModel
 from unimodal.report import Caption, Drawing, Hit, Metric, Report, Score, Search, Stage, Swap, write_report
-from unimodal.tasks import Evaluation
-
-METRICS = (
-    "t2i_r1_first",
-    "t2i_r1_reranked",
-    "i2t_r1_first",
-    "i2t_r1_reranked",
-    "cider_d",
-    "bleu_4",
-    "swap_accuracy_embed",
-    "swap_accuracy_match",
-    "caption_exact_attributes",
-    "generation_attribute_accuracy",
-)
+from unimodal.tasks import MEASURES, Evaluation
 
 
 def protocols(evaluation: Evaluation, results: dict[str, Any]) -> dict[str, str]:
@@ -89,7 +76,7 @@ def write_results(
     wall = sum(stage["seconds"] for stage in history.values()) + results["seconds"]
     memory = max([stage["peak_memory_mb"] for stage in history.values()] + [results["peak_memory_mb"]])
     content = {
-        "metrics": {name: numbers[name] for name in METRICS if name in numbers},
+        "metrics": {name: numbers[name] for name in MEASURES if name in numbers},
         "protocol": {name: lines[name] for name in numbers},
         "wall_seconds": round(wall, 1),
         "peak_memory_mb": round(memory, 1),

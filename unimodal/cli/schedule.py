@@ -30,13 +30,15 @@ from rich.table import Table
 from unimodal import files, words
 from unimodal.cli import between
 from unimodal.cli.cost import running_cost, training_cost
-from unimodal.cli.finish import METRICS, write_results
+from unimodal.cli.finish import write_results
 from unimodal.cli.messages import ConfigError
 from unimodal.cli.settings import class_name, deciding
 from unimodal.cli.stage import DONE, StagePlan, console, evaluate, peak_memory_mb, run_stage
 from unimodal.config import from_dict, nearest
 from unimodal.data.module import PairData
 from unimodal.hub import Card, load_checkpoint, round_weights, save_adapter, save_checkpoint
+from unimodal.hub.training import is_address
+from unimodal.tasks import MEASURES
 
 KEYS = (
     "name",
@@ -88,8 +90,8 @@ def check_schedule(schedule: dict[str, Any]) -> None:
     except (TypeError, ValueError) as error:
         raise ConfigError(f"schedule: {error}") from error
     for name in schedule.get("aims", {}):
-        if name not in METRICS:
-            raise ConfigError(f"schedule: aims at an unknown measure {name!r}; {nearest(name, METRICS)}")
+        if name not in MEASURES:
+            raise ConfigError(f"schedule: aims at an unknown measure {name!r}; {nearest(name, MEASURES)}")
     if not schedule["stages"] or not isinstance(schedule["stages"], dict):
         raise ConfigError(
             f"schedule: stages is {schedule['stages']!r}; expected a mapping from stage name to its settings"
@@ -143,8 +145,17 @@ def run_schedule(schedule: dict[str, Any], build: Callable[[dict[str, Any]], Any
 
 
 def output_folder(schedule: dict[str, Any]) -> Path:
-    """The folder of a schedule."""
-    return Path(schedule.get("output", f"checkpoints/{schedule.get('name', 'schedule')}"))
+    """The folder of a schedule.
+
+    Raises:
+        ConfigError: it lies on another machine.
+    """
+    output = schedule.get("output", f"checkpoints/{schedule.get('name', 'schedule')}")
+    if is_address(output):
+        raise ConfigError(
+            f"schedule: output is {output}, which is an address; give the path of a folder of this machine"
+        )
+    return Path(output)
 
 
 def _alone(output: Path) -> AbstractContextManager[None]:
@@ -293,7 +304,7 @@ def _stage_config(
     if isinstance(given, str) and given in schedule["stages"]:
         config["data"]["negatives"] = str(folder.parent / given / between.NEGATIVES)
     config.setdefault("trainer", {})["default_root_dir"] = str(folder)
-    saves = any(class_name(one).endswith("ModelCheckpoint") for one in config["trainer"].get("callbacks") or [])
+    saves = any(class_name(one).endswith("Checkpoint") for one in config["trainer"].get("callbacks") or [])
     config["trainer"].setdefault("enable_checkpointing", saves)  # resume.ckpt is the schedule's own
     if previous is not None:
         config["model"].setdefault("init_args", {})["init_from"] = str(previous)

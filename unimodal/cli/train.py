@@ -1,5 +1,6 @@
 """`unimodal fit|validate|test|predict|demo`: LightningCLI over tasks and data, and schedules of stages."""
 
+import inspect
 import os
 import signal
 import sys
@@ -12,19 +13,22 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from jsonargparse import Namespace
 from pytorch_lightning import Trainer
 from pytorch_lightning.cli import LightningCLI
 from pytorch_lightning.plugins.environments import SLURMEnvironment, TorchElasticEnvironment
+from pytorch_lightning.utilities.exceptions import MisconfigurationException
 
 from unimodal import files, words
 from unimodal.cli.messages import ConfigError, short
 from unimodal.cli.schedule import LOCK, merge, output_folder, run_schedule, stage_configs
 from unimodal.cli.stage import save_stage
+from unimodal.cli.trainer import heads_of, prepare
 from unimodal.cli.typed import TYPES, typed
 from unimodal.data.module import PairData
 from unimodal.hub.training import check_training_checkpoint
 from unimodal.recipes import recipe
-from unimodal.tasks import Interrupted, LocalCheckpoints, LossLog, Resume, StageProof, Task
+from unimodal.tasks import Interrupted, LossLog, Resume, StageProof, Task
 
 TRAINER_DEFAULTS = {
     "logger": False,
@@ -100,8 +104,15 @@ class TrainCLI(LightningCLI):
             raise ConfigError(f"--ckpt_path: {error}") from error
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
-        trainer = super().instantiate_trainer(**kwargs)
-        trainer.strategy.checkpoint_io = LocalCheckpoints()
+        try:
+            trainer = super().instantiate_trainer(**kwargs)
+        except (MisconfigurationException, TypeError, ValueError) as error:
+            raise ConfigError(f"trainer: {error}") from error
+        given = vars(self._get(self.config, "model")["init_args"])
+        objectives = (
+            given.get("objectives") or given.keys() - inspect.signature(Task).parameters
+        )  # a task of one has it as an argument
+        prepare(trainer, self.subcommand or "fit", objectives, heads_of(given.get("config")))
         return trainer
 
     def _run_subcommand(self, subcommand: str) -> None:
@@ -125,10 +136,11 @@ class TrainCLI(LightningCLI):
 
 
 class ConfigCheck(TrainCLI):
-    """Reads a configuration and builds nothing, so that a typo in the last stage is found before the first one trains."""
+    """Reads a configuration and builds its trainer alone, so that a fault of the last stage is found before the first one trains."""
 
     def instantiate_classes(self) -> None:
-        pass
+        self.config_init = self.parser.instantiate_classes(Namespace(trainer=self.config.trainer))
+        self.trainer = self.instantiate_trainer()
 
 
 class Parts(TrainCLI):

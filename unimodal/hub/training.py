@@ -58,6 +58,11 @@ def read_training_weights(path: str | Path) -> dict[str, Tensor]:
     return weights
 
 
+def is_address(path: str | Path) -> bool:
+    """Whether what was given as a path names a place by a scheme, as http:// and s3:// do."""
+    return re.match(r"[A-Za-z][A-Za-z0-9+.-]+:", str(path)) is not None and not Path(path).exists()
+
+
 def find_training_checkpoint(path: str | Path) -> Path:
     """The file or folder of a training checkpoint on this machine.
 
@@ -65,7 +70,7 @@ def find_training_checkpoint(path: str | Path) -> Path:
         FileNotFoundError: there is nothing.
         CheckpointError: `path` is an address of another machine.
     """
-    if re.match(r"[A-Za-z][A-Za-z0-9+.-]+:", str(path)) and not Path(path).exists():
+    if is_address(path):
         raise CheckpointError(
             f"{path} is an address, expected the path of a training checkpoint on this machine; such files can hold code, so none is "
             "fetched from elsewhere. Weights from the Hub go into model.init_args.init_from"

@@ -14,6 +14,7 @@ from typing import Any
 
 import pytorch_lightning as pl
 import torch
+from pytorch_lightning.callbacks import Timer
 from pytorch_lightning.strategies import ModelParallelStrategy, Strategy
 from pytorch_lightning.utilities.types import OptimizerLRSchedulerConfig
 from safetensors.torch import load_file, save_file
@@ -322,9 +323,9 @@ class Task(pl.LightningModule):
             return stages.probe(self.model, heads)
 
     def whole_model(self) -> UnimodalModel:
-        """The model; one that is cut among the processes is put together on the first one, and all must ask."""
+        """The model in float32; one that is cut among the processes is put together on the first one, and all must ask."""
         if not is_sharded(self):
-            return self.model
+            return self.model.float()  # whatever it trained in
         state = whole_state(self.model)
         model = self.model
         if self.global_rank == 0:
@@ -339,11 +340,10 @@ class Task(pl.LightningModule):
 
     def training_forward(self, batch: Batch) -> tuple[Losses, Report]:
         """Losses by objective name (unweighted), and what else is worth logging."""
-        total = self.trainer.estimated_stepping_batches if self._trainer is not None else 1
         if self.mini_batch_size is not None:
             refuse_coupled_rows(self.model.named_modules())
         states = any(objective.states for objective in self.objectives.values())
-        step = Step(self.model, batch, self.global_step / total, self.mini_batch_size, states)
+        step = Step(self.model, batch, self.progress(self.global_step), self.mini_batch_size, states)
         losses: Losses = {}
         report: Report = {}
         for name, objective in self.objectives.items():
@@ -352,9 +352,24 @@ class Task(pl.LightningModule):
             report |= {f"{name}/{key}": value for key, value in extra.items()}
         return losses, report
 
+    def progress(self, steps: int) -> float:
+        """How far the training is after so many steps, from 0 to 1; by time where only the trainer's `max_time` ends it."""
+        if self._trainer is None:
+            return 0.0
+        total = self.trainer.estimated_stepping_batches
+        if math.isfinite(total):
+            return min(1.0, steps / max(1, total))
+        timer = next((one for one in self.trainer.callbacks if isinstance(one, Timer)), None)  # type: ignore[attr-defined]
+        if timer is None or (left := timer.time_remaining()) is None:
+            raise ValueError(
+                "nothing ends this training, and the learning rate follows how far it is; set max_steps, max_epochs or max_time"
+            )
+        return min(1.0, timer.time_elapsed() / max(timer.time_elapsed() + left, 1e-9))
+
     def on_train_batch_start(self, batch: Batch, batch_index: int) -> None:
-        # Dropout, sampled negatives and noise follow from the step alone, so a resumed run repeats them.
-        torch.manual_seed((self.seed * 1_000_003 + self.global_step) * 64 + self.global_rank)
+        # Dropout, sampled negatives and noise follow from the number of the batch alone, so a resumed run repeats them.
+        number = self.trainer.fit_loop.total_batch_idx
+        torch.manual_seed((self.seed * 1_000_003 + number) * 64 + self.global_rank)
 
     def training_step(self, batch: Batch, batch_index: int) -> Tensor:
         losses, report = self.training_forward(batch)
@@ -388,9 +403,8 @@ class Task(pl.LightningModule):
 
     def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
         optimizer = build_optimizer(self.model, self.factors, self.optimizer)
-        total = max(1, int(self.trainer.estimated_stepping_batches))
         schedule = torch.optim.lr_scheduler.LambdaLR(
-            optimizer, lambda step: self.optimizer.rate(min(1.0, (step + 1) / total))
+            optimizer, lambda step: self.optimizer.rate(self.progress(step + 1))
         )
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
@@ -402,6 +416,12 @@ class Task(pl.LightningModule):
         return self.trainer.datamodule  # type: ignore[attr-defined]
 
     def setup(self, stage: str) -> None:
+        dealt = self.trainer._accelerator_connector.use_distributed_sampler
+        if dealt and self.trainer.world_size > 1 and stage != "predict":
+            raise ValueError(
+                "trainer.use_distributed_sampler deals a split out among the processes, and every one must read all of it, since its "
+                "numbers are about the whole split; set it to false"
+            )
         with _rank_zero_first(self.trainer.strategy):
             self._prepare(stage)
 
@@ -471,14 +491,8 @@ class Task(pl.LightningModule):
 
     def _end(self, prefix: str) -> None:
         assert self.evaluation is not None
-        read, split = sum(map(len, self.evaluation.image_ids)), self.evaluation.pairs
-        if self.trainer.sanity_checking and read < len(split):
+        if self.trainer.sanity_checking and self.evaluation.read < len(self.evaluation.pairs):
             return
-        if read != len(split):
-            raise ValueError(
-                f"read {read} images of {split.name} {split.split}, expected all {len(split)}: its numbers are about the whole "
-                "split. Every rank reads it: set trainer.use_distributed_sampler to false and limit_val_batches to 1.0 or 0"
-            )
         with self.trainer.precision_plugin.forward_context():
             self.results = self.evaluation.results()
         self.log_dict(

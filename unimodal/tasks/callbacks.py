@@ -28,6 +28,8 @@ class LossLog(pl.Callback):
         files.write_text(self.path, "".join(line for line in lines if _step(line) < trainer.global_step))
 
     def on_train_batch_end(self, trainer: pl.Trainer, task: Any, outputs: Any, batch: Any, batch_index: int) -> None:
+        if trainer.fit_loop._skip_backward:  # an average of weights takes its statistics: nothing is trained
+            return
         self.batches.append({**task.step_losses, **task.step_report})
         if trainer.global_step == self.step:  # gradients accumulate
             return
