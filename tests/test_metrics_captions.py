@@ -5,11 +5,14 @@ captions that cannot be scored are refused by name.
 import itertools
 import math
 import random
+import unicodedata
 
 import numpy as np
 import pytest
 
+from tests import coco_captions
 from unimodal.metrics import Protocol, bleu, caption_metrics, cider_d, rouge_l, tokenize
+from unimodal.metrics.captions import TOKENIZER
 
 CANDIDATES = [
     "A brown dog runs through the green grass.",
@@ -103,6 +106,34 @@ def test_numbers_of_the_coco_tools_on_the_same_words() -> None:
     )
 
 
+@pytest.mark.parametrize("start", range(0, coco_captions.COUNT, 50))
+def test_numbers_of_the_coco_tools_on_captions_that_scorers_stumble_over(start: int) -> None:
+    """Empty captions, marks alone, orders of BLEU without a match or without an n-gram, repetition, several scripts."""
+    for seed, numbers in enumerate(coco_captions.read()["numbers"][start : start + 50], start):
+        candidates, references = coco_captions.captions(seed)
+        scores = [
+            *bleu(candidates, references),
+            cider_d(candidates, references).mean(),
+            rouge_l(candidates, references).mean(),
+        ]
+        assert scores == pytest.approx(numbers, abs=1e-6), seed
+
+
+def test_the_table_holds_what_is_hard() -> None:
+    table = coco_captions.read()
+    assert len(table["numbers"]) == coco_captions.COUNT and len(table["words"]) > 240
+    without_match = [row for row in table["numbers"] if row[0] > 1 and row[3] < 1e-3 * row[0]]
+    assert len(without_match) > 20 and sum(row[0] < 1e-3 for row in table["numbers"]) > 20
+
+
+def test_an_order_without_a_match_does_not_end_in_zero() -> None:
+    """`(tiny / ngrams)` to the power of a quarter; the other libraries give 0."""
+    scores = bleu(["a b c d", "a b c d"], [["a c b d"], ["a c b d"]])
+    assert scores == pytest.approx(
+        (100, 100 * (1e-15 / 6) ** 0.5, 100 * (1e-30 / 24) ** (1 / 3), 100 * (1e-45 / 48) ** 0.25), rel=1e-6
+    )
+
+
 def test_bleu_does_not_depend_on_the_order_of_references() -> None:
     candidate, short, long = "a b c d e", "a b c d", "a b c d e f"  # equally near: the penalty must pick one
     scores = {bleu([candidate, candidate], [refs, refs]) for refs in ([short, long], [long, short])}
@@ -137,13 +168,42 @@ def protocol(images: int, captions: int) -> Protocol:
 
 def test_the_result_names_its_tokenizer_and_averages_over_images() -> None:
     result = caption_metrics(CANDIDATES, REFERENCES, protocol(4, 11))
-    assert "lower case, regex" in result.protocol.rule and result.protocol.stage is None
+    assert (
+        result.protocol.rule == f"caption words: {TOKENIZER}; BLEU smoothed as in COCO"
+        and result.protocol.stage is None
+    )
     assert result.cider_d == pytest.approx(cider_d(CANDIDATES, REFERENCES).mean())
     assert list(result.to_dict()) == ["protocol", "cider_d", "bleu_1", "bleu_2", "bleu_3", "bleu_4", "rouge_l"]
 
 
 def test_tokenizer() -> None:
     assert tokenize("A dog's BALL, 2-year_old café!") == ["a", "dog's", "ball", "2", "year", "old", "café"]
+
+
+def test_words_are_those_of_the_coco_tools_or_another_known_choice() -> None:
+    """The table has the words of the COCO tools, and ours where they differ: contractions, hyphens, dots in words, symbols."""
+    table = coco_captions.read()["words"]
+    assert {text: tokenize(text) for text in table} == {text: words[-1] for text, words in table.items()}
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["café", "straße", "naïve"],
+        ["कुत्ता", "हिन्दी", "क्षत्रिय"],
+        ["สุนัข", "น้ำ"],
+        ["தமிழ்", "ਪੰਜਾਬੀ", "ಕನ್ನಡ", "ខ្មែរ", "မြန်မာ"],
+        ["كَلْب", "שָׁלוֹם", "か\u3099", "강아지"],
+        ["don't", "o'clock", "dog's"],
+        ["می\u200cخواهم", "कि\u200dताब"],
+    ],
+)
+def test_words_stay_whole_however_they_are_encoded(words: list[str]) -> None:
+    composed = [unicodedata.normalize("NFC", word) for word in words]
+    for form in ("NFC", "NFD"):
+        text = unicodedata.normalize(form, " ".join(words))
+        assert tokenize(text) == tokenize(text.replace("'", "\u2019")) == tokenize(text.title()) == composed
+        assert tokenize(f"({text.replace(' ', ', ')}...) 😀") == composed
 
 
 @pytest.mark.parametrize(

@@ -175,7 +175,7 @@ def test_longest_text(embedder: Path, tmp_path: Path) -> None:
     other = {"processor_kwargs": {"model_max_length": 16}}
     assert library("SentenceTransformer")(str(embedder), trust_remote_code=True, **other).max_seq_length == 16
     for length in (33, 2, 0, -1):
-        with pytest.raises(ValueError, match="max_seq_length: expected a whole number, 3 to 32"):
+        with pytest.raises(ValueError, match="max_seq_length: expected .*3 to 32"):
             model.max_seq_length = length
 
 
@@ -230,7 +230,7 @@ def test_preprocessing_of_another_kind_is_refused(sentence_transformer: Any) -> 
     for asked, told in (
         ({"image": {"size": 3}}, "got image: size=3"),
         ({"text": {"max_length": 8, "truncation": False}}, "got text: truncation=False"),
-        ({"text": {"max_length": 64}}, "max_length: expected a whole number, 3 to 32"),
+        ({"text": {"max_length": 64}}, "max_length: expected .*3 to 32"),
     ):
         with pytest.raises(ValueError, match=told):
             sentence_transformer.encode(TEXTS, processing_kwargs=asked)

@@ -1,23 +1,36 @@
 """Caption metrics without Java: CIDEr-D, BLEU-1 to 4, ROUGE-L, in points (100 times the fraction, as papers print).
 
-The COCO tools split words with a Java tokenizer; ours is one regular expression, and that moves CIDEr-D by about one
-point in eighty. So the tokenizer is written into the result's protocol, and `results_table` keeps the two kinds apart.
-On the same words, the numbers are those of pycocoevalcap.
+On the same words, the numbers are those of pycocoevalcap 1.2 to 1e-6 points, also of empty captions and of orders without a match.
+Two things differ, and a result's protocol names the first:
+
+The COCO tools split captions with a Java program, Stanford's PTBTokenizer 3.4.1; ours is one regular expression, and that moves CIDEr-D by
+about one point in eighty. So the tokenizer is written into the protocol, and `results_table` keeps the two kinds apart. That program parts
+contractions (`do n't`, `dog 's`, `can not`), keeps `well-known`, `U.S.`, `3,000` and `and/or` whole, and counts brackets and symbols as
+words; ours keeps contractions whole, parts at every other mark, and leaves marks out. Ours keeps accents and vowel signs with their
+letters in every script and reads composed and decomposed ones alike; that program parts Gurmukhi, Kannada or Khmer at vowel signs.
+
+What the COCO tools score without a word is refused: a reference without any word, and CIDEr-D of a single image, where it is always 0.
 """
 
 import math
-import re
+import unicodedata
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
-from torchmetrics.functional.text import bleu_score
+import regex
 
 from .protocol import Protocol, Result
 
-WORD = re.compile(r"[^\W_]+(?:'[^\W_]+)?")
-TOKENIZER = f"lower case, regex {WORD.pattern}"
+# Letters and digits with their marks; a joiner (of Persian, Hindi) inside; one apostrophe inside, straight or curly.
+LETTERS = r"[\p{L}\p{N}](?:[\u200c\u200d]?[\p{L}\p{N}\p{Mn}\p{Mc}])*"
+WORD = regex.compile(rf"{LETTERS}(?:'{LETTERS})?")
+APOSTROPHES = {ord(mark): "'" for mark in "\u2019\u2018\u02bc\uff07"}
+UNSEEN = dict.fromkeys((0xAD, 0xFE0E, 0xFE0F))  # the soft hyphen, and what chooses between two looks of a character
+TOKENIZER = "lower case, NFC, words of letters, digits and marks with one apostrophe, no PTBTokenizer"
+# What the COCO tools add to counts of matches and of n-grams, so that an order without a match does not end in 0.
+TINY, SMALL = 1e-15, 1e-9
 
 Ngrams = dict[tuple[str, ...], float]
 
@@ -35,7 +48,9 @@ class CaptionMetrics(Result):
 
 
 def tokenize(caption: str) -> list[str]:
-    return WORD.findall(caption.lower())
+    """The words of a caption, in lower case. Equal texts have equal words, whether their accents are composed or not."""
+    text = unicodedata.normalize("NFC", caption.translate(APOSTROPHES | UNSEEN).lower())
+    return WORD.findall(text)
 
 
 def caption_metrics(
@@ -60,7 +75,9 @@ def caption_metrics(
     cider, rouge = cider_d(candidates, references), rouge_l(candidates, references)
     b1, b2, b3, b4 = bleu(candidates, references)
     return CaptionMetrics(
-        protocol=replace(protocol, stage=None, k=None, combine=None, rule=f"caption words: {TOKENIZER}"),
+        protocol=replace(
+            protocol, stage=None, k=None, combine=None, rule=f"caption words: {TOKENIZER}; BLEU smoothed as in COCO"
+        ),
         cider_d=float(cider.mean()),
         bleu_1=b1,
         bleu_2=b2,
@@ -125,13 +142,25 @@ def cider_d(candidates: Sequence[str], references: Sequence[Sequence[str]], *, s
 
 
 def bleu(candidates: Sequence[str], references: Sequence[Sequence[str]]) -> tuple[float, float, float, float]:
-    """BLEU-1 to BLEU-4 (Papineni et al. 2002) of the whole set, with the brevity penalty, in points."""
+    """BLEU-1 to BLEU-4 (Papineni et al. 2002) of the whole set, with the brevity penalty and the smoothing of the COCO tools, in points.
+
+    The penalty looks at the reference nearest in length, of two equally near at the shorter.
+    """
     words, reference_words = _tokenize_all(candidates, references)
-    joined = [" ".join(w) for w in words]
-    # The penalty looks at the reference nearest in length. Of two equally near, torchmetrics takes the first and the
-    # COCO tools the shorter; sorting makes them one.
-    joined_references = [[" ".join(ref) for ref in sorted(refs, key=len)] for refs in reference_words]
-    b1, b2, b3, b4 = (100 * bleu_score(joined, joined_references, n_gram=n).item() for n in (1, 2, 3, 4))
+    matches, ngrams, length, reference_length = np.zeros(4), np.zeros(4), 0, 0
+    for candidate, refs in zip(words, reference_words, strict=True):
+        length += len(candidate)
+        reference_length += min((abs(len(ref) - len(candidate)), len(ref)) for ref in refs)[1]
+        counts, most = _ngrams(candidate), Counter[tuple[str, ...]]()
+        for ref in refs:
+            most |= _ngrams(ref)
+        for gram, count in counts.items():
+            ngrams[len(gram) - 1] += count
+            matches[len(gram) - 1] += min(count, most[gram])
+    precisions = np.cumprod((matches + TINY) / (ngrams + SMALL))
+    ratio = (length + TINY) / (reference_length + SMALL)
+    penalty = math.exp(1 - 1 / ratio) if ratio < 1 else 1.0
+    b1, b2, b3, b4 = (100 * penalty * float(product) ** (1 / n) for n, product in enumerate(precisions, 1))
     return b1, b2, b3, b4
 
 
