@@ -217,6 +217,80 @@ def test_an_evaluation_takes_the_place_of_an_older_one_whole_or_not_at_all(
     assert (place / "out/notes.txt").read_text() == "the user's"
 
 
+# Results as JSON.
+
+
+def told(capsys, *words: object) -> tuple[int, dict, str]:
+    """Exit status, the JSON document on standard output, standard error."""
+    status, output, error = run(capsys, *words, "--json")
+    return status, json.loads(output), error
+
+
+def test_search_rank_and_caption_as_json(model: Path, place: Path, capsys) -> None:  # noqa: F811
+    (place / "photos/b.png").rename(place / "photos/été 日本.png")
+    names = ["a.png", "more/c.png", "été 日本.png"]
+    ours = Unimodal.from_pretrained(model)
+    status, found, error = told(capsys, "search", "photos", "a red circle", "--model", model, "--top_k", 3)
+    assert status == 0 and "bad.jpg" in error and list(found["skipped"]) == ["bad.jpg"]
+    assert list(found) == ["query", "folder", "pictures", "judged", "order", "hits", "skipped", "page"]
+    assert sorted(hit["id"] for hit in found["hits"]) == names and [hit["rank"] for hit in found["hits"]] == [1, 2, 3]
+    assert list(found["hits"][0]) == ["id", "document", "rank", "score", "first_score", "rerank_score"]
+    vector = ours.encode("a red circle")
+    for hit in found["hits"]:
+        cosine = float(vector @ ours.encode(Path(hit["document"])))
+        assert hit["first_score"] == pytest.approx(cosine, abs=1e-6) and hit["first_score"] != round(
+            hit["first_score"], 3
+        )
+    assert "&lt;" not in Path(found["page"]).read_text() and "été 日本.png" in Path(found["page"]).read_text()
+
+    status, ranked, error = told(capsys, "rank", "a red circle", "photos", "--model", model)
+    expected = ours.rank("a red circle", [place / "photos" / name for name in names])
+    assert status == 0 and "skipped: " in error and list(ranked["skipped"]) == [str(Path("photos/bad.jpg"))]
+    assert [hit["score"] for hit in ranked["hits"]] == [one["score"] for one in expected]
+    assert [hit["document"] for hit in ranked["hits"]] == [f"photos/{names[one['corpus_id']]}" for one in expected]
+
+    status, written, _ = told(capsys, "caption", "photos", "--model", model, "--num_beams", 1)
+    assert status == 0 and [one["image"] for one in written["captions"]] == [f"photos/{name}" for name in names]
+    assert list(written["skipped"]) == ["photos/bad.jpg"]
+
+
+def test_other_verbs_as_json(model: Path, place: Path, capsys) -> None:  # noqa: F811
+    ask = ("--model", model)
+    _, embedded, _ = told(capsys, "embed", "a star", *ask, "--out", "x.npy")
+    assert embedded == {"vectors": "x.npy", "rows": "x.json", "shape": [1, 16], "dtype": "float32", "skipped": {}}
+    _, drawn, _ = told(capsys, "generate", "a star", *ask, "--num_inference_steps", 1)
+    assert drawn == {"picture": "picture.png"}
+    _, why, _ = told(capsys, "explain", "photos/a.png", "a star", *ask, "--steps", 2)
+    assert [one["word"] for one in why["words"]] == ["a", "star"] and why["picture"] == "why.png"
+    _, mined, _ = told(capsys, "mine", *ask, *DATA, "--out", "n.jsonl", "--judge", "cosine")
+    assert mined["negatives"] == "n.jsonl" and mined["kept"].keys() == {"images", "captions"}
+    status, checked, _ = told(capsys, "data", "check", "photos")
+    assert status == 1 and checked["splits"]["all"] == {"images": 4, "captions": 0}
+    assert [one["kind"] for one in checked["findings"]][0] == "pictures" and "bad.jpg" in checked["findings"][0][
+        "cases"
+    ][0]
+    for out in ("a", "b"):
+        assert told(capsys, "evaluate", *ask, *DATA, "--out", out)[0] == 0
+    _, compared, _ = told(capsys, "compare", "a", "b", "--samples", 20)
+    assert compared["stage"] == "reranked" and compared["metrics"]["rsum"]["difference"] == 0
+    assert {"a", "b", "low", "high", "p_value"} <= compared["metrics"]["t2i_r1"].keys()
+
+
+def test_a_fault_leaves_no_json(place: Path, idle, capsys) -> None:
+    status, output, error = run(capsys, "search", "nowhere", "a star", "--json")
+    assert (status, output) == (1, "") and "nowhere: no such folder" in error
+
+
+def test_each_search_has_its_page_and_old_ones_go(model: Path, place: Path, capsys, monkeypatch) -> None:  # noqa: F811
+    monkeypatch.setattr("unimodal.cli.photos.PAGES", 3)
+    pages = []
+    for words in ("a star", "a circle", "a star", "a square", "red"):
+        status, output, _ = run(capsys, "search", "photos", words, "--model", model, "--top_k", 1)
+        pages.append(Path(output.splitlines()[-1]))
+        assert status == 0 and f"<h1>{words}</h1>" in pages[-1].read_text()
+    assert len(set(pages)) == 5 and [page.exists() for page in pages] == [False, False, True, True, True]
+
+
 # Names that are not UTF-8, and terminals that cannot show a name.
 
 

@@ -152,7 +152,9 @@ def _reader(path: Path, wildcards: bool) -> tuple[type[Any], dict[str, tuple[Any
         if isinstance(data, dict) and "annotations" in data:
             return CocoCaptions, all_of(split_of(path))
         images = data.get("images") if isinstance(data, dict) else None
-        names = [str(image.get("split")) for image in images or () if isinstance(image, dict)]
+        names = [
+            str(image.get("split")) for image in (images if isinstance(images, list) else ()) if isinstance(image, dict)
+        ]
         return KarpathyJson, all_of(*dict.fromkeys(names or ["train"]))  # of no image KarpathyJson says what is wrong
     if path.suffix.lower() in (".jsonl", ".csv", ".tsv", ".txt"):
         reader = JsonLines if path.suffix.lower() == ".jsonl" else CsvTable
