@@ -232,6 +232,13 @@ def test_a_grey_map_says_itself_how_bright_its_brightest_is(brightest: int) -> N
     assert np.abs(np.asarray(load_image(content))[..., 0].ravel() - np.linspace(0, 255, 64)).max() < 2
 
 
+@pytest.mark.parametrize("kind", [np.uint8, np.uint16])
+def test_a_tiff_whose_zero_is_white_is_no_negative(kind: type) -> None:
+    ramp = np.linspace(0, np.iinfo(kind).max, 64).astype(kind).reshape(8, 8)
+    content = tiff(ramp).replace(struct.pack("<HHII", 262, 4, 1, 1), struct.pack("<HHII", 262, 4, 1, 0))
+    assert np.abs(np.asarray(load_image(content))[..., 0] - np.linspace(255, 0, 64).reshape(8, 8)).max() < 2
+
+
 def test_black_stays_black() -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")

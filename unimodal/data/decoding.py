@@ -17,12 +17,13 @@ import warnings
 from typing import IO, Any
 
 import numpy as np
-from PIL import ExifTags, Image, ImageFile, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageFile, ImageOps, UnidentifiedImageError
 
 from unimodal.data import heif
 from unimodal.data.endings import PICTURES
 
 FORMATS = tuple(dict.fromkeys(PICTURES.values()))
+PHOTOMETRIC, WHITE_IS_ZERO = 262, 0  # a tag of TIFF and one of its values
 TIFF_MARKS = (b"II*\0", b"MM\0*")
 LIMIT_VARIABLE = "UNIMODAL_MAX_PIXELS"  # reaches every verb, call and worker process
 MAX_PIXELS = 64_000_000
@@ -108,9 +109,11 @@ def as_rgb(picture: Image.Image, name: str, *, deep: bool = False) -> Image.Imag
     Raises:
         ImageError: pixels of a type that no colours are known for.
     """
+    negative = getattr(picture, "tag_v2", {}).get(PHOTOMETRIC) == WHITE_IS_ZERO
     picture = _upright(picture, name)
     if picture.mode.startswith("I;16") or (picture.mode == "I" and picture.format == "PPM"):
         picture = _eight_bits(picture, name)
+        picture = ImageOps.invert(picture) if negative else picture  # Pillow does so with eight bits
     elif deep:
         picture = _brightened(picture, name)
     if picture.mode in ("I", "F"):
@@ -217,7 +220,7 @@ def _upright(picture: Image.Image, name: str) -> Image.Image:
 
 def _eight_bits(picture: Image.Image, name: str) -> Image.Image:
     """Grey of 16 bits as grey of 8, on white where it is transparent."""
-    values = np.asarray(picture).astype(np.int64)
+    values = np.asarray(picture).astype(np.int32)
     clear = picture.info.get("transparency")
     seen = values if clear is None else values[values != clear]
     depth = _depth(int(seen.max(initial=0)))
