@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from unimodal.data import ImageFolder
+from unimodal.data import ImageFolder, open_splits
 from unimodal.data.folders import find_pictures, pictures_in
 
 
@@ -105,3 +105,16 @@ def test_a_link_to_nothing_is_named_by_who_opens_it(tmp_path: Path) -> None:
     assert names(tmp_path) == ["a.png", "gone.jpg"]
     with pytest.warns(UserWarning, match="gone.jpg.*there is no image file"):
         assert len(ImageFolder(tmp_path, on_error="skip")) == 1
+
+
+def test_hidden_tables_and_shards_do_not_count(tmp_path: Path) -> None:
+    """As a Mac leaves them beside one's own on a foreign disk."""
+    for name in ("a.csv", "._a.csv"):
+        (tmp_path / name).write_text("image,caption\na.png,one\n")
+    (tmp_path / "._b.tar").write_bytes(b"x")
+    save(tmp_path / "a.png")
+    assert open_splits(tmp_path)[0] == "CsvTable"
+    (tmp_path / "a.csv").unlink()
+    assert open_splits(tmp_path)[0] == "ImageFolder"
+    with pytest.raises(FileNotFoundError, match="no file fits"):
+        open_splits(tmp_path / "*.tar")

@@ -102,6 +102,11 @@ def is_hidden(name: str) -> bool:
     return name.startswith(".") or name in SYSTEM_FOLDERS
 
 
+def visible(folder: Path, pattern: str = "*") -> list[Path]:
+    """The files and folders in a folder that are not hidden, in order."""
+    return sorted(path for path in folder.glob(pattern) if not is_hidden(path.name))
+
+
 def require_unicode(path: Path) -> None:
     """Refuse a path that no file of results can hold.
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from unimodal.data.coco import CocoCaptions, split_of
+from unimodal.data.folders import visible
 from unimodal.data.huggingface import HuggingFaceDataset, is_saved
 from unimodal.data.labelled import NusWide, PascalSentence, Wikipedia
 from unimodal.data.pairs import Pairs
@@ -66,7 +67,7 @@ def open_splits(
         raise FileNotFoundError(f"there is nothing at {str(path)!r}; check the path")
     coco = _coco_files(path)
     if (
-        path.is_dir() and not coco and not is_saved(path) and not any(path.glob("*.tar"))
+        path.is_dir() and not coco and not is_saved(path) and not visible(path, "*.tar")
     ):  # they have JSON files of their own beside them
         path = _inside_folder(path)
     reader, found = (CocoCaptions, coco) if coco else _reader(path, wildcards)
@@ -103,14 +104,14 @@ def open_split(path: str | Path, split: str, root: str | Path | None = None, **o
 
 def _coco_files(path: Path) -> dict[str, tuple[Any, str | None]]:
     """The splits of COCO's files `captions_SPLIT.json` in a folder, or in its folder `annotations`."""
-    named = [file for folder in (path, path / "annotations") for file in sorted(folder.glob("captions_*.json"))]
+    named = [file for folder in (path, path / "annotations") for file in visible(folder, "captions_*.json")]
     files = [file for file in named if b'"annotations"' in file.read_bytes()]  # the name alone could be Karpathy's
     return {split_of(file): (file, split_of(file)) for file in files}
 
 
 def _inside_folder(folder: Path) -> Path:
     """The single table of a folder, where it has one; else the folder."""
-    tables = sorted(path for path in folder.iterdir() if path.suffix.lower() in TABLES and path.is_file())
+    tables = [path for path in visible(folder) if path.suffix.lower() in TABLES and path.is_file()]
     if len(tables) > 1:
         raise ValueError(f"{folder} holds {', '.join(path.name for path in tables)}; name one of them")
     return tables[0] if tables else folder
@@ -123,7 +124,7 @@ def _reader(path: Path, wildcards: bool) -> tuple[type[Any], dict[str, tuple[Any
         return {name: (path, name) for name in names}
 
     if wildcards or path.suffix.lower() == ".tar":
-        return WebDatasetTars, _shards(sorted(path.parent.glob(path.name)), path)
+        return WebDatasetTars, _shards(visible(path.parent, path.name), path)
     if path.is_dir():
         if (path / "trainset_txt_img_cat.list").is_file():
             return Wikipedia, all_of("train", "test")
@@ -137,12 +138,10 @@ def _reader(path: Path, wildcards: bool) -> tuple[type[Any], dict[str, tuple[Any
             )
         if is_saved(path):
             return HuggingFaceDataset, {"all": (path, None)}
-        if shards := sorted(path.glob("*.tar")):
+        if shards := visible(path, "*.tar"):
             return WebDatasetTars, _shards(shards, path)
         folders = [name for name in SPLIT_FOLDERS if (path / name).is_dir()]
-        if inner := [
-            table for name in folders for table in sorted((path / name).iterdir()) if table.suffix.lower() in TABLES
-        ]:
+        if inner := [table for name in folders for table in visible(path / name) if table.suffix.lower() in TABLES]:
             raise ValueError(
                 f"{path} holds the table {inner[0].relative_to(path)} in the folder of a split; give the path of one table"
             )

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from unimodal import arguments
-from unimodal.data.folders import find_pictures
+from unimodal.data.folders import find_pictures, visible
 from unimodal.data.pairs import Pairs
 from unimodal.data.readers import Listed, OnError, Sample, inside
 from unimodal.data.text import decoded, lines
@@ -80,7 +80,7 @@ class PascalSentence(Listed):
         if not pictures.is_dir():
             raise FileNotFoundError(f"there is no folder {str(pictures)!r}; expected dataset/CLASS/NAME.jpg")
         samples = []
-        for folder in sorted(path for path in pictures.iterdir() if path.is_dir()):
+        for folder in [path for path in visible(pictures) if path.is_dir()]:
             files = [path for path in find_pictures(folder).pictures if path.parent == folder]
             files.sort(key=lambda path: hashlib.sha256(f"{seed}/{path.parent.name}/{path.stem}".encode()).digest())
             tenth = len(files) // 10
