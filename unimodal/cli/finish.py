@@ -11,7 +11,7 @@ from unimodal.data.pairs import Pairs
 from unimodal.metrics.generation import SceneReport, summarise
 from unimodal.model import UnimodalModel
 from unimodal.report import Caption, Drawing, Hit, Metric, Report, Score, Search, Stage, Swap, write_report
-from unimodal.tasks import MEASURES, Evaluation
+from unimodal.tasks.evaluation import MEASURES, Evaluation
 
 
 def protocols(evaluation: Evaluation, results: dict[str, Any]) -> dict[str, str]:

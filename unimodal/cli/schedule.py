@@ -38,7 +38,7 @@ from unimodal.config import from_dict, nearest
 from unimodal.data.module import PairData
 from unimodal.hub import Card, load_checkpoint, round_weights, save_adapter, save_checkpoint
 from unimodal.hub.training import is_address
-from unimodal.tasks import MEASURES
+from unimodal.tasks.evaluation import MEASURES
 
 KEYS = (
     "name",

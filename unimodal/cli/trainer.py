@@ -10,7 +10,8 @@ from pytorch_lightning.plugins.io import TorchCheckpointIO
 from unimodal.cli.messages import ConfigError
 from unimodal.config import nearest
 from unimodal.hub.training import is_address
-from unimodal.tasks import MEASURES, LocalCheckpoints
+from unimodal.tasks import LocalCheckpoints
+from unimodal.tasks.evaluation import MEASURES
 
 ALWAYS = ("epoch", "step")  # what a ModelCheckpoint may monitor beside losses and measures
 

@@ -3,7 +3,7 @@
 from unimodal.tasks.base import Objective, Step, Task
 from unimodal.tasks.callbacks import EMA, LossLog, StageProof
 from unimodal.tasks.captioning import ITG, SCST, Captioning
-from unimodal.tasks.evaluation import MEASURES, Evaluation, EvaluationSettings
+from unimodal.tasks.evaluation import Evaluation, EvaluationSettings
 from unimodal.tasks.generation import Conditioning, Flow, Generation
 from unimodal.tasks.joint import Joint
 from unimodal.tasks.matching import ITM, LCE, Matching
@@ -19,7 +19,6 @@ __all__ = [
     "ITG",
     "ITM",
     "LCE",
-    "MEASURES",
     "SCST",
     "Captioning",
     "Conditioning",
