@@ -379,7 +379,7 @@ def test_a_string_is_an_image_by_its_suffix_only(photos: list[str], tmp_path: Pa
         ("https://example.org/picture?id=3", ValueError, r"a URL without a picture's suffix; pass \{'image': url\}"),
         (["a", " \n"], ValueError, "item 1: the text is empty"),
         ([1], TypeError, "item 0: expected a text, an image .*, got 1"),
-        (None, TypeError, "expected a text, an image .*, or a list of these, got None"),
+        (None, TypeError, "items: expected a list of items, each of them a text, an image .*, got None"),
         ({"picture": 1}, ValueError, r"the keys 'image', 'video', 'text', got \['picture'\]"),
         ({}, ValueError, r"got \[\]"),
         ({"text": 3}, TypeError, "expected a text as str, got 3"),

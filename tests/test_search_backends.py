@@ -104,7 +104,7 @@ def test_exact_survives_a_torn_write(tmp_path: Path) -> None:
 def test_backends_that_cannot_be_opened(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="no 'fais'; did you mean 'faiss'"):
         open_backend("fais", tmp_path, 8, "float32")
-    with pytest.raises(ValueError, match="expected 'float32', 'int8' or 'binary', got 'uint8'"):
+    with pytest.raises(ValueError, match="first_precision: expected one of float32, int8, binary, got 'uint8'"):
         open_backend("exact", tmp_path, 8, "uint8")
     with pytest.raises(ValueError, match="packs eight dimensions to a byte, got the width 12"):
         open_backend("exact", tmp_path, 12, "binary")

@@ -9,8 +9,9 @@ import difflib
 import math
 import os
 import reprlib
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sized
 from collections.abc import Set as AbstractSet
+from itertools import islice
 from numbers import Integral, Real
 from pathlib import Path
 from typing import Any, TypeVar
@@ -24,6 +25,10 @@ from unimodal.config import nearest
 T = TypeVar("T")
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
+SHORT = reprlib.Repr()  # of what came
+SHORT.maxstring = SHORT.maxother = 80
+
+MOST_MEMBERS = 10_000_000  # of an iterator: beyond it one is taken to have no end
 WIDEST = 2**63  # whole numbers of a database have 64 bits with a sign
 
 
@@ -35,7 +40,7 @@ def described(value: Any) -> str:
     if isinstance(value, type):
         return f"the class {value.__name__}"
     try:
-        words = reprlib.repr(value)
+        words = SHORT.repr(value)
     except Exception:  # a number of thousands of digits, an object that cannot say what it is
         return kind
     return words if type(value) in (type(None), bool, int, float, str) else f"{kind} {words}"
@@ -122,7 +127,11 @@ def choice(value: Any, name: str, choices: Iterable[str]) -> str:
 
 def path(value: Any, name: str) -> Path:
     """The path of a file or folder, as a str or a pathlib.Path; whether something is there is not looked at."""
-    if not isinstance(value, str | os.PathLike) or isinstance(given := os.fspath(value), bytes):
+    try:
+        given = os.fspath(value)
+    except Exception:  # a TypeError, or what an object that says it is a path raises
+        given = None
+    if not isinstance(given, str):
         raise TypeError(refused(name, "a path as str or pathlib.Path", value))
     if not given.strip() or "\0" in given:
         raise ValueError(refused(name, "a path of at least one character and without null characters", value))
@@ -145,7 +154,17 @@ def listed(value: Any, name: str, of: str) -> list[Any]:
         raise TypeError(refused(name, f"a list of {of}", value))
     if isinstance(value, np.ndarray | Tensor) and value.ndim == 0:
         raise TypeError(refused(name, f"a list of {of}", value, "put it into a list"))
-    return list(value)
+    if isinstance(value, Tensor):
+        return list(tensor(value, name, f"a list of {of}"))
+    try:
+        members = list(value if isinstance(value, Sized) else islice(value, MOST_MEMBERS + 1))
+    except Exception as error:  # whatever the caller's own iterator raises
+        raise ValueError(
+            f"{name}: expected a list of {of}; reading it raised {type(error).__name__}: {error}"
+        ) from error
+    if len(members) > MOST_MEMBERS and not isinstance(value, Sized):
+        raise ValueError(f"{name}: expected a list of {of}, got more than {MOST_MEMBERS:,} of them, or no end")
+    return members
 
 
 def mapping(value: Any, name: str, keys: Iterable[str] | None = None) -> dict[str, Any]:
@@ -216,7 +235,7 @@ def _fields(row: Any, name: str) -> dict[str, Any]:
 def tensor(value: Any, name: str, expected: str) -> Tensor:
     """Numbers as a tensor on the device where they are, without gradients, from a tensor, an array, or lists of numbers or of these."""
     if isinstance(value, Tensor):
-        if value.is_sparse or value.is_quantized or value.is_complex() or value.device.type == "meta":
+        if value.layout != torch.strided or value.is_quantized or value.is_complex() or value.device.type == "meta":
             raise TypeError(refused(name, expected, value, "pass a plain tensor"))
         return value.detach()
     if not isinstance(value, np.ndarray | list | tuple):
@@ -228,7 +247,7 @@ def tensor(value: Any, name: str, expected: str) -> Tensor:
         return torch.stack(rows)
     try:
         array = np.asarray(value)
-    except (ValueError, RuntimeError):
+    except Exception:  # numpy's of unlike rows, and what the members of the caller raise
         raise ValueError(refused(name, expected, value, "give all rows the same length")) from None
     if array.dtype.kind not in "biuf" or array.dtype.itemsize > 8:
         raise TypeError(refused(name, expected, value, "its values are not all numbers of up to 64 bits"))

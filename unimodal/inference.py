@@ -391,7 +391,7 @@ class Unimodal:
         num_beams = arguments.optional(arguments.integer, num_beams, "num_beams", most=MOST)
         generator = arguments.optional(arguments.generators, options.pop("generator", None), len(items))
         draws = arguments.flag(options.get("do_sample", False), "do_sample")
-        if not draws and candidates == 1 and (shapes := [name for name in SAMPLING if options.get(name) is not None]):
+        if not draws and candidates == 1 and (shapes := [name for name in SAMPLING if _shapes(options.get(name))]):
             raise ValueError(
                 f"{', '.join(shapes)}: it shapes what is drawn, and nothing is; add do_sample=True, or leave it out"
             )
@@ -610,7 +610,7 @@ class Unimodal:
 
     def _named(self, name: str | None) -> Encoder:
         if name is not None and arguments.text(name, "adapter", empty=True) not in self.adapters:
-            raise ValueError(f"no adapter named {name!r}; {nearest(name, self.adapters)}")
+            raise ValueError(f"no adapter named {name!r:.80}; {nearest(name, self.adapters)}")
         return self.encoders[name]
 
     def _choose(self, encoder: Encoder) -> None:
@@ -725,7 +725,7 @@ class Unimodal:
         if name is None:
             return None
         if arguments.text(name, "prompt_name", empty=True) not in self.prompts:
-            raise ValueError(f"no prompt named {name!r}; {nearest(name, self.prompts)}")
+            raise ValueError(f"no prompt named {name!r:.80}; {nearest(name, self.prompts)}")
         return self.prompts[name]
 
 
@@ -739,6 +739,11 @@ def _with_adapters(model: UnimodalModel, names: tuple[str, ...]) -> UnimodalMode
 def _own_prompt(prompt_name: str | None, usual: str, prompts: Mapping[str, str]) -> str | None:
     """The name of the prompt that was asked for, or of the usual one where there is one."""
     return (usual if usual in prompts else None) if prompt_name is None else prompt_name
+
+
+def _shapes(value: Any) -> bool:
+    """Whether a setting of draws is given, and another than 1, at which temperature and top_p change nothing."""
+    return value is not None and not (type(value) in (int, float) and value == 1)
 
 
 def _activated(activation_fn: Callable[[Tensor], Tensor], logits: Tensor) -> Tensor:

@@ -18,6 +18,7 @@ import numpy as np
 import torch
 from PIL import Image, ImageFile
 
+from unimodal import arguments
 from unimodal.arguments import described
 from unimodal.data.addresses import TIMEOUT, fetched
 from unimodal.data.decoding import (
@@ -51,13 +52,14 @@ def load_image(item: Any, *, max_pixels: int | None = None, timeout: float = TIM
             make no picture, a malformed data URL, a download that fails or is too large, a picture or file that was closed.
         TypeError: none of the kinds above, or an array of another type.
     """
-    limit = pixel_limit() if max_pixels is None else max_pixels
+    limit = pixel_limit() if max_pixels is None else arguments.integer(max_pixels, "max_pixels")
+    timeout = arguments.number(timeout, "timeout", above=0, most=86_400)
     if isinstance(item, Image.Image):
         return _from_pil(item, limit)
     if isinstance(item, np.ndarray):
         return _from_array(item, "an array", "[H, W] or [H, W, 1 | 3 | 4]")
     if isinstance(item, torch.Tensor):
-        array = item.detach().cpu()
+        array = arguments.tensor(item, "image", "a picture as a tensor [H, W] or [1 | 3 | 4, H, W]").cpu()
         array = array.float() if array.dtype == torch.bfloat16 else array  # numpy has no bfloat16
         return _from_array(_channels_last(array).numpy(), "a tensor", "[H, W] or [1 | 3 | 4, H, W]")
     if isinstance(item, bytes | bytearray | memoryview):
@@ -69,7 +71,7 @@ def load_image(item: Any, *, max_pixels: int | None = None, timeout: float = TIM
         if is_data(item) or is_remote(item):
             return read_picture(io.BytesIO(fetched(item, timeout)), shown(item), limit)
     if isinstance(item, str | os.PathLike):
-        return _from_path(Path(item), limit)
+        return _from_path(Path(item) if isinstance(item, str) else arguments.path(item, "image"), limit)
     raise TypeError(f"an image is {FORMS}, got {described(item)}")
 
 
@@ -106,7 +108,8 @@ def _from_path(path: Path, limit: int) -> Image.Image:
     except (FileNotFoundError, NotADirectoryError):
         raise FileNotFoundError(f"there is no image file {shown(str(path))}; check the path") from None
     except (OSError, ValueError) as error:  # a name too long, or with a null byte
-        raise ImageError(f"{str(path)[:80]!r} cannot be the path of an image: {error}") from None
+        why = error.strerror if isinstance(error, OSError) else error
+        raise ImageError(f"{str(path)[:80]!r} cannot be the path of an image: {why}") from None
     if not stat.S_ISREG(kind):
         raise ImageError(f"{str(path)!r} is not a file; name one image in it")
     if ending(path) in UNREAD:

@@ -10,7 +10,6 @@ How a string is told apart, `unimodal.data.endings` says.
 """
 
 import os
-from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -157,9 +156,8 @@ def as_items(inputs: Any, *, check_files: bool = True) -> list[Item]:
     """
     if is_single(inputs):
         return [as_item(inputs, check_files=check_files)]
-    if not isinstance(inputs, Iterable):
-        raise TypeError(f"expected {FORMS}, or a list of these, got {described(inputs)}")
-    return [as_item(value, f"item {i}: ", check_files=check_files) for i, value in enumerate(inputs)]
+    given = arguments.listed(inputs, "items", f"items, each of them {FORMS}")
+    return [as_item(value, f"item {i}: ", check_files=check_files) for i, value in enumerate(given)]
 
 
 def as_item(value: Any, where: str = "", *, check_files: bool = True) -> Item:
@@ -226,7 +224,7 @@ def _image(value: Any, where: str, check_files: bool) -> Any:
         if is_data(value) or is_remote(value):
             return value
     elif isinstance(value, os.PathLike):
-        value = Path(value)
+        value = arguments.path(value, where.removesuffix(": ") or "an image")
     if check_files and isinstance(value, str | Path) and not os.path.isfile(value):
         raise FileNotFoundError(
             f"{where}there is no image file {shown(str(value))}; check the path, or pass {{'text': ...}} to mean these words"

@@ -41,8 +41,9 @@ class Columns:
             arguments.optional(arguments.text, getattr(self, name), name)
         arguments.text(self.split, "split_column")
         if self.captions is not None and not isinstance(self.captions, str):
-            for i, one in enumerate(arguments.listed(self.captions, "captions", "columns")):
-                arguments.text(one, f"captions[{i}]")
+            given = arguments.listed(self.captions, "captions", "columns")
+            checked = [arguments.text(one, f"captions[{i}]") for i, one in enumerate(given)]
+            object.__setattr__(self, "captions", checked)
 
 
 class CsvTable(Listed):

@@ -21,7 +21,9 @@ from dataclasses import dataclass, replace
 import numpy as np
 import regex
 
-from .protocol import Protocol, Result
+from unimodal import arguments
+
+from .protocol import Protocol, Result, check_protocol
 
 # Letters and digits with their marks; a joiner (of Persian, Hindi) inside; one apostrophe inside, straight or curly.
 LETTERS = r"[\p{L}\p{N}](?:[\u200c\u200d]?[\p{L}\p{N}\p{Mn}\p{Mc}])*"
@@ -49,8 +51,8 @@ class CaptionMetrics(Result):
 
 def tokenize(caption: str) -> list[str]:
     """The words of a caption, in lower case. Equal texts have equal words, whether their accents are composed or not."""
-    text = unicodedata.normalize("NFC", caption.translate(APOSTROPHES | UNSEEN).lower())
-    return WORD.findall(text)
+    plain = arguments.text(caption, "caption", empty=True).translate(APOSTROPHES | UNSEEN).lower()
+    return WORD.findall(unicodedata.normalize("NFC", plain))
 
 
 def caption_metrics(
@@ -66,6 +68,8 @@ def caption_metrics(
     Raises:
         ValueError: for missing or unlike inputs, fewer than two images, or counts other than the protocol's.
     """
+    check_protocol(protocol)
+    candidates, references = _check(candidates, references)
     counts = (len(candidates), sum(map(len, references)))
     if counts != (protocol.images, protocol.captions):
         raise ValueError(
@@ -102,7 +106,8 @@ class CiderD:
     """
 
     def __init__(self, references: Sequence[Sequence[str]], *, sigma: float = 6.0) -> None:
-        self.references, self.sigma = _reference_words(references), sigma
+        self.sigma = arguments.number(sigma, "sigma", least=1e-3, most=1e6)
+        self.references = _reference_words(_check_references(references))
         if len(self.references) < 2:
             raise ValueError("got 1 image; CIDEr-D weighs n-grams by how few images mention them and needs at least 2")
         self.images_with = Counter(
@@ -111,6 +116,7 @@ class CiderD:
 
     def score(self, candidate: str, image: int) -> float:
         """Points of a candidate for an image, 0 to 1000."""
+        image = arguments.integer(image, "image", least=0, most=len(self.references) - 1)
         words, refs = tokenize(candidate), self.references[image]
         vectors, total = self._vectors(words), 0.0
         for ref in refs:
@@ -136,7 +142,7 @@ def cider_d(candidates: Sequence[str], references: Sequence[Sequence[str]], *, s
     Raises:
         ValueError: as `caption_metrics`.
     """
-    _check(candidates, references)
+    candidates, references = _check(candidates, references)
     metric = CiderD(references, sigma=sigma)
     return np.array([metric.score(candidate, i) for i, candidate in enumerate(candidates)])
 
@@ -170,6 +176,7 @@ def rouge_l(candidates: Sequence[str], references: Sequence[Sequence[str]], *, b
     Returns:
         [I] float64, points per candidate; their mean is the metric.
     """
+    beta = arguments.number(beta, "beta", least=0, most=1e6)
     words, reference_words = _tokenize_all(candidates, references)
     scores = np.zeros(len(words))
     for i, (candidate, refs) in enumerate(zip(words, reference_words, strict=True)):
@@ -202,18 +209,23 @@ def _longest_common_subsequence(a: list[str], b: list[str]) -> int:
     return above[-1]
 
 
-def _check(candidates: Sequence[str], references: Sequence[Sequence[str]]) -> None:
-    if len(candidates) != len(references) or not candidates:
+def _check(candidates: Sequence[str], references: Sequence[Sequence[str]]) -> tuple[list[str], list[list[str]]]:
+    """Candidates [I], and the references of the same images."""
+    captions, known = arguments.listed(candidates, "candidates", "texts"), _check_references(references)
+    if len(captions) != len(known) or not captions:
         raise ValueError(
-            f"got {len(candidates)} candidates and references of {len(references)} images; "
+            f"got {len(captions)} candidates and references of {len(known)} images; "
             "expected one candidate per image and at least one image"
         )
-    for i, (candidate, refs) in enumerate(zip(candidates, references, strict=True)):
-        if isinstance(refs, str) or not all(isinstance(s, str) for s in (candidate, *refs)):
-            raise ValueError(
-                f"image {i}: got candidate {candidate!r} and references {refs!r}; "
-                "expected a string and a list of strings"
-            )
+    return [arguments.text(one, f"candidates[{i}]", empty=True) for i, one in enumerate(captions)], known
+
+
+def _check_references(references: Sequence[Sequence[str]]) -> list[list[str]]:
+    known = [
+        arguments.listed(refs, f"references[{i}]", "texts")
+        for i, refs in enumerate(arguments.listed(references, "references", "lists of texts"))
+    ]
+    return [[arguments.text(one, f"references[{i}]", empty=True) for one in refs] for i, refs in enumerate(known)]
 
 
 def _reference_words(references: Sequence[Sequence[str]]) -> list[list[list[str]]]:
@@ -229,5 +241,5 @@ def _reference_words(references: Sequence[Sequence[str]]) -> list[list[list[str]
 def _tokenize_all(
     candidates: Sequence[str], references: Sequence[Sequence[str]]
 ) -> tuple[list[list[str]], list[list[list[str]]]]:
-    _check(candidates, references)
+    candidates, references = _check(candidates, references)
     return [tokenize(c) for c in candidates], _reference_words(references)

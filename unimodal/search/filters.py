@@ -164,7 +164,7 @@ class _Reader:
             raise self._error(place, "a field")
         if field not in self.fields:
             known = nearest(field, self.fields) if self.fields else "the documents have no metadata"
-            raise ValueError(f"filter {self.text!r}: no field {field!r}; {known}")
+            raise ValueError(f"filter {self.text!r:.200}: no field {field!r:.80}; {known}")
         if self._take("is"):
             operator = "is not null" if self._take("not") else "is null"
             self._need("null")
@@ -199,13 +199,13 @@ class _Reader:
             raise self._error(place, "a number, a 'text', true or false")
         if given != self.fields[field]:
             raise ValueError(
-                f"filter {self.text!r}: field {field!r} holds a {self.fields[field]}, got the {given} {token}"
+                f"filter {self.text!r:.200}: field {field!r} holds a {self.fields[field]}, got the {given} {token}"
             )
         if (operator.endswith("like") and (given != "text" or "\\" in value)) or (
             given == "flag" and operator not in ("=", "!=")
         ):
             raise ValueError(
-                f"filter {self.text!r}: {operator} does not go with the {given} {token}; `like` takes a text without "
+                f"filter {self.text!r:.200}: {operator} does not go with the {given} {token}; `like` takes a text without "
                 "backslashes, true and false go with = and !="
             )
         return value
@@ -229,9 +229,9 @@ class _Reader:
     def _error(self, place: int, wanted: str) -> ValueError:
         rest = self.text[place:].strip()
         return ValueError(
-            f"filter {self.text!r}: expected {wanted} at {rest[:20]!r}; an example: year >= 2020 and place = 'Oslo'"
+            f"filter {self.text!r:.200}: expected {wanted} at {rest[:20]!r}; an example: year >= 2020 and place = 'Oslo'"
             if rest
-            else f"filter {self.text!r}: expected {wanted} at the end; an example: year >= 2020 and place = 'Oslo'"
+            else f"filter {self.text!r:.200}: expected {wanted} at the end; an example: year >= 2020 and place = 'Oslo'"
         )
 
 

@@ -14,6 +14,7 @@ import warnings
 from dataclasses import dataclass
 from pathlib import Path
 
+from unimodal import arguments
 from unimodal.data.folders import pictures_in, require_unicode
 from unimodal.files import LOCK, InUseError, locked, restore
 from unimodal.search.build import build_index
@@ -75,13 +76,16 @@ def index_folder(
         InUseError: another search has been bringing the index up to date for ten minutes.
         ValueError: no picture is there, none can be read, or `kept_in` holds something else, which stays as it is.
     """
-    root = Path(folder).resolve()
+    folder = arguments.path(folder, "folder")
+    kept_in = arguments.optional(arguments.path, kept_in, "kept_in")
+    batch_size = arguments.integer(batch_size, "batch_size")
+    root = folder.resolve()
     require_unicode(root)
-    place = cache_folder(root) / encoder.fingerprint() if kept_in is None else Path(kept_in)
+    place = cache_folder(root) / encoder.fingerprint() if kept_in is None else kept_in
     end = time.monotonic() + WAIT
     while True:
         try:
-            return _up_to_date(encoder, Path(folder), root, place, batch_size, show_progress_bar)
+            return _up_to_date(encoder, folder, root, place, batch_size, show_progress_bar)
         except InUseError:  # what the other one does is what is wanted here
             with locked(place / LOCK, f"the index {place}", max(0, end - time.monotonic())):
                 pass

@@ -239,6 +239,7 @@ class Index:
         """
         arguments.choice(on_error, "on_error", get_args(OnError))
         batch_size = arguments.integer(batch_size, "batch_size")
+        replace = arguments.flag(replace, "replace")
         items = as_items(documents, check_files=on_error == "raise")
         with self.writing() as writer:
             planned = writer.planned(items, writer.free_ids(len(items)) if ids is None else ids, metadata)
@@ -258,7 +259,7 @@ class Index:
             known = writer.ledger.there(wanted) | writer.ledger.skipped().keys()
             if missing := [one for one in wanted if one not in known]:
                 raise ValueError(
-                    f"{len(missing)} of {len(wanted)} ids are not in the index, for example {missing[0]!r}"
+                    f"{len(missing)} of {len(wanted)} ids are not in the index, for example {missing[0]!r:.80}"
                 )
             writer.delete(wanted)
 
@@ -371,6 +372,8 @@ class Index:
         """
         folder = arguments.path(folder, "folder")
         require_unicode(folder)
+        if not isinstance(encoder, Encoder):
+            raise TypeError(arguments.refused("encoder", "an Encoder", encoder, "Unimodal.load_index passes its own"))
         require_same_model(str(folder), read_manifest(folder)["model"], encoder)
         index = cls(encoder, folder, uri=uri)
         index.state  # noqa: B018

@@ -19,6 +19,7 @@ from typing import Any, Literal, Protocol, get_args
 
 import numpy as np
 
+from unimodal import arguments
 from unimodal.config import nearest
 from unimodal.search.backends.exact import ExactIndex
 from unimodal.search.backends.faiss import FaissIndex
@@ -63,10 +64,10 @@ def check_backend(name: str, width: int, precision: str, uri: str | None = None)
     """Raises:
     ValueError: an unknown name or precision, a width that precision cannot hold, an address for a backend that has none.
     """
-    if name not in get_args(Backend):
-        raise ValueError(f"backend: no {name!r}; {nearest(name, get_args(Backend))}")
-    if precision not in get_args(FirstPrecision):
-        raise ValueError(f"first_precision: expected 'float32', 'int8' or 'binary', got {precision!r}")
+    if arguments.text(name, "backend") not in get_args(Backend):
+        raise ValueError(f"backend: no {name!r:.80}; {nearest(name, get_args(Backend))}")
+    arguments.choice(precision, "first_precision", get_args(FirstPrecision))
+    arguments.optional(arguments.text, uri, "uri")
     if precision == "binary" and width % 8:
         raise ValueError(f"first_precision 'binary' packs eight dimensions to a byte, got the width {width}")
     if uri is not None and name != "milvus":
