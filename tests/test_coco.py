@@ -132,6 +132,34 @@ def test_ids_are_written(tmp_path: Path) -> None:
     assert [copy.captions(i) for i in range(4)] == [reader.captions(i) for i in range(4)]
 
 
+def test_entries_of_one_caption_keep_their_ids(tmp_path: Path) -> None:
+    entries = [
+        {
+            "filename": f"{i}.png",
+            "split": "test",
+            "cocoid": i,
+            "sentences": [{"raw": f"{c} of {i}", "sentid": 10 * i + c}],
+        }
+        for c in range(3)
+        for i in (7, 9)
+    ]
+    (tmp_path / "k.json").write_text(json.dumps({"images": entries}))
+    reader = KarpathyJson(tmp_path / "k.json", split="test")
+    assert [reader.coco_ids(i) for i in range(2)] == [(7, [70, 71, 72]), (9, [90, 91, 92])]
+    entries[1]["cocoid"] = 8
+    (tmp_path / "k.json").write_text(json.dumps({"images": entries}))
+    with pytest.raises(ValueError, match="9.png of k test lacks COCO's ids"):
+        KarpathyJson(tmp_path / "k.json", split="test").coco_ids(1)
+
+
+@pytest.mark.parametrize(
+    "wrong", [{"root": 3}, {"split": 3}, {"captions_per_image": "five"}, {"captions_per_image": 0}]
+)
+def test_arguments_are_checked(tmp_path: Path, wrong: dict[str, Any]) -> None:
+    with pytest.raises((TypeError, ValueError), match=next(iter(wrong))):
+        CocoCaptions(coco(tmp_path), **wrong)
+
+
 def test_the_other_format_is_named(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="COCO's own annotations, which CocoCaptions reads"):
         KarpathyJson(coco(tmp_path), split="val2017")

@@ -310,19 +310,24 @@ def _coco_ids(image: dict[str, Any]) -> tuple[int, ...]:
 
 def merged(samples: list[Sample]) -> list[Sample]:
     """One sample for each key, with the captions, labels and COCO ids of all its entries, at the place of the first."""
-    out: dict[str, Sample] = {}
+    entries: dict[str, list[Sample]] = {}
     for sample in samples:
-        first = out.setdefault(sample.key, sample)
-        if first is not sample:
-            captions = sample.captions
-            if isinstance(first.captions, list) and isinstance(sample.captions, list):
-                captions = [*first.captions, *sample.captions]
-            elif isinstance(sample.captions, list):  # what is no list is a fault, and stays to be named
-                captions = first.captions
-            same = first.coco_ids and sample.coco_ids and first.coco_ids[0] == sample.coco_ids[0]
-            ids = first.coco_ids + sample.coco_ids[1:] if same else ()
-            out[sample.key] = replace(first, captions=captions, labels=first.labels | sample.labels, coco_ids=ids)
-    return list(out.values())
+        entries.setdefault(sample.key, []).append(sample)
+    return [_merge(same) if len(same) > 1 else same[0] for same in entries.values()]
+
+
+def _merge(entries: list[Sample]) -> Sample:
+    # Captions that are no list are a fault, and stay to be named.
+    faulty = [entry.captions for entry in entries if not isinstance(entry.captions, list)]
+    captions = faulty[0] if faulty else [caption for entry in entries for caption in entry.captions]
+    images = {entry.coco_ids[:1] for entry in entries}
+    ids = next(iter(images)) if len(images) == 1 else ()
+    return replace(
+        entries[0],
+        captions=captions,
+        labels=frozenset().union(*(entry.labels for entry in entries)),
+        coco_ids=(*ids, *(one for entry in entries for one in entry.coco_ids[1:])) if ids else (),
+    )
 
 
 def first_captions(samples: list[Sample], count: int | None, what: str) -> list[Sample]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import csv
 import io
+import os
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -191,6 +192,7 @@ def _samples(path: Path, root: str | Path | None, rows: Rows, columns: Columns, 
     wanted = arguments.text(split, "split").split("+") if split is not None else []
     out: list[Sample] = []
     splits: set[str] = set()
+    files: dict[str, tuple[str, Path]] = {}
     image: str | None = None
     usual: re.Pattern[str] | None = None
     for where, row in rows:
@@ -201,13 +203,17 @@ def _samples(path: Path, root: str | Path | None, rows: Rows, columns: Columns, 
             splits.add(part := str(_value(row, columns.split, "split_column", where)))
             if part not in wanted:
                 continue
-        key = _key(_value(row, image, "image", where), root, where)
+        name = _value(row, image, "image", where)
+        if not isinstance(name, str) or name not in files:  # one picture has many rows
+            key = _key(name, root, where)
+            files[name] = (key, inside(root, key))
+        key, file = files[name]
         labels: frozenset[str] = frozenset()
         if columns.labels is not None:
             said = _value(row, columns.labels, "labels", where)
             labels = as_labels((written_list(said) or said.split(";")) if isinstance(said, str) else said)
         captions = _captions(row, columns.captions, usual, where)
-        out.append(Sample(key, captions, inside(root, key), labels=labels))
+        out.append(Sample(key, captions, file, labels=labels))
     if unknown := [part for part in wanted if part not in splits]:
         raise ValueError(f"{path} has no split {unknown[0]!r:.80}; it has: {', '.join(sorted(splits))}")
     return out
@@ -262,9 +268,10 @@ def _key(name: Any, root: Path, where: str) -> str:
             f"{where}: {shown(address)} is a URL; download the pictures first, for example with img2dataset, whose tar shards "
             "WebDatasetTars reads"
         )
-    whole, path = root.absolute().as_posix(), PurePosixPath(address)
-    if path.is_relative_to(whole):
-        return str(path.relative_to(whole))
+    if os.path.isabs(address):
+        whole, path = root.absolute().as_posix(), PurePosixPath(address)
+        if path.is_relative_to(whole):
+            return str(path.relative_to(whole))
     try:
         return relative(name if address == name.strip() else address, root)
     except ValueError as error:
