@@ -253,6 +253,11 @@ def test_captions_that_are_none_are_found_and_refused(folder: Path, content: str
         ("image,caption\n..\\a.png,one\n", r"'..\\\\a.png' leaves|'../a.png' leaves"),
         ("a.png,one\nb.png,two\n", "the first line of a table names its columns"),
         ("image,caption,caption\na.png,one,two\n", "two columns have one name"),
+        (
+            "image,caption,split\na.png,one,all\nb.png,two,\n",
+            "line 3: column 'split' is '', which is no split; give every row one",
+        ),
+        ("image,caption,Split\na.png,one,all\nb.png,two,nan\n", "line 3: column 'Split' is 'nan', which is no split"),
         ("image,caption\na.png,one,two\n", "line 2: 3 values separated by ','"),
         ("sep=;\nimage;caption\na.png;one;two\n", "line 3: 3 values separated by ';'"),
     ],
@@ -386,6 +391,14 @@ def test_what_is_neither_picture_nor_caption_is_named(tmp_path: Path) -> None:
     assert {finding.kind: finding.cases for finding in findings} == {
         "no captions": ["all/b.png"],
         "other files": ["all/b.png.txt"],
+    }
+
+
+def test_a_column_of_splits_in_capitals(folder: Path) -> None:
+    _, splits = open_splits(table(folder, "Image,Caption,Split\na.png,one,train\nb.png,two,2026\n"))
+    assert {name: read(pairs) for name, pairs in splits.items()} == {
+        "train": {"a.png": ["one"]},
+        "2026": {"b.png": ["two"]},
     }
 
 

@@ -4,7 +4,6 @@ from pathlib import Path
 from typing import Any
 
 from unimodal import arguments
-from unimodal import arguments
 from unimodal.data.readers import Listed, OnError, Sample, first_captions, inside, relative
 from unimodal.data.text import parse_json
 
@@ -62,7 +61,7 @@ class CocoCaptions(Listed):
             key = relative(one["file_name"], root)
             ids, texts = [list(part) for part in zip(*captions[one["id"]])] or ([], [])
             samples.append(Sample(key, texts, inside(root, key), coco_ids=(one["id"], *ids)))
-        split = name if split is None else arguments.text(split, "split")
+        split = split or name
         super().__init__("coco", split, first_captions(samples, captions_per_image, f"coco {split}"), on_error)
 
 

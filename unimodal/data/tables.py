@@ -127,7 +127,8 @@ class JsonLines(Listed):
 def splits_of(path: Path, split_column: str = "split") -> list[str]:
     """The splits that a table names, in the order of their first rows; none where it has no such column."""
     rows = _csv_rows(path, None) if path.suffix.lower() != ".jsonl" else _json_rows(path)
-    return list(dict.fromkeys(str(row[split_column]) for _, row in rows if split_column in row))
+    named = ((where, row, _spelt(split_column, row)) for where, row in rows)
+    return list(dict.fromkeys(_split(row, name, where) for where, row, name in named if name in row))
 
 
 def _csv_rows(path: Path, delimiter: str | None) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -200,7 +201,7 @@ def _samples(path: Path, root: str | Path | None, rows: Rows, columns: Columns, 
             image = columns.image or _image_column(row, where)
             usual = None if columns.captions is not None else caption_column(list(row), where)
         if split is not None:
-            splits.add(part := str(_value(row, columns.split, "split_column", where)))
+            splits.add(part := _split(row, _spelt(columns.split, row), where))
             if part not in wanted:
                 continue
         name = _value(row, image, "image", where)
