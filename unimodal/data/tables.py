@@ -220,6 +220,20 @@ def _samples(path: Path, root: str | Path | None, rows: Rows, columns: Columns, 
     return out
 
 
+def _spelt(column: str, row: dict[str, Any]) -> str:
+    """A column as a table spells it: `Split` for split."""
+    return column if column in row else next((name for name in row if name.strip().lower() == column.lower()), column)
+
+
+def _split(row: dict[str, Any], column: str, where: str) -> str:
+    value = _value(row, column, "split_column", where)
+    if is_missing(value):
+        raise ValueError(
+            f"{where}: column {column!r} is {value!r}, which is no split; give every row one, or give another split_column"
+        )
+    return str(value)
+
+
 def _captions(
     row: dict[str, Any], given: str | Sequence[str] | None, usual: re.Pattern[str] | None, where: str
 ) -> list[Any]:
