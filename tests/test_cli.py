@@ -116,6 +116,18 @@ def test_a_wrong_last_stage_is_found_before_the_first_trains(
     assert not (tmp_path / "never").exists()
 
 
+@pytest.mark.parametrize("name", ["report.json", "index.html", "model"])
+def test_a_folder_of_the_users_is_refused_before_the_first_stage(
+    name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "never").mkdir()
+    (tmp_path / "never" / name).write_text("the user's")
+    status, _, error = run(capsys, "fit", "--config", write(tmp_path, schedule()))
+    assert status == 2 and f"schedule: output: never holds {name}; give another folder" in error, error
+    assert [path.name for path in (tmp_path / "never").iterdir()] == [name]
+
+
 def test_print_config_merges(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "more.yaml").write_text("stages: {second: {about: later}}\ntitle: t")
     files = ["--config", write(tmp_path, schedule()), f"--config={tmp_path / 'more.yaml'}"]

@@ -71,7 +71,7 @@ def test_a_folder_of_the_users_stays(words, name: str, place: Path, idle, capsys
     (place / "out").mkdir()
     (place / "out" / name).write_text("the user's")
     status, printed, error = run(capsys, *words, "--out", "out")
-    assert (status, printed) == (1, "") and f"out holds {name}; give another --out" in error, error
+    assert (status, printed) == (1, "") and f"out holds {name}; give another folder" in error, error
     assert {path.name: path.read_text() for path in (place / "out").iterdir()} == {name: "the user's"}
 
 

@@ -32,7 +32,7 @@ def add_parser(verbs: Any) -> None:
 def export(options: argparse.Namespace, checkpoint: str) -> None:
     """Write the form asked for and say where it is."""
     names = None if options.form == "onnx" else ()  # the others replace an earlier export of their own
-    require_free_folder(options.out, names, overwrite=False, inputs=[checkpoint])
+    require_free_folder(options.out, names, inputs=[checkpoint])
     if options.form == "onnx":
         export_onnx(Unimodal.from_pretrained(checkpoint), options.out)
     elif options.form == "sentence-transformers":

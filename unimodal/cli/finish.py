@@ -8,10 +8,13 @@ import numpy as np
 import torch
 
 from unimodal.data.pairs import Pairs
+from unimodal.files import write_json
 from unimodal.metrics.generation import SceneReport, summarise
 from unimodal.model import UnimodalModel
 from unimodal.report import Caption, Drawing, Hit, Metric, Report, Score, Search, Stage, Swap, write_report
 from unimodal.tasks.evaluation import MEASURES, Evaluation
+
+REPORT, PAGE = "report.json", "index.html"
 
 
 def protocols(evaluation: Evaluation, results: dict[str, Any]) -> dict[str, str]:
@@ -86,7 +89,7 @@ def write_results(
             for name, stage in history.items()
         },
     }
-    (output / "report.json").write_text(json.dumps(content, indent=1) + "\n")
+    write_json(output / REPORT, content)
     page = Report(
         title=about["title"],
         summary=about["summary"],
@@ -101,7 +104,7 @@ def write_results(
         captions=_captions(pairs, results),
         drawings=_drawings(results),
     )
-    write_report(output / "index.html", page)
+    write_report(output / PAGE, page)
     return content
 
 

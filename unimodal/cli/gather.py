@@ -52,7 +52,7 @@ def run(arguments: Sequence[str]) -> int:
     options = parse(arguments)
     quiet()
     try:
-        require_free_folder(options.out, (), overwrite=False, inputs=[options.checkpoint])
+        require_free_folder(options.out, (), inputs=[options.checkpoint])
         if not (options.checkpoint.is_file() or options.checkpoint.is_dir()):
             raise FileNotFoundError(
                 f"{options.checkpoint}: no such file or folder; give what training left: resume.ckpt"

@@ -32,6 +32,6 @@ def short(message: str) -> str:
 def _known_names() -> set[str]:
     """Keys that a configuration may have, and the classes it may name."""
     shapes = [kind for kind in vars(config).values() if dataclasses.is_dataclass(kind)]
-    classes = [getattr(tasks, name) for name in tasks.__all__]
+    classes = [one for name in tasks.__all__ if callable(one := getattr(tasks, name))]
     parameters = {key for kind in (*shapes, *classes, PairData, Trainer) for key in inspect.signature(kind).parameters}
     return {"model", "data", "trainer", "seed_everything"} | parameters | set(tasks.__all__)

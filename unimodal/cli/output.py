@@ -15,8 +15,6 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-NO_REPLACING = "give another --out, or --overwrite to replace it"
-
 
 def say(message: str) -> None:
     """A line on standard error."""
@@ -71,7 +69,7 @@ def require_free_file(
         raise IsADirectoryError(f"{path} is a folder; give the path of a file")
     _require_no_input(path, inputs)
     if os.path.lexists(path) and not overwrite and (path.is_file() or not path.exists()):
-        raise FileExistsError(f"{path} exists; {NO_REPLACING}")
+        raise FileExistsError(f"{path} exists; give another --out, or --overwrite to replace it")
     _require_writable(path.parent)
 
 
@@ -79,7 +77,7 @@ def require_free_folder(
     folder: Path,
     names: Sequence[str] | None,
     *,
-    overwrite: bool,
+    overwrite: bool | None = None,
     inputs: Iterable[str | Path | None] = (),
     is_ours: Callable[[Path], bool] = lambda folder: False,
 ) -> None:
@@ -88,7 +86,7 @@ def require_free_folder(
     Args:
         folder: the folder, which need not be there.
         names: what the verb writes in it; what else is there stays. None for a verb that wants an empty folder.
-        overwrite: whether entries of these names may be replaced.
+        overwrite: whether entries of these names may be replaced; None where the verb has no such option.
         inputs: what the verb reads; none of these is written to.
         is_ours: whether entries of these names are what an earlier run of the verb left, which is replaced.
 
@@ -102,7 +100,8 @@ def require_free_folder(
     if folder.is_dir():
         held = sorted(path.name for path in folder.iterdir() if names is None or path.name in names)
         if held and not overwrite and not is_ours(folder):
-            raise FileExistsError(f"{folder} holds {', '.join(held[:5])}; {NO_REPLACING}")
+            advice = "give another folder" + ("" if overwrite is None else ", or --overwrite to replace them")
+            raise FileExistsError(f"{folder} holds {', '.join(held[:5])}; {advice}")
     _require_writable(folder)
 
 

@@ -30,9 +30,10 @@ from rich.table import Table
 from unimodal import files, words
 from unimodal.cli import between
 from unimodal.cli.cost import running_cost, training_cost
-from unimodal.cli.finish import write_results
+from unimodal.cli.finish import PAGE, REPORT, write_results
 from unimodal.cli.messages import ConfigError
-from unimodal.cli.settings import class_name, deciding
+from unimodal.cli.output import require_free_folder
+from unimodal.cli.settings import SETTINGS, class_name, deciding
 from unimodal.cli.stage import DONE, StagePlan, console, evaluate, peak_memory_mb, run_stage
 from unimodal.config import from_dict, nearest
 from unimodal.data.module import PairData
@@ -132,6 +133,8 @@ def run_schedule(schedule: dict[str, Any], build: Callable[[dict[str, Any]], Any
         Interrupted: the system asked the run to end.
     """
     output = output_folder(schedule)
+    if _is_first():
+        _require_own(output)
     with _alone(output):
         history: dict[str, dict[str, Any]] = {}
         cli = None
@@ -156,6 +159,21 @@ def output_folder(schedule: dict[str, Any]) -> Path:
             f"schedule: output is {output}, which is an address; give the path of a folder of this machine"
         )
     return Path(output)
+
+
+def _require_own(output: Path) -> None:
+    """Raises:
+    ConfigError: the output folder cannot be written, or holds files of the names that a schedule writes and no run.
+    """
+    try:
+        require_free_folder(output, (REPORT, PAGE, "model"), is_ours=_is_run)
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"schedule: output: {error}") from error
+
+
+def _is_run(folder: Path) -> bool:
+    """Whether a folder is that of an earlier run of a schedule, or of one that was interrupted."""
+    return (folder / LOCK).exists() or any(folder.glob(f"*/{SETTINGS}"))
 
 
 def _alone(output: Path) -> AbstractContextManager[None]:

@@ -98,9 +98,7 @@ def quiet_trainer() -> Iterator[None]:
 def survey(options: argparse.Namespace) -> None:
     """Train, score, write."""
     inputs = (options.data, options.images, options.ranked, options.ranked_images, options.encoders)
-    require_free_folder(
-        options.out, (PAGE,), overwrite=False, inputs=inputs, is_ours=lambda out: bool(read_results(out))
-    )
+    require_free_folder(options.out, (PAGE,), inputs=inputs, is_ours=lambda out: bool(read_results(out)))
     chosen = configs(systems_folder(), options.systems)
     budget = Budget.read(options.budget)
     noise = Noise(options.noise, options.noise_kind, options.seed) if options.noise else None
