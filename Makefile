@@ -17,7 +17,7 @@ test: lint  ## linter, type checker and the whole test suite
 
 extras: .venv/installed-extras  ## install the optional libraries and run the tests that need them
 	$(BIN)/python -m pytest tests/test_search_backends.py tests/test_huggingface.py tests/test_data_check.py tests/test_metrics_judged.py \
-	  tests/test_onnx.py tests/test_sentence_transformers.py tests/test_sentence_transformers_training.py tests/test_app.py \
+	  tests/test_onnx.py tests/test_sentence_transformers.py tests/test_sentence_transformers_training.py tests/test_adapters.py tests/test_app.py \
 	  tests/test_qwen.py::test_a_video_file_is_read_where_it_can_be_decoded
 
 lint: .venv/installed-dev  ## linter and type checker only
@@ -48,5 +48,5 @@ endef
 	touch .venv/installed
 
 .venv/installed-extras: pyproject.toml
-	$(call install,.[dev$(comma)datasets$(comma)faiss$(comma)lancedb$(comma)milvus$(comma)eccv$(comma)onnx$(comma)sentence-transformers$(comma)video$(comma)browser])
+	$(call install,.[dev$(comma)datasets$(comma)faiss$(comma)lancedb$(comma)milvus$(comma)eccv$(comma)onnx$(comma)sentence-transformers$(comma)mteb$(comma)clip-benchmark$(comma)video$(comma)browser])
 	touch .venv/installed .venv/installed-dev

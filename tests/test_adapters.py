@@ -1,11 +1,16 @@
 """Other programs' evaluation runs on our models: by their written protocols, and by their own code where it is installed."""
 
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
 import pytest
 import torch
 from toy import toy_model, toy_processor
 
 from unimodal import Unimodal
-from unimodal.adapters import MtebModel, clip_benchmark_model
+from unimodal.adapters import MtebModel, clip_benchmark_model, programs
 from unimodal.data import Scenes
 from unimodal.metrics import first_stage
 
@@ -79,14 +84,11 @@ def test_clip_benchmark_evaluates(model: Unimodal, scenes: Scenes) -> None:
     assert found["text_retrieval_recall@3"] == pytest.approx(i2t)
 
 
-def test_mteb_evaluates(model: Unimodal, scenes: Scenes, monkeypatch: pytest.MonkeyPatch) -> None:
-    mteb = pytest.importorskip("mteb")
+def toy_task(scenes: Scenes) -> Any:
+    """A task of mteb: captions find the scenes that they describe."""
     datasets = pytest.importorskip("datasets")
-    # datasets 5.2 names a table by a hash that fails under pyarrow 26; the name does not matter here
-    monkeypatch.setattr("datasets.arrow_dataset.generate_fingerprint", lambda dataset: "toy")
     from mteb.abstasks.retrieval import AbsTaskRetrieval
     from mteb.abstasks.task_metadata import TaskMetadata
-    from mteb.models.models_protocols import EncoderProtocol
 
     class Toy(AbsTaskRetrieval):
         metadata = TaskMetadata(
@@ -111,7 +113,86 @@ def test_mteb_evaluates(model: Unimodal, scenes: Scenes, monkeypatch: pytest.Mon
             }}}  # fmt: skip
             self.data_loaded = True
 
+    return Toy
+
+
+def test_mteb_evaluates(model: Unimodal, scenes: Scenes, monkeypatch: pytest.MonkeyPatch) -> None:
+    mteb = pytest.importorskip("mteb")
+    # datasets 5.2 names a table by a hash that fails under pyarrow 26; the name does not matter here
+    monkeypatch.setattr("datasets.arrow_dataset.generate_fingerprint", lambda dataset: "toy")
+    from mteb.models.models_protocols import EncoderProtocol
+
     adapter = MtebModel(Unimodal(model.model, model.encoder.processor), "me/mine", "1")
     assert isinstance(adapter, EncoderProtocol)
-    scores = mteb.evaluate(adapter, Toy(), cache=None, show_progress_bar=False).task_results[0].scores["test"][0]
+    scores = (
+        mteb.evaluate(adapter, toy_task(scenes)(), cache=None, show_progress_bar=False)
+        .task_results[0]
+        .scores["test"][0]
+    )
     assert scores["recall_at_3"] == pytest.approx(recall_at_3(model, scenes)[0], abs=1e-4)
+
+
+# Command lines.
+
+
+@pytest.fixture(scope="module")
+def checkpoint(model: Unimodal, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("checkpoints") / "demo" / "model"
+    Unimodal(model.model, model.processor).save_pretrained(folder)
+    return folder
+
+
+def test_the_command_line_of_mteb_finds_a_checkpoint(
+    checkpoint: Path, scenes: Scenes, model: Unimodal, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("mteb")
+    monkeypatch.setattr("datasets.arrow_dataset.generate_fingerprint", lambda dataset: "toy")
+    monkeypatch.setitem(sys.modules["mteb.get_tasks"]._TASKS_REGISTRY, "ToyT2IRetrieval", toy_task(scenes))
+    arguments = [
+        "run",
+        "-m",
+        str(checkpoint),
+        "-t",
+        "ToyT2IRetrieval",
+        "--output-folder",
+        str(tmp_path),
+    ]
+    assert programs.main(["mteb", *arguments]) == 0
+    (results,) = tmp_path.rglob("ToyT2IRetrieval.json")
+    assert "demo__model" in str(results)
+    (scores,) = json.loads(results.read_text())["scores"]["test"]
+    assert scores["recall_at_3"] == pytest.approx(recall_at_3(model, scenes)[0], abs=1e-4)
+
+
+def test_the_command_line_of_clip_benchmark_finds_a_checkpoint(
+    checkpoint: Path, scenes: Scenes, model: Unimodal, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("clip_benchmark")
+
+    def dataset(*, transform: Any, **options: Any) -> list[Any]:
+        return [(transform(scenes.image(i)), scenes.captions(i)) for i in range(COUNT)]
+
+    monkeypatch.setattr("clip_benchmark.cli.build_dataset", dataset)
+    arguments = ["eval", "--model_type", "unimodal", "--model", "mine", "--pretrained", str(checkpoint), "--no_amp"]
+    arguments += ["--dataset", "mscoco_captions", "--recall_k", "3", "--num_workers", "0"]
+    assert programs.main(["clip_benchmark", *arguments, "--output", str(tmp_path / "out.json")]) == 0
+    found = json.loads((tmp_path / "out.json").read_text())["metrics"]
+    t2i, i2t = recall_at_3(model, scenes)
+    assert (found["image_retrieval_recall@3"], found["text_retrieval_recall@3"]) == pytest.approx((t2i, i2t))
+
+
+def test_other_programs_and_missing_checkpoints_are_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    assert programs.main([]) == programs.main(["pytest", "-q"]) == 2
+    assert "usage: python -m unimodal.adapters {mteb,clip_benchmark}" in capsys.readouterr().err
+    pytest.importorskip("mteb")
+    assert programs.main(["mteb", "run", "-m", "no/such/folder", "-t", "x"]) == 1
+    assert "unimodal.adapters: no/such/folder: no such folder here" in capsys.readouterr().err
+
+
+def test_a_program_that_is_not_installed_is_named(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for program, extra in (("mteb", "mteb"), ("clip_benchmark", "clip-benchmark")):
+        monkeypatch.setitem(sys.modules, program, None)
+        assert programs.main([program, "run", "-m", "x"]) == 1
+        assert f"pip install 'unimodal[{extra}]'" in capsys.readouterr().err

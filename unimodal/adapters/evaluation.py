@@ -4,9 +4,12 @@ mteb.evaluate(MtebModel(model, "me/mine"), tasks=mteb.get_tasks(["Flickr30kT2IRe
 
 model, transform, tokenizer = clip_benchmark_model(model)      # in place of open_clip's three
 zeroshot_retrieval.evaluate(model, dataloader, tokenizer, "cpu", amp=False)
+
+Their command lines: see `unimodal.adapters.programs`.
 """
 
 from collections.abc import Callable, Iterable, Sequence
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -72,9 +75,9 @@ class MtebModel:
         """Cosines [A] of the rows of [A, E] and [A, E]."""
         return (torch.as_tensor(a) * torch.as_tensor(b)).sum(dim=-1)
 
-    @property
+    @cached_property
     def mteb_model_meta(self) -> Any:
-        """What mteb files the results under.
+        """What mteb files the results under; mteb sets it when it loads the model from its list.
 
         Raises:
             ImportError: mteb is not installed.
