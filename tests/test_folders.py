@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from unimodal.data import ImageFolder, open_splits
+from unimodal.data import ImageFolder, load_image, open_splits
 from unimodal.data.folders import find_pictures, pictures_in
 
 
@@ -79,6 +79,21 @@ def test_links_in_a_circle_end(tmp_path: Path) -> None:
     found = find_pictures(photos)
     assert names(photos) == ["one.png", "out/two.png"]
     assert [link.relative_to(photos).as_posix() for link in found.links] == ["self", "up", "out/back"]
+
+
+@pytest.mark.parametrize("name", ["loop.jpg", "loop"])
+def test_a_link_to_itself_ends(tmp_path: Path, name: str) -> None:
+    save(tmp_path / "a.png")
+    (tmp_path / name).symlink_to(tmp_path / name)
+    assert names(tmp_path) == (["a.png", "loop.jpg"] if name == "loop.jpg" else ["a.png"])
+    if name == "loop.jpg":
+        with pytest.raises(ValueError, match="loop.jpg' cannot be the path of an image"):
+            load_image(tmp_path / name)
+
+
+def test_a_folder_may_be_called_like_a_picture(tmp_path: Path) -> None:
+    save(tmp_path / "holiday.jpg" / "a.png")
+    assert names(tmp_path) == ["holiday.jpg/a.png"]
 
 
 def test_a_folder_that_is_itself_a_link_is_read(tmp_path: Path) -> None:

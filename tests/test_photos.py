@@ -187,6 +187,20 @@ def test_hidden_and_foreign_files_are_no_pictures(encoder: Encoder, photos: Path
 
 
 @pytest.mark.filterwarnings("ignore:.*could not be read and are not in the index")
+def test_linked_folders_are_indexed_once_and_links_to_nothing_are_named(encoder: Encoder, photos: Path) -> None:  # noqa: F811
+    elsewhere = photos.parent / "elsewhere"
+    elsewhere.mkdir()
+    Scenes("val", count=1).image(0).save(elsewhere / "d.png")
+    for name, target in {"2023": elsewhere, "again": elsewhere, "loop": photos, "gone.jpg": photos / "nowhere"}.items():
+        (photos / name).symlink_to(target)
+    found = index_folder(encoder, photos)
+    assert found.index.ids == ["2023/d.png", "a.png", "b.png", "more/c.png"]
+    assert sorted(found.skipped) == ["bad.jpg", "gone.jpg"] and "No such file" in found.skipped["gone.jpg"]
+    assert found.others == "not followed: 'again', 'loop', linked to a folder that is read already or holds this one"
+    assert index_folder(encoder, photos).fresh == 0
+
+
+@pytest.mark.filterwarnings("ignore:.*could not be read and are not in the index")
 def test_a_name_that_no_index_can_hold_is_left_out(encoder: Encoder, photos: Path, model, capsys) -> None:  # noqa: F811
     odd = os.fsdecode(os.fsencode(photos) + b"/caf\xe9.png")
     try:

@@ -131,14 +131,22 @@ def _walk(folder: Path, found: Found, read: set[Path]) -> list[Path]:
         return []
     links = []
     for entry in entries:
-        path = folder / entry.name
-        if entry.is_dir():
+        path, ends = folder / entry.name, ending(entry.name)
+        if _is_folder(entry):
             if entry.is_symlink():
                 links.append(path)
             elif path.resolve() not in read:
                 links += _walk(path, found, read)
-        elif ending(entry.name) in PICTURES:
+        elif ends in PICTURES:
             found.pictures.append(path)
-        elif ending(entry.name) in UNREAD:
-            found.unread.append(ending(entry.name))
+        elif ends in UNREAD:
+            found.unread.append(ends)
     return links
+
+
+def _is_folder(entry: os.DirEntry[str]) -> bool:
+    """Whether an entry is a folder, or a link to one; a link in a circle, or to where one may not look, is none."""
+    try:
+        return entry.is_dir()
+    except OSError:
+        return False
