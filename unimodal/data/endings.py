@@ -4,12 +4,13 @@ A string is told apart by how it is written, never by what happens to lie on the
 marks around the whole of it, do not count. In this order:
 
     "data:image/png;base64,..."             a picture, whose bytes are in the string
-    "file:///home/me/a%20dog.jpg"           a picture; other addresses that begin with `file:` likewise, whatever their ending
+    "file:///home/me/a%20dog.jpg"           a picture; other addresses that begin with `file:/` likewise, whatever their ending
     "https://host/photo.jpg?size=2"         a picture: the address has a picture's ending
     "https://host/photo", "s3://host/key"   could be meant either way: an error
     "photo.JPG", "~/IMG 1.heic", "C:\\a.tif" a picture: the string ends like one, in capitals or not
     "/photos/IMG_0001", "C:\\IMG_0001"       a path without an ending could be meant either way: an error
     "clip.mp4"                              a video, which a dict names: an error
+    "iVBORw0KGgoAAAANSUhEUgAAAAgA..."       a picture in base64 without the head of a data URL: an error
     any other string                        a text: "a dog.", "photo.jpg is nice", "the logo of node.js"
 
 So a sentence that happens to end in "photo.jpg" is taken for a picture, and where no such file is there, an error says so and how to pass
