@@ -1,7 +1,7 @@
 """How the names of pictures end, and whether a string names a picture or is words. The only table of endings, and the only rule.
 
-A string is told apart by how it is written, never by what happens to lie on the disk. Spaces and line breaks around it, and quotation
-marks around the whole of it, do not count. In this order:
+A string is told apart by how it is written, never by what happens to lie on the disk. Spaces, line breaks and invisible marks around it, and
+quotation marks around the whole of it, do not count. In this order:
 
     "data:image/png;base64,..."             a picture, whose bytes are in the string
     "file:///home/me/a%20dog.jpg"           a picture; other addresses that begin with `file:/` likewise, whatever their ending
@@ -84,6 +84,8 @@ VIDEOS = frozenset((".mp4", ".m4v", ".mov", ".avi", ".mkv", ".webm", ".mpg", ".m
 LONGEST = 200  # characters of an address in a message
 CONVERT = "convert it to JPEG or PNG"
 
+INVISIBLE = "\0\ufeff\u200b\u200e\u200f\u202a\u202b\u202c\u2066\u2067\u2069"  # Windows copies some with a path
+
 _DATA = re.compile(r"data:(image|base64|[^\s,]*[/;]|,)", re.IGNORECASE)
 _ADDRESS = re.compile(r"[a-z][a-z0-9+.-]+://\S", re.IGNORECASE)
 _FILE = re.compile(r"file:/", re.IGNORECASE)
@@ -164,6 +166,6 @@ def is_remote(name: str) -> bool:
 
 
 def _bare(text: str) -> str:
-    name = text.strip()
+    name = text.strip().strip(INVISIBLE).strip()
     quoted = len(name) > 2 and name[0] == name[-1] and name[0] in "\"'"  # as a file manager copies a path
     return name[1:-1].strip() if quoted else name
