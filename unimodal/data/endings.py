@@ -1,7 +1,7 @@
 """How the names of pictures end, and whether a string names a picture or is words. The only table of endings, and the only rule.
 
-A string is told apart by how it is written, never by what happens to lie on the disk. Spaces, line breaks and invisible marks around it, and
-quotation marks around the whole of it, do not count. In this order:
+A string is told apart by how it is written, never by what happens to lie on the disk. Spaces, line breaks and invisible marks around it do
+not count, nor do quotation marks around the whole of it. In this order:
 
     "data:image/png;base64,..."             a picture, whose bytes are in the string
     "file:///home/me/a%20dog.jpg"           a picture; other addresses that begin with `file:/` likewise, whatever their ending
