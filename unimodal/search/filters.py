@@ -6,18 +6,22 @@ A field is a key of the metadata. It is compared with a number, a 'text' (a quot
 `<=`, `>`, `>=`, `in (...)`, `like` (% stands for any characters, _ for one; case counts), or asked for by `is null`; `not`, `and`, `or` and
 parentheses join these. A document without the field fails every comparison with it, negated ones too, as in SQL.
 
-Negations are moved down to the comparisons when a filter is read, so that no backend's own idea of `not` and null matters.
+Negations are moved down to the comparisons when a filter is read, so that no backend's own idea of `not` and null matters. Long chains of
+`and` and `or` are written as balanced trees, and `year = 1 or year = 2 or ...` as `year in (1, 2, ...)`: databases bound the depth of an
+expression, not its length.
 """
 
 import json
+import math
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Literal
 
 import numpy as np
 
+from unimodal import arguments
 from unimodal.config import nearest
 
 Kind = Literal["text", "number", "flag"]  # what the values of one field are
@@ -25,6 +29,9 @@ Kind = Literal["text", "number", "flag"]  # what the values of one field are
 OPPOSITE = {"=": "!=", "<": ">=", "<=": ">", "in": "not in", "like": "not like", "is null": "is not null"}
 OPPOSITE |= {b: a for a, b in OPPOSITE.items()}
 FIELD = re.compile(r"[A-Za-z_][A-Za-z0-9_]*\Z")
+DEEPEST = 20  # brackets within brackets
+SHOWN = 200  # characters of a filter in an error
+WHOLE = 2**53  # beyond it whole numbers are compared as floats
 WORDS = {"and", "or", "not", "in", "like", "is", "null", "true", "false"}
 TOKEN = re.compile(
     r"\s*(?:(?P<number>-?(?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d+)?)|(?P<text>'(?:[^']|'')*')|(?P<word>[A-Za-z_]\w*)|(?P<sign><=|>=|!=|<>|[=<>(),]))",
@@ -76,10 +83,16 @@ class Joined:
     parts: tuple["Filter", ...]
 
     def sql(self) -> str:
-        return "(" + f" {self.word} ".join(part.sql() for part in self.parts) + ")"
+        return self._balanced([part.sql() for part in self.parts])
 
     def milvus(self) -> str:
-        return "(" + f" {self.word} ".join(part.milvus() for part in self.parts) + ")"
+        return self._balanced([part.milvus() for part in self.parts])
+
+    def _balanced(self, parts: Sequence[str]) -> str:
+        if len(parts) == 1:
+            return parts[0]
+        half = len(parts) // 2
+        return f"({self._balanced(parts[:half])} {self.word} {self._balanced(parts[half:])})"
 
 
 Filter = Test | Joined
@@ -109,8 +122,12 @@ def parse(text: str, fields: Mapping[str, Kind]) -> Filter:
         fields: what the values of each known field are.
 
     Raises:
+        TypeError: no text.
         ValueError: not such a filter, an unknown field, or a value of another kind than the field's.
     """
+    arguments.text(text, "filter", empty=True)
+    if "\0" in text:
+        raise ValueError("filter: a null character cannot be compared; leave it out")
     return _Reader(text, fields).read()
 
 
@@ -118,7 +135,8 @@ class _Reader:
     """Recursive descent: or < and < not < comparison."""
 
     def __init__(self, text: str, fields: Mapping[str, Kind]) -> None:
-        self.text, self.fields, self.at = text, fields, 0
+        self.text, self.fields, self.at, self.depth = text, fields, 0, 0
+        self.name = f"filter {text[:SHOWN]!r}" + ("..." if len(text) > SHOWN else "")
         self.tokens: list[tuple[str, str, int]] = []  # (kind, text, place)
         place, end = 0, len(text.rstrip())
         while place < end:
@@ -146,14 +164,18 @@ class _Reader:
         while self._take(word):
             parts.append(part(negated))
         other: Literal["and", "or"] = "and" if word == "or" else "or"
-        return parts[0] if len(parts) == 1 else Joined(other if negated else word, tuple(parts))
+        return _joined(other if negated else word, parts)
 
     def _one(self, negated: bool) -> Filter:
-        if self._take("not"):
-            return self._one(not negated)
+        while self._take("not"):
+            negated = not negated
         if self._take("("):
+            self.depth += 1
+            if self.depth > DEEPEST:
+                raise ValueError(f"{self.name}: brackets within brackets go {DEEPEST} deep at most; leave some out")
             inner = self._any(negated)
             self._need(")")
+            self.depth -= 1
             return inner
         test = self._test()
         return Test(test.field, OPPOSITE[test.operator], test.value) if negated else test
@@ -164,7 +186,7 @@ class _Reader:
             raise self._error(place, "a field")
         if field not in self.fields:
             known = nearest(field, self.fields) if self.fields else "the documents have no metadata"
-            raise ValueError(f"filter {self.text!r:.200}: no field {field!r:.80}; {known}")
+            raise ValueError(f"{self.name}: no field {field!r:.80}; {known}")
         if self._take("is"):
             operator = "is not null" if self._take("not") else "is null"
             self._need("null")
@@ -192,20 +214,22 @@ class _Reader:
         if kind == "text":
             value, given = token[1:-1].replace("''", "'"), "text"
         elif kind == "number":
-            value, given = float(token) if re.search(r"[.eE]", token) else int(token), "number"
+            value, given = float(token), "number"
+            if not math.isfinite(value):
+                raise ValueError(f"{self.name}: expected a finite number, got {token[:40]}; floats end at 1.8e308")
+            if not re.search(r"[.eE]", token) and abs(value) <= WHOLE:
+                value = int(token)
         elif token.lower() in ("true", "false"):
             value, given = token.lower() == "true", "flag"
         else:
             raise self._error(place, "a number, a 'text', true or false")
         if given != self.fields[field]:
-            raise ValueError(
-                f"filter {self.text!r:.200}: field {field!r} holds a {self.fields[field]}, got the {given} {token}"
-            )
+            raise ValueError(f"{self.name}: field {field!r} holds a {self.fields[field]}, got the {given} {token:.80}")
         if (operator.endswith("like") and (given != "text" or "\\" in value)) or (
             given == "flag" and operator not in ("=", "!=")
         ):
             raise ValueError(
-                f"filter {self.text!r:.200}: {operator} does not go with the {given} {token}; `like` takes a text without "
+                f"{self.name}: {operator} does not go with the {given} {token:.80}; `like` takes a text without "
                 "backslashes, true and false go with = and !="
             )
         return value
@@ -229,10 +253,33 @@ class _Reader:
     def _error(self, place: int, wanted: str) -> ValueError:
         rest = self.text[place:].strip()
         return ValueError(
-            f"filter {self.text!r:.200}: expected {wanted} at {rest[:20]!r}; an example: year >= 2020 and place = 'Oslo'"
+            f"{self.name}: expected {wanted} at {rest[:20]!r}; an example: year >= 2020 and place = 'Oslo'"
             if rest
-            else f"filter {self.text!r:.200}: expected {wanted} at the end; an example: year >= 2020 and place = 'Oslo'"
+            else f"{self.name}: expected {wanted} at the end; an example: year >= 2020 and place = 'Oslo'"
         )
+
+
+def _joined(word: Literal["and", "or"], parts: Sequence[Filter]) -> Filter:
+    """Filters joined; those that compare one field for equality become one comparison with several values."""
+    one, several = ("=", "in") if word == "or" else ("!=", "not in")
+    values: dict[str, dict[Any, None]] = {}
+    kept: list[Filter | str] = []  # a field stands for what it is compared with
+    for part in parts:
+        if isinstance(part, Test) and part.operator == one and not isinstance(part.value, bool):
+            if part.field not in values:
+                kept.append(part.field)
+            values.setdefault(part.field, {})[part.value] = None
+        else:
+            kept.append(part)
+    filters = [
+        part
+        if not isinstance(part, str)
+        else Test(part, several, tuple(values[part]))
+        if len(values[part]) > 1
+        else Test(part, one, next(iter(values[part])))
+        for part in kept
+    ]
+    return filters[0] if len(filters) == 1 else Joined(word, tuple(filters))
 
 
 def _sql(value: Any) -> str:

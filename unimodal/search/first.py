@@ -105,7 +105,9 @@ class FirstStage:
         left = list(range(len(queries)))
         exhausted = selection is not None and len(allowed) <= wanted  # few enough to look at every one
         while left:
-            keys = [allowed] * len(left) if exhausted else self._ask(queries[left], wanted, k, allowed, selection)
+            keys: list[np.ndarray | None] = [allowed] * len(left)
+            if not exhausted:
+                keys = self._ask(queries[left], wanted, k, allowed, selection)
             for query, some in zip(left, keys):
                 if some is not None:
                     found[query] = self._ordered(queries[query], np.unique(some // self.each), k)
@@ -122,7 +124,12 @@ class FirstStage:
         asked = min(wanted, len(self.backend))
         if not asked:
             return [None] * len(queries)
-        keys, scores = self.backend.search(flat, asked, selection)
+        try:
+            keys, scores = self.backend.search(flat, asked, selection)
+        except ValueError:
+            if selection is None:
+                raise
+            return [allowed] * len(queries)  # a filter that this backend cannot evaluate: every one is looked at
         place = np.searchsorted(allowed, keys).clip(max=len(allowed) - 1)
         good = (keys >= 0) & (allowed[place] == keys)
         enough = min(k * self.each, len(allowed))

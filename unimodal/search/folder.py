@@ -148,7 +148,12 @@ def _open(encoder: Encoder, place: Path, root: Path) -> Index:
     restore(place)
     if not (place / "index.json").exists():
         _require_writable(place)
-        return build_index(encoder, [], folder=place, root=root)
+        try:
+            return build_index(encoder, [], folder=place, root=root)
+        except ValueError:
+            if not (place / "index.json").exists():
+                raise
+            # another search has begun the index meanwhile, and filled it
     _require_index_of(place, root)
     try:
         return Index.load(place, encoder)
