@@ -22,7 +22,7 @@ from unimodal import arguments
 from unimodal.data.folders import require_unicode
 from unimodal.data.items import as_items, is_single
 from unimodal.data.texts import UnknownWordsWarning
-from unimodal.files import LOCK, InUseError, locked, replacing_contents
+from unimodal.files import LOCK, InUseError, locked, replacing_contents, restore
 from unimodal.search.backends import VectorIndex, open_backend
 from unimodal.search.catalogue import PATIENCE, Catalogue, Id, Metadata
 from unimodal.search.copying import copy_index
@@ -185,6 +185,7 @@ class Index:
         if begin is not None:
             require_place(self.folder, begin)
             self.folder.mkdir(parents=True, exist_ok=True)
+        restore(self.folder)
         with self._holding(WAIT if wait is None else wait):
             if begin is not None and require_place(self.folder, begin) is None:
                 write_manifest(self.folder, begin)
@@ -374,6 +375,7 @@ class Index:
         require_unicode(folder)
         if not isinstance(encoder, Encoder):
             raise TypeError(arguments.refused("encoder", "an Encoder", encoder, "Unimodal.load_index passes its own"))
+        restore(folder)
         require_same_model(str(folder), read_manifest(folder)["model"], encoder)
         index = cls(encoder, folder, uri=uri)
         index.state  # noqa: B018

@@ -87,9 +87,12 @@ def open_backend(name: str, folder: Path, width: int, precision: str, uri: str |
     Raises:
         ValueError: an unknown name or precision, a width that precision cannot hold, an address for a backend that has none.
         ImportError: the backend's library is not installed.
+        NotADirectoryError: the folder is a file.
         PermissionError: a file may not be read.
     """
     check_backend(name, width, precision, uri)
+    if folder.exists() and not folder.is_dir():
+        raise NotADirectoryError(f"{folder} is a file, expected the folder of the {name} backend")
     for path in folder.rglob("*"):
         if not os.access(path, os.R_OK):
             raise PermissionError(f"{path} may not be read; let its owner change its mode")
@@ -108,5 +111,7 @@ def release_backend(name: str, folder: Path) -> None:
 def discard_backend(name: str, folder: Path) -> None:
     """Remove the folder of a backend."""
     release_backend(name, folder)
-    if folder.exists():
+    if folder.is_dir():
         shutil.rmtree(folder)
+    else:
+        folder.unlink(missing_ok=True)
