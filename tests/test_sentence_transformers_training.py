@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
+from torch.utils.data import DataLoader
 from toy import toy_model, toy_processor
 from toyqwen import toy_qwen
 
@@ -373,9 +374,9 @@ EVALUATORS: dict[str, Callable[[list[Any], list[Any]], dict[str, Any]]] = {
 OTHER_EVALUATORS = {
     "BaseEvaluator",
     "SentenceEvaluator",  # what evaluators are made from
-    "SequentialEvaluator",  # several in turn
-    "LabelAccuracyEvaluator",  # of a SoftmaxLoss, with a data loader of texts
-    "MSEEvaluatorFromDataFrame",  # of translated texts
+    "SequentialEvaluator",  # these three have a test below
+    "LabelAccuracyEvaluator",
+    "MSEEvaluatorFromDataFrame",
     "NanoBEIREvaluator",  # data sets of texts on the Hub
 }
 PAIR_EVALUATORS: dict[str, Callable[[], dict[str, Any]]] = {
@@ -403,6 +404,21 @@ def test_every_evaluator_runs_with_pictures(name: str, model_name: str, loaded: 
         given["teacher_model"] = model
     measured = makes(**given)(model, output_path=str(tmp_path))
     assert measured and all(math.isfinite(value) for value in measured.values()), measured
+
+
+def test_evaluators_of_texts_run(loaded: dict[str, Any], tmp_path: Path) -> None:
+    model = loaded["bridged"]
+    triplets = evaluators.TripletEvaluator(anchors=TEXTS, positives=OTHERS, negatives=OTHERS[::-1])
+    translated = [{"en": text, "de": other} for text, other in zip(TEXTS, OTHERS)]
+    examples = [st.InputExample(texts=[text, other], label=i % 2) for i, (text, other) in enumerate(zip(TEXTS, OTHERS))]
+    softmax = losses.SoftmaxLoss(model, embedding_dimension=16, num_labels=2)
+    for evaluator in (
+        evaluators.SequentialEvaluator([triplets, triplets]),
+        evaluators.MSEEvaluatorFromDataFrame(translated, teacher_model=model, combinations=[("en", "de")]),
+        evaluators.LabelAccuracyEvaluator(DataLoader(examples, batch_size=2), softmax_model=softmax),
+    ):
+        measured = evaluator(model, output_path=str(tmp_path))
+        assert measured and all(math.isfinite(value) for value in measured.values())
 
 
 @pytest.mark.parametrize("name", PAIR_EVALUATORS)
