@@ -381,3 +381,69 @@ def test_progress_is_shown_when_asked(model: Unimodal, capsys: pytest.CaptureFix
     assert capsys.readouterr().err == ""  # no terminal
     model.encode(TEXTS, batch_size=1, show_progress_bar=True)
     assert capsys.readouterr().out == ""
+
+
+# Numbers that are none, and cosines.
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_embeddings_of_a_lower_precision_are_unit_vectors(dtype: torch.dtype) -> None:
+    model = toy()
+    model.to(dtype=dtype)
+    for vectors in (
+        model.encode(TEXTS),
+        model.encode(IMAGES),
+        model.encode({"image": IMAGES[0], "text": TEXTS[0]})[None],
+    ):
+        assert vectors.dtype == np.float32
+        assert np.linalg.norm(vectors, axis=1) == pytest.approx(1, abs=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("part", "call", "message"),
+    [
+        ("text_tower", lambda m: m.encode(["a star", "a red circle"]), "item 0: the model's embedding is not finite"),
+        ("image_tower", lambda m: m.encode(IMAGES[0]), "the model's embedding is not finite"),
+        ("image_tower", lambda m: m.build_index(IMAGES), "the model's embedding is not finite"),
+        ("matching", lambda m: m.rank("a star", IMAGES), "the matching head's scores are not finite"),
+        ("matching", lambda m: m.predict([(IMAGES[0], "a star")]), "the matching head's scores are not finite"),
+    ],
+)
+def test_a_model_of_weights_that_are_no_numbers_is_refused(part: str, call: Any, message: str) -> None:
+    model = toy()
+    modules = {
+        "text_tower": model.model.backbone.text,
+        "image_tower": model.model.backbone.vision,
+        "matching": model.model.head("matching"),
+    }
+    for weight in modules[part].parameters():
+        torch.nn.init.constant_(weight, float("nan"))
+    with pytest.raises(ValueError, match=message):
+        call(model)
+
+
+def test_no_cosine_passes_one(model: Unimodal) -> None:
+    wide = torch.nn.functional.normalize(torch.randn(400, 333), dim=-1)
+    assert (wide * wide).sum(-1).max() > 1  # rounding alone
+    assert model.similarity(wide, wide).max() <= 1
+    assert model.similarity(-wide, wide).min() >= -1
+    vectors = model.encode(IMAGES)
+    assert model.similarity(vectors, 7 * vectors).diagonal().numpy() == pytest.approx(
+        1, abs=1e-6
+    )  # cosines, whatever the length
+    for hits in model.build_index(IMAGES).search(IMAGES, top_k=5, rerank_top_k=0):
+        assert all(-1 <= hit["first_score"] <= 1 and -1 <= hit["score"] <= 1 for hit in hits)
+
+
+@pytest.mark.parametrize("form", [np.asarray, torch.tensor, list])
+def test_similarity_takes_every_form_of_vectors(model: Unimodal, form: Any) -> None:
+    rows = [[1.0, 0.0], [0.6, 0.8]]
+    assert torch.allclose(model.similarity(form(rows), form(rows)), torch.tensor([[1.0, 0.6], [0.6, 1.0]]))
+
+
+def test_equal_scores_keep_the_order_of_the_documents(model: Unimodal) -> None:
+    ranked = model.rank(TEXTS[0], [IMAGES[1], IMAGES[0], IMAGES[1], IMAGES[0], IMAGES[1]])
+    by_score: dict[float, list[int]] = {}
+    for hit in ranked:
+        by_score.setdefault(hit["score"], []).append(hit["corpus_id"])
+    assert sorted(map(tuple, by_score.values())) == [(0, 2, 4), (1, 3)]

@@ -4,6 +4,7 @@ galleries obey their stated rules; what cannot be ranked is refused by name.
 
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 from torchmetrics.retrieval import RetrievalHitRate
@@ -261,3 +262,47 @@ def test_a_protocol_that_describes_other_data_is_refused() -> None:
     words = Protocol(dataset="toy", split="test", fingerprint="0", images=2, captions=2, stage=None, rule="words")
     with pytest.raises(ValueError, match="retrieval is measured under rule 'hit'"):
         summarise(torch.ones(2).long(), [1, 1], words)
+
+
+def test_equal_scores_are_candidates_in_the_order_of_their_places() -> None:
+    scores = torch.tensor([[0.5, 1.0, 0.5, 0.5, 1.0, 0.5] * 40, [0.0] * 240])
+    relevant = torch.zeros(2, 240, dtype=torch.bool)
+    relevant[:, 0] = True
+    found = candidates_from_scores(scores, relevant, 82)
+    ones = [i for i in range(240) if i % 3 == 1]
+    assert found.index[0].tolist() == [*ones, 0, 2]
+    assert found.index[1].tolist() == list(range(82))
+    image = torch.eye(2).repeat_interleave(100, 0)
+    t2i, _ = first_stage(image, torch.eye(2)[[0, 1]].repeat(100, 1), torch.arange(200), k=3)
+    assert t2i.index[0].tolist() == [0, 1, 2]
+    assert t2i.index[1].tolist() == [100, 101, 102]
+
+
+@pytest.mark.parametrize(
+    "form", [np.asarray, torch.as_tensor, lambda x: torch.as_tensor(x).tolist()], ids=["numpy", "torch", "lists"]
+)
+def test_metrics_take_what_encode_returns(form) -> None:
+    image, text = np.eye(3, 4, dtype=np.float32), np.eye(3, 4, dtype=np.float32).repeat(2, 0)
+    known = Protocol(dataset="toy", split="test", fingerprint="0", images=3, captions=6)
+    owner = np.repeat([4, 7, 9], 2)
+    result = retrieval_metrics(form(image), form(text), form(owner), image_id=form(np.array([4, 7, 9])), protocol=known)
+    assert result.text_to_image.r1 == result.image_to_text.r1 == 100
+
+
+@pytest.mark.parametrize(
+    ("change", "kind", "message"),
+    [
+        ({"image": "ab"}, TypeError, "image embeddings: expected numbers, got 'ab'"),
+        ({"text": None}, TypeError, "text embeddings: expected numbers, got None"),
+        ({"text_image_id": [0.5, 1.0]}, TypeError, "text_image_id: expected whole numbers"),
+        ({"text_image_id": ["a", "b"]}, TypeError, "text_image_id: expected whole numbers"),
+        ({"protocol": {}}, TypeError, "protocol: expected a Protocol, got dict"),
+        ({"chunk": 0}, ValueError, "chunk: expected at least 1, got 0"),
+        ({"chunk": 2.0}, TypeError, "chunk: expected a whole number"),
+    ],
+)
+def test_metrics_name_the_argument_that_is_wrong(change, kind, message) -> None:
+    known = Protocol(dataset="toy", split="test", fingerprint="0", images=2, captions=2)
+    given = {"image": torch.eye(2), "text": torch.eye(2), "text_image_id": torch.arange(2), "protocol": known, **change}
+    with pytest.raises(kind, match=message):
+        retrieval_metrics(**given)

@@ -328,15 +328,19 @@ class Unimodal:
             return self.encoder.judge(pairs, prompt, batch_size, show)
         if prompt is not None:
             raise ValueError("prompt: the matching head of this model takes no instruction; leave it out")
+        names = [(identity(a), identity(b)) for a, b in pairs]
+        # A pair is scored once, wherever it stands: rounding differs by a row's place in its batch, and equal pairs would not tie.
+        place = {pair: i for i, pair in enumerate(dict.fromkeys(names))}
         images, texts = ({identity(pair[side]): pair[side] for pair in pairs} for side in (0, 1))
         for message in filter(None, map(self.encoder.unknown_words, texts.values())):
             warnings.warn(message, UnknownWordsWarning, stacklevel=3)
         steps = [list(d.items())[rows] for d in (images, texts) for rows in batches(len(d), batch_size)]
         tokens: dict[Any, Tensor] = {}
         for step in progress(steps, "Reading", show):
-            names, items = zip(*step)
-            tokens |= zip(names, self.encoder.read(items).tokens)
-        return self.encoder.match([(tokens[identity(a)], tokens[identity(b)]) for a, b in pairs], batch_size, show)
+            keys, items = zip(*step)
+            tokens |= zip(keys, self.encoder.read(items).tokens)
+        logits = self.encoder.match([(tokens[a], tokens[b]) for a, b in place], batch_size, show)
+        return logits[[place[pair] for pair in names]]
 
     def explain(self, image: Any, text: str, *, steps: int = 64, batch_size: int = 16) -> Explanation:
         """Why the matching head scores this pair as it does; see `unimodal.explain.explain`."""

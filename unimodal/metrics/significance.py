@@ -201,8 +201,9 @@ def _check(values: np.ndarray, groups: ArrayLike | None) -> tuple[np.ndarray, np
     """Values and the number of each one's group, both [Q]."""
     if groups is None:
         return values, np.arange(len(values))
-    plain = isinstance(groups, Tensor | np.ndarray) and groups.ndim == 1
-    names: list[Any] = groups.tolist() if plain else arguments.listed(groups, "groups", "names")  # type: ignore[union-attr]
+    names: list[Any] = arguments.listed(groups, "groups", "names, one for each query")
+    if isinstance(groups, Tensor | np.ndarray) and groups.ndim == 1:
+        names = [name.item() if hasattr(name, "item") else name for name in names]
     alike = any(all(isinstance(name, kind) for name in names) for kind in (Integral, str))
     if len(names) != len(values) or not alike:
         raise ValueError(

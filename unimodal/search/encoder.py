@@ -141,7 +141,7 @@ class Encoder:
             else:
                 text = self.texts(values)
                 embedding, read = self.model.text_embedding(text), self._text_tokens(text)
-            for row, vector in zip(rows, embedding.float()):
+            for row, vector in zip(rows, _unit(embedding, [where[row] for row in rows])):
                 vectors[row].append(vector)
             for row, kept in zip(rows, read):
                 tokens[row].append(kept)
@@ -164,7 +164,7 @@ class Encoder:
             else:
                 text = self.model.encode_text(batch["ids"], batch["mask"])
                 embedding, tokens = self.model.text_embedding(text), self._text_tokens(text)
-            out |= dict(zip(rows, zip(embedding.float(), tokens)))
+            out |= dict(zip(rows, zip(_unit(embedding, [where[row] for row in rows]), tokens)))
         keep = [self.matches and item.kind in ("image", "text") for item in items]
         tokens = [out[row][1] if kept else torch.empty(0) for row, kept in enumerate(keep)]
         return Encoded(torch.stack([out[row][0] for row in range(len(items))]), tokens)
@@ -192,7 +192,7 @@ class Encoder:
             opened = {key: opened.get(key) or query.opened(f"pair {i}: ") for key, (i, query) in queries.items()}
             rows = [self.processor.pair(opened[id(pairs[i][0])], pairs[i][1], prompt, f"pair {i}: ") for i in places]
             scores[places] = judge.logits(rows)
-        return scores
+        return _finite(scores)
 
     @inference()
     def write(
@@ -267,7 +267,7 @@ class Encoder:
             image_state = ImageState(nothing[0], nothing[0], image)
             text_state = TextState(nothing[1], text_mask, text, nothing[1])
         logits = self.model.match(image_state, text_state, image_index.to(self.device), text_index.to(self.device))
-        return logits.float().cpu()
+        return _finite(logits.float().cpu())
 
     def _place(self, x: Tensor) -> Tensor:
         return x.to(self.device, self.model.log_scale.dtype if x.is_floating_point() else None)
@@ -292,6 +292,27 @@ class Encoder:
                 digest.update(f"{name} {value.dtype} {list(value.shape)}".encode())
                 digest.update(value.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
         return digest.hexdigest()[:16]
+
+
+def _unit(embedding: Tensor, where: Sequence[str]) -> Tensor:
+    """Embeddings [n, E] or [n, N, E] as unit vectors in float32; those of a lower precision are off by half a percent."""
+    vectors = embedding if embedding.dtype == torch.float32 else F.normalize(embedding.float(), dim=-1)
+    if not bool((finite := vectors.isfinite().flatten(1).all(1)).all()):
+        name = where[int((~finite).nonzero()[0, 0])]
+        raise ValueError(
+            f"{name}the model's embedding is not finite, so it means nothing; its weights are damaged, or {embedding.dtype} is too narrow "
+            "for them: load it again, with dtype=torch.float32"
+        )
+    return vectors
+
+
+def _finite(logits: Tensor) -> Tensor:
+    if not bool(logits.isfinite().all()):
+        raise ValueError(
+            "the matching head's scores are not finite, so they mean nothing; its weights are damaged, or their precision is too low: "
+            "load the model again, with dtype=torch.float32"
+        )
+    return logits
 
 
 def batches(count: int, batch_size: int) -> list[slice]:
