@@ -1,6 +1,7 @@
 """Configurations survive JSON, and whatever is wrong in one is refused with its place, what came and what is known."""
 
 import json
+import math
 
 import pytest
 from toy import toy_config
@@ -57,6 +58,21 @@ def test_whole_numbers_serve_as_floats() -> None:
         ({"embedding": {"matryoshka": [64, "32"]}}, TypeError, ["ModelConfig.embedding.matryoshka[1]: expected int"]),
         ({"backbone": {"vision": {"mean": [0.5]}}}, ValueError, ["vision.mean: expected 3 values, got 1"]),
         ([], TypeError, ["ModelConfig: expected a mapping of settings, got list []"]),
+        ({"bridge": {"layers": 0}}, ValueError, ["bridge.layers: expected a whole number of at least 1", "got 0"]),
+        ({"bridge": {"width": -384}}, ValueError, ["bridge.width: expected a whole number of at least 1", "got -384"]),
+        ({"bridge": {"heads": 10**30}}, ValueError, ["bridge.heads: expected a whole number", "of up to 64 bits"]),
+        ({"bridge": {"queries": {"image": 0}}}, ValueError, ["bridge.queries.image: expected a whole number"]),
+        ({"captioning": {"bos_id": -1}}, ValueError, ["captioning.bos_id: expected a whole number of at least 0"]),
+        ({"matching": {"scale": math.nan}}, ValueError, ["matching.scale: expected a finite number, got nan"]),
+        ({"embedding": {"scale": math.inf}}, ValueError, ["embedding.scale: expected a finite number, got inf"]),
+        ({"embedding": {"scale": True}}, TypeError, ["embedding.scale: expected float, got bool True"]),
+        ({"embedding": {"scale": 10**400}}, TypeError, ["embedding.scale: expected float, got int"]),
+        ({"backbone": {"vision": {"std": [1, math.nan, 1]}}}, ValueError, ["vision.std[1]: expected a finite number"]),
+        (
+            {"backbone": {"text": {"kwargs": {"rope": [{"eps": -math.inf}]}}}},
+            ValueError,
+            ["text.kwargs.rope[0].eps: expected a finite number, got -inf"],
+        ),
     ],
 )
 def test_errors_say_where_what_and_what_is_known(values: dict, error: type[Exception], words: list[str]) -> None:

@@ -430,7 +430,7 @@ def test_weights_cut_short(tmp_path: Path) -> None:
     saved("clip", tmp_path)
     path = tmp_path / "model.safetensors"
     path.write_bytes(path.read_bytes()[:2000])
-    with pytest.raises(CheckpointError, match="incomplete or damaged.*get it again"):
+    with pytest.raises(CheckpointError, match="corrupt or cut short.*get the file again"):
         unimodal.from_pretrained(tmp_path)
 
 

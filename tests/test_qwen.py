@@ -733,11 +733,11 @@ def short(folder: Path) -> None:
     ("spoil", "message"),
     [
         (without("processor_config.json"), "the preprocessing in .* is incomplete"),
-        (without("tokenizer.json"), "the preprocessing in .* is incomplete"),
+        (without("tokenizer.json"), "lacks tokenizer.json.*get it again"),
         (without("chat_template.jinja"), "has no chat template"),
         (without("model.safetensors"), "holds no safetensors weights"),
         (cut, r"does not hold all weights .*visual.merger.norm.weight"),
-        (short, "is incomplete or damaged.*get it again"),
+        (short, "is corrupt or cut short.*get the file again"),
         (
             changed("config.json", "image_token_id", value=3),
             "image_token_id is 264 in the tokenizer .* and 3 in its config.json",

@@ -6,12 +6,22 @@ import path, so that a configuration fetched from anyone cannot run anything. Un
 
 import dataclasses
 import difflib
+import math
 import types
 import typing
 from dataclasses import dataclass, field
 from typing import Any, Literal, TypeVar
 
 T = TypeVar("T")
+
+FROM_ZERO = (
+    "stage",
+    "also",
+    "bos_id",
+    "eos_id",
+    "unk_id",
+)  # places and token ids; other whole numbers are sizes and counts
+LARGEST = 2**63
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -346,7 +356,8 @@ def from_dict(cls: type[T], values: dict[str, Any], where: str = "") -> T:
     """Build a configuration from plain JSON values.
 
     Raises:
-        ValueError: for an unknown key (names the nearest known one) or a value outside its choices.
+        ValueError: for an unknown key (names the nearest known one), a value outside its choices, a size below 1 or a number that is not
+            finite.
         TypeError: for a value of the wrong type.
     """
     where = where or cls.__name__
@@ -383,12 +394,32 @@ def _convert(hint: Any, value: Any, where: str) -> Any:
             raise TypeError(f"{where}: expected a mapping, got {type(value).__name__} {value!r}")
         return {key: _convert(arguments[1], item, f"{where}.{key}") for key, item in value.items()}
     if hint is Any:
+        require_finite(value, where)
         return value
-    if hint is float and isinstance(value, int) and not isinstance(value, bool):
+    if hint is float and isinstance(value, int) and not isinstance(value, bool) and abs(value) < LARGEST:
         return float(value)
     if not isinstance(value, hint) or (hint is int and isinstance(value, bool)):
         raise TypeError(f"{where}: expected {hint.__name__}, got {type(value).__name__} {value!r}")
+    if hint is int and not (least := 0 if where.endswith(FROM_ZERO) else 1) <= value < LARGEST:
+        raise ValueError(f"{where}: expected a whole number of at least {least} and of up to 64 bits, got {value}")
+    require_finite(value, where)
     return value
+
+
+def require_finite(value: Any, where: str) -> None:
+    """Refuse a number that is not finite, anywhere in plain JSON values; `where` names the value.
+
+    Raises:
+        ValueError: one is NaN or infinite.
+    """
+    if isinstance(value, float) and not math.isfinite(value):
+        raise ValueError(f"{where}: expected a finite number, got {value}")
+    if isinstance(value, dict):
+        for key, part in value.items():
+            require_finite(part, f"{where}.{key}")
+    elif isinstance(value, list | tuple):
+        for i, part in enumerate(value):
+            require_finite(part, f"{where}[{i}]")
 
 
 def to_dict(config: Any) -> dict[str, Any]:

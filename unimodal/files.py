@@ -128,16 +128,51 @@ def replacing_contents(folder: str | Path, is_ours: Callable[[str], bool]) -> It
 
 
 def restore(folder: str | Path) -> None:
-    """Finish or undo the exchange of a folder's contents that a kill interrupted. A folder without one is not touched.
+    """Finish or undo the exchange of a folder's contents that a kill interrupted, and wait for one that is going on. A folder without one
+    is not touched.
 
     Raises:
-        InUseError: the exchange is still going on.
+        InUseError: the exchange is still going on after a minute.
         OSError: the folder cannot be written, and its contents are not whole.
     """
     folder = Path(folder).resolve()
-    if (folder / READY).is_dir() or (folder / OLD).is_dir():
-        with locked(folder / LOCK, str(folder), timeout=60):
-            _settle(folder)
+    if is_changing(folder):
+        try:
+            with locked(folder / LOCK, str(folder), timeout=60):
+                _settle(folder)
+        except PermissionError as error:
+            raise PermissionError(
+                error.errno,
+                "a save was interrupted here, and this user may not write the folder to finish it; open it as a user who may",
+                str(folder),
+            ) from error
+
+
+def is_changing(folder: Path) -> bool:
+    """Whether the contents of a folder are being exchanged, or a kill interrupted that."""
+    return (folder / READY).is_dir() or (folder / OLD).is_dir()
+
+
+def require_readable(path: str | Path) -> None:
+    """Meet whatever keeps a file from being read before its content is judged: what cannot be read need not be damaged.
+
+    Raises:
+        PermissionError: this user may not read it; the error names the file, its mode and its owner.
+        OSError: the system's own error: there is no such file (FileNotFoundError), it is a folder (IsADirectoryError), the disk fails.
+    """
+    try:
+        with open(path, "rb") as file:
+            file.read(1)
+    except PermissionError as error:
+        raise PermissionError(error.errno, f"this user may not read the file{_rights(path)}", str(path)) from error
+
+
+def _rights(path: str | Path) -> str:
+    try:
+        status = os.stat(path)
+    except OSError:
+        return "; ask the owner of its folder for the right to enter it"
+    return f" (mode {stat.S_IMODE(status.st_mode):04o}, owner {status.st_uid}); ask its owner for the right to read it"
 
 
 def _exchange(folder: Path, is_ours: Callable[[str], bool]) -> None:

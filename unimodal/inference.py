@@ -109,9 +109,12 @@ class Unimodal:
             "token": token,
         }
         model, processor = hub.load_checkpoint(name_or_path, heads=heads, device=device, dtype=dtype, **place)
-        self = cls(model, processor)
+        self = cls(model, processor, prompts=hub.find_prompts(name_or_path, **place))
         if "matching" in model.heads and (path := hub.find_calibration(name_or_path, **place)):
-            calibration = Calibration.load(path)
+            try:
+                calibration = Calibration.load(path)
+            except ValueError as error:
+                raise hub.CheckpointError(str(error)) from error
             if calibration.model == (fingerprint := self.encoder.fingerprint()):
                 self.encoder.calibration = calibration
             else:
@@ -633,10 +636,10 @@ class Unimodal:
     # Sharing.
 
     def save_pretrained(self, folder: str | Path, **options: Any) -> None:
-        """Write a checkpoint folder that `from_pretrained` loads; options as in `unimodal.hub.save_checkpoint`."""
-        hub.save_checkpoint(self.model, self.processor, folder, **options)
-        if self.encoder.calibration is not None:
-            self.encoder.calibration.save(Path(folder) / "calibration.json")
+        """Write a checkpoint folder that `from_pretrained` loads, with prompts and calibration; options as in
+        `unimodal.hub.save_checkpoint`."""
+        own: dict[str, Any] = {"prompts": self.prompts, "calibration": self.encoder.calibration}
+        hub.save_checkpoint(self.model, self.processor, folder, **own | options)
 
     def push_to_hub(
         self,

@@ -240,6 +240,12 @@ class Block(nn.Module):
         return x + self.dropout(self.mlp(self.mlp_norm(x)))
 
 
+def unit(x: Tensor) -> Tensor:
+    """Vectors [..., E] -> the same directions at norm 1, in float32 where `x` has fewer bits: in bfloat16 norms would lie between 0.996 and
+    1.004."""
+    return F.normalize(x.float() if x.dtype in (torch.bfloat16, torch.float16) else x, dim=-1)
+
+
 def masked_mean(x: Tensor, mask: Tensor | None) -> Tensor:
     """Mean over the real tokens: x [B, T, W], mask [B, T] -> [B, W]. Zeros for a row without any."""
     if mask is None:

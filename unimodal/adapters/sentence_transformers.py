@@ -313,7 +313,8 @@ def export_sentence_transformer(
     Args:
         name_or_path: the checkpoint: a folder or a Hub id.
         folder: the place; another checkpoint of this library there is replaced.
-        prompts: what to put before texts, by name; `encode_query` uses `query`, `encode_document` `document`.
+        prompts: what to put before texts, by name; `encode_query` uses `query`, `encode_document` `document`. None takes those that
+            the checkpoint was saved with.
 
     Raises:
         FileNotFoundError: no such checkpoint.
@@ -322,8 +323,13 @@ def export_sentence_transformer(
         ValueError: the model has no embedding, or one vector per query for an image; or the folder is the checkpoint itself.
     """
     checkpoint = find_checkpoint(name_or_path)
-    _require_one_vector(read_contents(checkpoint).model)
-    settings = {"prompts": prompts or {}, "default_prompt_name": None, "similarity_fn_name": "cosine"}
+    contents = read_contents(checkpoint)
+    _require_one_vector(contents.model)
+    settings = {
+        "prompts": contents.prompts if prompts is None else prompts,
+        "default_prompt_name": None,
+        "similarity_fn_name": "cosine",
+    }
     return _export(checkpoint, Path(folder), "SentenceTransformer", settings)
 
 

@@ -9,7 +9,6 @@ import math
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import CLIPModel, Siglip2Model, SiglipModel
 from transformers.activations import QuickGELUActivation
@@ -18,7 +17,7 @@ from unimodal.backbones.base import Backbone, Pixels, Tokens
 from unimodal.backbones.last import last_state
 from unimodal.backbones.published import load_published
 from unimodal.config import PublishedConfig
-from unimodal.layers import QuickGELU
+from unimodal.layers import QuickGELU, unit
 
 CLASSES: dict[str, Any] = {"clip": CLIPModel, "siglip": SiglipModel, "siglip2": Siglip2Model}
 
@@ -125,7 +124,7 @@ class PretrainedPair(Backbone):
             pooled = tower.head(features)
         else:
             pooled = tower.head(features, mask)
-        return F.normalize(pooled, dim=-1)
+        return unit(pooled)
 
     def text_embedding(self, features: Tensor, ids: Tensor, mask: Tensor) -> Tensor:
         """CLIP reads the end-of-text token, SigLIP the last position whatever it holds: [M, L, C] -> unit vectors [M, E]."""
@@ -142,7 +141,7 @@ class PretrainedPair(Backbone):
     def _project_text(self, pooled: Tensor) -> Tensor:
         """[M, C] -> unit vectors [M, E]."""
         project = self.model.text_projection if self.name == "clip" else self.model.text_model.head
-        return F.normalize(project(pooled), dim=-1)
+        return unit(project(pooled))
 
     def embed_images(self, pixels: Pixels) -> Tensor:
         """As `image_embedding`; what only other patches need in CLIP's last layer is left out. SigLIP pools all of them."""

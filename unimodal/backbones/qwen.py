@@ -16,13 +16,13 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import DynamicCache, GenerationConfig, Qwen3VLForConditionalGeneration
 
 from unimodal.backbones.base import Backbone, Pixels, Tokens
 from unimodal.backbones.published import load_published
 from unimodal.config import PublishedConfig
+from unimodal.layers import unit
 
 OUTPUT = "lm_head.weight"
 Prefix = list[tuple[Tensor, Tensor]]  # keys and values [1, heads, tokens, width] of every layer
@@ -108,11 +108,11 @@ class QwenVL(Backbone):
     def image_embedding(self, features: Tensor, mask: Tensor | None) -> Tensor:
         """The state of the last real token [B, L, C] -> unit vectors [B, E]."""
         mask = features.new_ones(features.shape[:2], dtype=torch.bool) if mask is None else mask
-        return F.normalize(_last(features, mask).float(), dim=-1)
+        return unit(_last(features, mask))
 
     def text_embedding(self, features: Tensor, ids: Tensor, mask: Tensor) -> Tensor:
         """The state of the last real token, never the first padding one that may have the same id: [M, L, C] -> unit vectors [M, E]."""
-        return F.normalize(_last(features, mask).float(), dim=-1)
+        return unit(_last(features, mask))
 
     def states(
         self, conversations: dict[str, Tensor], *, positions: Tensor | None = None, prefix: Prefix | None = None

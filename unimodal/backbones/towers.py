@@ -24,7 +24,7 @@ from transformers import AutoConfig, AutoModel
 from unimodal.backbones.base import Backbone, Pixels, Tokens
 from unimodal.backbones.published import sha256
 from unimodal.config import TextTowerConfig, TowerEmbeddingConfig, VisionTowerConfig
-from unimodal.layers import init_weights, masked_mean
+from unimodal.layers import init_weights, masked_mean, unit
 
 CLASSIFIER_PREFIXES = ("classifier.", "head.", "head_drop.", "fc.", "fc_norm.")
 
@@ -205,11 +205,11 @@ class TwoTowers(Backbone):
         if self.pool == "mean_gem":
             cubes = features.float().clamp(min=1e-4) ** 3  # a root has no slope at 0
             pooled = torch.cat([pooled, cubes.mean(1).pow(1 / 3).to(pooled.dtype)], dim=-1)  # [B, 2C]
-        return F.normalize(self.embed_image(pooled), dim=-1)
+        return unit(self.embed_image(pooled))
 
     def text_embedding(self, features: Tensor, ids: Tensor, mask: Tensor) -> Tensor:
         """The mean of raw text tokens, of norm 1, projected: [M, L, C] -> unit vectors [M, E]."""
-        return F.normalize(self.embed_text(F.normalize(masked_mean(features, mask), dim=-1)), dim=-1)
+        return unit(self.embed_text(F.normalize(masked_mean(features, mask), dim=-1)))
 
 
 def _vision_map(

@@ -8,6 +8,7 @@ from unimodal.adapters import export_cross_encoder, export_sentence_transformer
 from unimodal.cli.options import words
 from unimodal.cli.output import require_free_folder
 from unimodal.export import export_onnx
+from unimodal.files import BOOKKEEPING
 from unimodal.inference import Unimodal
 
 FORMS = {
@@ -39,4 +40,4 @@ def export(options: argparse.Namespace, checkpoint: str) -> None:
         export_sentence_transformer(checkpoint, options.out)
     else:
         export_cross_encoder(checkpoint, options.out)
-    print(f"{options.out}: {', '.join(sorted(path.name for path in options.out.iterdir()))}")
+    print(f"{options.out}: {', '.join(sorted({path.name for path in options.out.iterdir()} - BOOKKEEPING))}")

@@ -15,6 +15,8 @@ from unimodal.cli.options import Parser, number, whole
 from unimodal.cli.output import add_json, add_overwrite, print_json, require_free_file, require_free_folder
 from unimodal.data.guess import open_split
 from unimodal.files import write_json, write_text
+from unimodal.hub import keep_calibration
+from unimodal.hub.folder import CALIBRATION
 from unimodal.inference import Unimodal
 from unimodal.search.calibrate import Calibration, held_out_check
 from unimodal.search.calibrate import calibrate as fit
@@ -116,7 +118,7 @@ def calibrate(load: Callable[[], Unimodal], options: argparse.Namespace, folder:
     """Fit, write and print; the model is loaded once the output is known to be free."""
     if options.out is None and not folder.is_dir():
         raise ValueError(f"{folder} is no folder here to keep the calibration in; give --out FILE")
-    path = options.out or folder / "calibration.json"
+    path = options.out or folder / CALIBRATION
     overwrite = options.overwrite or (options.out is None and is_calibration(path))
     require_free_file(path, (".json",), overwrite=overwrite, inputs=[options.data])
     pairs = open_split(options.data, options.split, options.images)
@@ -125,7 +127,10 @@ def calibrate(load: Callable[[], Unimodal], options: argparse.Namespace, folder:
     logits, labels, image_id = held_out_pairs(pairing, options.depth)
     found = fit(logits, labels, model=model.encoder.fingerprint())
     path.parent.mkdir(parents=True, exist_ok=True)
-    found.save(path)
+    if path.resolve() == (folder / CALIBRATION).resolve():
+        keep_calibration(folder, found)
+    else:
+        found.save(path)
     try:
         check = held_out_check(logits, labels, image_id, PRECISIONS)
         passed, error, unchecked = check.passed, check.error, ""

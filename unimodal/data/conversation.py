@@ -25,8 +25,16 @@ from transformers import AutoImageProcessor, AutoTokenizer, Qwen3VLProcessor, Qw
 
 from unimodal.data.images import picture_area
 from unimodal.data.items import Item, picture_key
-from unimodal.data.processor import SETTINGS_FILE, Processor, TruncationWarning, require_texts
+from unimodal.data.processor import (
+    SETTINGS_FILE,
+    Processor,
+    TruncationWarning,
+    read_settings,
+    require_sound,
+    require_texts,
+)
 from unimodal.data.video import MOST
+from unimodal.files import write_json, write_text
 
 EMBED = "Represent the user's input."
 JUDGE = (
@@ -90,6 +98,7 @@ class ConversationProcessor(Processor):
         self.max_length, self.generation = max_length, generation or {}
         picture = processor.image_processor
         self.mean, self.std, self.image_size = tuple(picture.image_mean), tuple(picture.image_std), 0
+        require_sound(1, self.mean, self.std, max_length)  # pictures keep their own sizes
         marks = (
             processor.vision_start_token_id,
             processor.image_token_id,
@@ -324,19 +333,19 @@ class ConversationProcessor(Processor):
         """Write the tokenizer's files, the chat template and `preprocessor_config.json`."""
         self.tokenizer.save_pretrained(str(folder))
         settings = {name: value for name, value in self.settings().items() if name not in ("chat_template", "phrases")}
-        (Path(folder) / SETTINGS_FILE).write_text(json.dumps(settings, indent=1) + "\n")
-        (Path(folder) / "chat_template.jinja").write_text(str(self.processor.chat_template))
+        write_json(Path(folder) / SETTINGS_FILE, settings)
+        write_text(Path(folder) / "chat_template.jinja", str(self.processor.chat_template))
 
     @classmethod
     def from_pretrained(cls, folder: str | Path) -> ConversationProcessor:
         """Read what `save_pretrained` wrote; nothing is downloaded."""
-        settings = json.loads((Path(folder) / SETTINGS_FILE).read_text())
+        settings = read_settings(folder)
         options: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
         processor = Qwen3VLProcessor(
             image_processor=AutoImageProcessor.from_pretrained(str(folder), backend="torchvision", **options),
             tokenizer=AutoTokenizer.from_pretrained(str(folder), **options),
             video_processor=Qwen3VLVideoProcessor(**settings["video"]),
-            chat_template=(Path(folder) / "chat_template.jinja").read_text(),
+            chat_template=(Path(folder) / "chat_template.jinja").read_text(encoding="utf-8"),
         )
         return cls(processor, **settings["conversation"])
 

@@ -1,16 +1,15 @@
 """How the names of pictures end, and whether a string names a picture or is words. The only table of endings, and the only rule.
 
-A string is told apart by how it is written, never by what happens to lie on the disk. Spaces, line breaks and invisible marks around it do
-not count, nor do quotation marks around the whole of it. In this order:
+A string is told apart by how it is written, never by what happens to lie on the disk. Spaces and line breaks around it, and quotation
+marks around the whole of it, do not count. In this order:
 
     "data:image/png;base64,..."             a picture, whose bytes are in the string
-    "file:///home/me/a%20dog.jpg"           a picture; other addresses that begin with `file:/` likewise, whatever their ending
+    "file:///home/me/a%20dog.jpg"           a picture; other addresses that begin with `file:` likewise, whatever their ending
     "https://host/photo.jpg?size=2"         a picture: the address has a picture's ending
     "https://host/photo", "s3://host/key"   could be meant either way: an error
     "photo.JPG", "~/IMG 1.heic", "C:\\a.tif" a picture: the string ends like one, in capitals or not
     "/photos/IMG_0001", "C:\\IMG_0001"       a path without an ending could be meant either way: an error
     "clip.mp4"                              a video, which a dict names: an error
-    "iVBORw0KGgoAAAANSUhEUgAAAAgA..."       a picture in base64 without the head of a data URL: an error
     any other string                        a text: "a dog.", "photo.jpg is nice", "the logo of node.js"
 
 So a sentence that happens to end in "photo.jpg" is taken for a picture, and where no such file is there, an error says so and how to pass
@@ -83,8 +82,6 @@ UNREAD = frozenset(
 VIDEOS = frozenset((".mp4", ".m4v", ".mov", ".avi", ".mkv", ".webm", ".mpg", ".mpeg", ".wmv", ".3gp"))
 LONGEST = 200  # characters of an address in a message
 CONVERT = "convert it to JPEG or PNG"
-
-INVISIBLE = "\0\ufeff\u200b\u200e\u200f\u202a\u202b\u202c\u2066\u2067\u2069"  # Windows copies some with a path
 
 _DATA = re.compile(r"data:(image|base64|[^\s,]*[/;]|,)", re.IGNORECASE)
 _ADDRESS = re.compile(r"[a-z][a-z0-9+.-]+://\S", re.IGNORECASE)
@@ -166,6 +163,6 @@ def is_remote(name: str) -> bool:
 
 
 def _bare(text: str) -> str:
-    name = text.strip().strip(INVISIBLE).strip()
+    name = text.strip()
     quoted = len(name) > 2 and name[0] == name[-1] and name[0] in "\"'"  # as a file manager copies a path
     return name[1:-1].strip() if quoted else name

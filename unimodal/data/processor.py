@@ -20,12 +20,32 @@ from tokenizers.processors import TemplateProcessing
 from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
+from unimodal import arguments
+from unimodal.config import require_finite
 from unimodal.data.scenes import vocabulary
 from unimodal.data.texts import TruncationWarning, require_texts
 from unimodal.data.writer import Writer
+from unimodal.files import require_readable, write_json
 
 SETTINGS_FILE = "preprocessor_config.json"
+LARGEST_PICTURE, LONGEST_TEXT = 4096, 1 << 20  # side in pixels, tokens: beyond, one item would fill the memory
 SPECIAL_TOKENS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "[DEC]")
+
+
+def require_sound(image_size: Any, mean: Any, std: Any, max_length: Any) -> None:
+    """Refuse settings that make no numbers of pictures and texts.
+
+    Raises:
+        TypeError, ValueError: a size is none, a mean or scale of a channel is not finite, or a scale is not above 0.
+    """
+    arguments.integer(image_size, "image_size", most=LARGEST_PICTURE)
+    arguments.integer(max_length, "max_length", least=2, most=LONGEST_TEXT)
+    for name, values, limit in (("mean", mean, {}), ("std", std, {"above": 0.0})):
+        channels = arguments.listed(values, name, "three numbers, one for each channel")
+        if len(channels) != 3:
+            raise ValueError(f"{name}: expected three numbers, one for each channel, got {len(channels)}")
+        for i, channel in enumerate(channels):
+            arguments.number(channel, f"{name}[{i}]", **limit)
 
 
 class Processor:
@@ -37,6 +57,9 @@ class Processor:
         mean: per-channel mean that is subtracted, for pixels between 0 and 1.
         std: per-channel scale that is divided by.
         max_length: longest text in tokens, start and end included.
+
+    Raises:
+        TypeError, ValueError: as `require_sound`.
 
     Attributes:
         writer: prompts and captions of a language model that writes the captions; None where this tokenizer serves for them, too.
@@ -53,6 +76,7 @@ class Processor:
         std: Sequence[float] = (0.5, 0.5, 0.5),
         max_length: int = 64,
     ) -> None:
+        require_sound(image_size, mean, std, max_length)
         self.tokenizer = tokenizer
         self.image_size, self.mean, self.std, self.max_length = image_size, tuple(mean), tuple(std), max_length
 
@@ -139,7 +163,7 @@ class Processor:
         self.tokenizer.save_pretrained(str(folder))
         if self.writer is not None:
             self.writer.save_pretrained(folder)
-        (Path(folder) / SETTINGS_FILE).write_text(json.dumps(self.settings(), indent=1) + "\n")
+        write_json(Path(folder) / SETTINGS_FILE, self.settings())
 
     @classmethod
     def from_pretrained(cls, folder: str | Path) -> Processor:
@@ -147,12 +171,30 @@ class Processor:
 
         Raises:
             FileNotFoundError: when the folder holds no processor.
+            TypeError, ValueError: its settings are none.
         """
-        path = Path(folder) / SETTINGS_FILE
-        if not path.is_file():
-            raise FileNotFoundError(f"{path} does not exist; {folder} holds no processor written by save_pretrained")
+        settings = read_settings(folder)
         tokenizer = AutoTokenizer.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
-        return cls(tokenizer, **json.loads(path.read_text()))
+        return cls(tokenizer, **settings)
+
+
+def read_settings(folder: str | Path) -> dict[str, Any]:
+    """What `preprocessor_config.json` says.
+
+    Raises:
+        FileNotFoundError: the folder has none.
+        OSError: it cannot be read.
+        ValueError: it is no JSON object.
+    """
+    path = Path(folder) / SETTINGS_FILE
+    if not path.exists():
+        raise FileNotFoundError(f"{path} does not exist; {folder} holds no processor written by save_pretrained")
+    require_readable(path)
+    values = json.loads(path.read_text(encoding="utf-8"))
+    if not isinstance(values, dict):
+        raise ValueError(f"{path}: expected a JSON object, got {type(values).__name__}")
+    require_finite(values, SETTINGS_FILE)
+    return values
 
 
 def word_tokenizer(words: Sequence[str]) -> PreTrainedTokenizerFast:

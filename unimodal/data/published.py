@@ -18,11 +18,12 @@ from torch import Tensor
 from transformers import AutoImageProcessor, AutoTokenizer, PreTrainedTokenizerBase
 
 from unimodal.backbones import QwenVL
-from unimodal.config import CaptioningConfig
+from unimodal.config import CaptioningConfig, require_finite
 from unimodal.data.conversation import ConversationProcessor, open_conversations
-from unimodal.data.processor import SETTINGS_FILE, Processor
+from unimodal.data.processor import SETTINGS_FILE, Processor, read_settings, require_sound
 from unimodal.data.texts import TruncationWarning, require_texts
 from unimodal.data.writer import Writer
+from unimodal.files import write_json
 
 PLACEHOLDER = "<image>"  # stands for BLIP-2's queries in a sequence of ids, and may lie outside of the vocabulary
 TEXT_KEY = "unimodal"  # what this library adds to preprocessor_config.json
@@ -55,6 +56,8 @@ class PublishedProcessor(Processor):
         settings = json.loads(image_processor.to_json_string())
         size = settings.get("crop_size") or settings.get("size") or {}
         self.image_size = size.get("height") or size.get("shortest_edge") or 0
+        require_finite(settings, "image processor")
+        require_sound(self.image_size or 1, self.mean, self.std, max_length)  # pictures of any size have none
 
     def settings(self) -> dict[str, Any]:
         """Everything but the tokenizer, as JSON values."""
@@ -132,19 +135,18 @@ class PublishedProcessor(Processor):
         self.tokenizer.save_pretrained(str(folder))
         if self.writer is not None:
             self.writer.save_pretrained(folder)
-        (Path(folder) / SETTINGS_FILE).write_text(json.dumps(self.settings(), indent=1) + "\n")
+        write_json(Path(folder) / SETTINGS_FILE, self.settings())
 
     @classmethod
     def from_pretrained(cls, folder: str | Path) -> PublishedProcessor:
         """Read what `save_pretrained` wrote; nothing is downloaded."""
-        settings = json.loads((Path(folder) / SETTINGS_FILE).read_text())[TEXT_KEY]
+        settings = read_settings(folder)[TEXT_KEY]
         return cls(*published_parts(folder), **settings)
 
 
 def saved_processor(folder: str | Path) -> Processor:
     """The processor of a checkpoint folder, of either kind; see `Processor.from_pretrained`."""
-    path = Path(folder) / SETTINGS_FILE
-    settings = json.loads(path.read_text()) if path.is_file() else {}
+    settings = read_settings(folder)
     if "conversation" in settings:
         return ConversationProcessor.from_pretrained(folder)
     return (PublishedProcessor if TEXT_KEY in settings else Processor).from_pretrained(folder)

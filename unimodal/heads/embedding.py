@@ -8,10 +8,9 @@ bridge need not relearn.
 from typing import Literal
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from unimodal.layers import AttentionPool, init_weights, masked_mean
+from unimodal.layers import AttentionPool, init_weights, masked_mean, unit
 
 
 class EmbeddingHead(nn.Module):
@@ -62,11 +61,11 @@ class EmbeddingHead(nn.Module):
             bridged = bridged.mean(1)
         elif self.pool == "first":
             bridged = bridged[:, 0]
-        embedding = F.normalize(self.bridge_projection(bridged), dim=-1)  # [B, E] or [B, N, E]
+        embedding = unit(self.bridge_projection(bridged))  # [B, E] or [B, N, E]
         if self.gate is None:
             return embedding
         pooled = self.backbone_pool(tokens, mask) if self.pool == "attention" else masked_mean(tokens, mask)  # [B, D]
-        backbone = F.normalize(self.backbone_projection(pooled), dim=-1)  # [B, E]
+        backbone = unit(self.backbone_projection(pooled))  # [B, E]
         if self.pool == "query":
             backbone = backbone[:, None]  # the same for every query
-        return F.normalize(torch.lerp(backbone, embedding, self.gate.sigmoid().to(embedding.dtype)), dim=-1)
+        return unit(torch.lerp(backbone, embedding, self.gate.sigmoid().to(embedding.dtype)))

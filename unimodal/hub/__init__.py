@@ -4,6 +4,8 @@ from unimodal.hub.card import Card
 from unimodal.hub.checkpoint import (
     find_calibration,
     find_checkpoint,
+    find_prompts,
+    keep_calibration,
     load_adapter,
     load_checkpoint,
     push_to_hub,
@@ -20,6 +22,8 @@ __all__ = [
     "CheckpointMismatch",
     "find_calibration",
     "find_checkpoint",
+    "find_prompts",
+    "keep_calibration",
     "load_adapter",
     "load_checkpoint",
     "push_to_hub",

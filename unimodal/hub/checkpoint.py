@@ -11,13 +11,13 @@ A configuration that comes from elsewhere chooses among known parts and can neit
 """
 
 import copy
-import json
 import logging
 import re
-from collections.abc import Sequence
+import secrets
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import get_args
+from typing import Protocol, get_args
 
 import torch
 from huggingface_hub import CommitInfo, HfApi, save_torch_state_dict
@@ -27,20 +27,44 @@ from unimodal import __version__, arguments
 from unimodal.backbones.published import find_published, loading_in
 from unimodal.config import ModelConfig, to_dict
 from unimodal.data.processor import Processor
-from unimodal.data.published import open_writer, saved_processor
-from unimodal.data.writer import WRITER_FOLDER
+from unimodal.files import replacing_contents, write_json
 from unimodal.hub import towers
+from unimodal.hub.building import build, require_bounded, sketch
 from unimodal.hub.card import Card, Measured, render_card
-from unimodal.hub.contents import choose_heads, describe, is_ours, read_contents
+from unimodal.hub.contents import (
+    Contents,
+    choose_heads,
+    describe,
+    is_ours,
+    list_files,
+    read_contents,
+    require_files,
+)
 from unimodal.hub.example import differences, example_inputs, example_outputs
-from unimodal.hub.folder import COMPANIONS, FILES, replacing, restore
+from unimodal.hub.folder import (
+    CALIBRATION,
+    COMPANIONS,
+    EXAMPLE,
+    FILES,
+    read_whole,
+    replacing,
+    require_readable_files,
+    restore,
+)
 from unimodal.hub.precision import Precision, rounded, shrink
+from unimodal.hub.processing import open_saved_processor
 from unimodal.hub.published import PUBLISHED_FILES, is_published, open_published
-from unimodal.hub.weights import CheckpointError, load_weights, open_weights, weight_files
+from unimodal.hub.weights import MARK, CheckpointError, StoredWeights, open_weights
 from unimodal.model import UnimodalModel
 from unimodal.tuning import remove_adapters, renamed
 
 logger = logging.getLogger(__name__)
+
+
+class Calibrated(Protocol):
+    """What match logits mean: `unimodal.search.Calibration`."""
+
+    def save(self, path: str | Path) -> None: ...
 
 
 def save_checkpoint(
@@ -54,6 +78,8 @@ def save_checkpoint(
     include_backbone: bool = True,
     example: bool = True,
     precision: Precision = "float32",
+    prompts: Mapping[str, str] | None = None,
+    calibration: Calibrated | None = None,
 ) -> Path:
     """Write a checkpoint, whole or not at all.
 
@@ -69,6 +95,8 @@ def save_checkpoint(
         example: store an input and its outputs for `verify_checkpoint`.
         precision: how matrices are kept: `float32`, `half`, or `int8` with a scale for each row, in a quarter of the space. `round_weights`
             says what the model will be then.
+        prompts: what to put before texts, by name.
+        calibration: what its match logits mean.
 
     Raises:
         FileExistsError: if `folder` holds something of a checkpoint's file names that is not one of ours.
@@ -77,7 +105,19 @@ def save_checkpoint(
     """
     if not arguments.flag(include_backbone, "include_backbone"):
         towers.require_unchanged(model)
-    return _save(model, processor, folder, metrics, card, max_shard_size, include_backbone, example, precision)
+    return _save(
+        model,
+        processor,
+        folder,
+        metrics,
+        card,
+        max_shard_size,
+        include_backbone,
+        example,
+        precision,
+        prompts or {},
+        calibration,
+    )
 
 
 def round_weights(model: UnimodalModel, precision: Precision) -> UnimodalModel:
@@ -111,6 +151,8 @@ def _save(
     include_backbone: bool,
     example: bool,
     precision: Precision = "float32",
+    prompts: Mapping[str, str] | None = None,
+    calibration: Calibrated | None = None,
 ) -> Path:
     folder = arguments.path(folder, "folder")
     card = Card() if card is None else card
@@ -126,10 +168,11 @@ def _save(
     example = arguments.flag(example, "example")
     apart = () if include_backbone else model.tower_state().keys()
     weights = {name: tensor for name, tensor in model.own_state().items() if name not in apart}
+    mark = secrets.token_hex(8)
     with replacing(folder, is_ours) as fresh:
         contents = describe(model, include_backbone)
-        (fresh / "config.json").write_text(json.dumps(to_dict(contents), indent=2) + "\n", encoding="utf-8")
-        save_torch_state_dict(shrink(weights, precision), fresh, max_shard_size=max_shard_size)
+        stored = shrink(weights, precision)
+        save_torch_state_dict(stored, fresh, max_shard_size=max_shard_size, metadata={MARK: mark})
         processor.save_pretrained(fresh)
         readme = render_card(model, contents.backbone, card, metrics)
         (fresh / "README.md").write_text(readme, encoding="utf-8")
@@ -137,10 +180,25 @@ def _save(
             inputs = example_inputs(model, processor)
             if precision != "float32":
                 model = round_weights(copy.deepcopy(model), precision)
-            stored = {f"input.{name}": tensor for name, tensor in inputs.items()}
-            stored |= {f"output.{name}": tensor for name, tensor in example_outputs(model, inputs).items()}
-            save_file(stored, fresh / "example.safetensors")
+            tensors = {f"input.{name}": tensor for name, tensor in inputs.items()}
+            tensors |= {f"output.{name}": tensor for name, tensor in example_outputs(model, inputs).items()}
+            save_file(tensors, fresh / EXAMPLE, metadata={MARK: mark})
+        if calibration is not None:
+            calibration.save(fresh / CALIBRATION)
+        contents = replace(contents, prompts=dict(prompts or {}), files=list_files(fresh), mark=mark)
+        write_json(fresh / "config.json", to_dict(contents))
     return folder
+
+
+def keep_calibration(folder: str | Path, calibration: Calibrated) -> Path:
+    """Write the calibration of a checkpoint's matching head into its folder, and list it there; returns the file."""
+    folder = Path(folder)
+    listed = is_ours(folder) and (contents := read_contents(folder)).files
+    with replacing_contents(folder, lambda name: False) as fresh:
+        calibration.save(fresh / CALIBRATION)
+        if listed:
+            write_json(fresh / "config.json", to_dict(replace(contents, files={**contents.files, CALIBRATION: None})))
+    return folder / CALIBRATION
 
 
 def load_checkpoint(
@@ -181,30 +239,61 @@ def load_checkpoint(
             arguments.text(head, f"heads[{i}]") for i, head in enumerate(arguments.listed(heads, "heads", "heads"))
         ]
     folder = find_checkpoint(path_or_id, revision, cache_dir, local_files_only, token)
-    if is_published(folder):
-        with loading_in(dtype):
-            published, processor = open_published(folder, str(path_or_id), revision, heads)
-        return published.to(device=device, dtype=dtype).eval(), processor
+
+    def read() -> tuple[UnimodalModel, Processor]:
+        require_readable_files(folder)
+        if is_published(folder):
+            with loading_in(dtype):
+                return open_published(folder, str(path_or_id), revision, heads)
+        return _read(folder, heads, backbone_sources or {})
+
+    model, processor = read_whole(folder, read)
+    return model.to(device=device, dtype=dtype).eval(), processor
+
+
+def _read(folder: Path, heads: Sequence[str] | None, places: dict[str, str]) -> tuple[UnimodalModel, Processor]:
     contents = read_contents(folder)
+    require_files(folder, contents)
     config, dropped = choose_heads(contents.model, heads)
+    stored = StoredWeights(folder, contents.mark, ignored=[f"heads.{name}." for name in dropped])
+    _require_fit(config, contents, stored)
     sources = dict(contents.backbone.sources)
     if "captioning" in dropped:
         sources.pop("language_model", None)
+    tensors = len(stored.shapes)
     if contents.backbone.included:
-        model = _build(config, folder, pretrained=False)
+        model = build(config, folder, tensors)
         model.sources = {tower: vars(source) for tower, source in sources.items()}
     else:
-        model = _build(towers.locate(config, sources, backbone_sources or {}, folder), folder, pretrained=True)
+        model = build(towers.locate(config, sources, places, folder), folder, tensors, pretrained=True)
         towers.require_same(model, sources, folder)
         parts = towers.named_parts(contents.model, model)
         if contents.backbone.fingerprint is not None and model.parts.keys() >= set(parts):  # it is that of all parts
             towers.require_fingerprint(model, contents.backbone.fingerprint, folder, parts)
+    stored.load(_own(model, contents))
+    if stored.skipped:
+        logger.info("%s: left out as asked: %s (%d tensors)", folder, ", ".join(dropped), len(stored.skipped))
+    return model, open_saved_processor(folder, model, contents)
+
+
+def _own(model: UnimodalModel, contents: Contents) -> dict[str, torch.Tensor]:
+    """Those of a model's tensors that its checkpoint holds."""
     provided = () if contents.backbone.included else model.tower_state().keys()
-    expected = {name: tensor for name, tensor in model.own_state().items() if name not in provided}
-    ignored = load_weights(expected, folder, ignored=[f"heads.{name}." for name in dropped])
-    if ignored:
-        logger.info("%s: left out as asked: %s (%d tensors)", folder, ", ".join(dropped), len(ignored))
-    return model.to(device=device, dtype=dtype).eval(), _processor(folder, model)
+    return {name: tensor for name, tensor in model.own_state().items() if name not in provided}
+
+
+def _require_fit(config: ModelConfig, contents: Contents, stored: StoredWeights) -> None:
+    """Compare a configuration with the weights before anything is allocated.
+
+    Raises:
+        CheckpointError: it describes no model, or one of other weights.
+    """
+    try:
+        require_bounded(to_dict(config), "config.json.model", len(stored.shapes))
+    except ValueError as error:
+        raise CheckpointError(f"{stored.folder}: {error}; get the checkpoint again") from error
+    if (model := sketch(config, stored.folder, len(stored.shapes))) is not None:
+        stored.require_fit(_own(model, contents))
 
 
 def load_adapter(
@@ -232,38 +321,34 @@ def load_adapter(
         ValueError: the model has an adapter of that name.
     """
     folder = find_checkpoint(path_or_id, revision, cache_dir, local_files_only, token)
+    return read_whole(folder, lambda: _read_adapter(model, folder, name))
+
+
+def _read_adapter(model: UnimodalModel, folder: Path, name: str | None) -> tuple[UnimodalModel, Processor]:
+    require_readable_files(folder)
     contents = read_contents(folder)
     if contents.backbone.included:
         raise CheckpointError(
             f"{folder} holds a whole model, not adapters beside a backbone; open it with from_pretrained"
         )
-    parts = towers.named_parts(contents.model, model)
-    towers.require_fingerprint(model, contents.backbone.fingerprint or "unknown", folder, parts)
+    require_files(folder, contents)
     given = contents.model.adapters
     names = {old: old if name is None else name if len(given) == 1 else f"{name}_{old}" for old in given}
-    other = _build(replace(contents.model, adapters={}), folder, pretrained=False).to(model.log_scale)
+    stored = StoredWeights(folder, contents.mark, renamed=lambda key: renamed(key, names))
+    _require_fit(contents.model, contents, StoredWeights(folder))
+    parts = towers.named_parts(contents.model, model)
+    towers.require_fingerprint(model, contents.backbone.fingerprint or "unknown", folder, parts)
+    other = build(replace(contents.model, adapters={}), folder, len(stored.shapes)).to(model.log_scale)
     towers.share(model, other)
     try:
         for old, adapter in given.items():
             other.add_adapter(names[old], adapter)
-        provided = other.tower_state().keys()
-        expected = {key: tensor for key, tensor in other.own_state().items() if key not in provided}
-        load_weights(expected, folder, renamed=lambda key: renamed(key, names))
-    except ValueError:
+        stored.load(_own(other, contents))
+        processor = open_saved_processor(folder, other, contents)
+    except (OSError, ValueError):
         remove_adapters(other, tuple(other.config.adapters))  # the towers are the first model's, too
         raise
-    return other.eval(), _processor(folder, other)
-
-
-def _processor(folder: Path, model: UnimodalModel) -> Processor:
-    """What a folder holds for a model, the tokenizer of its language model included."""
-    processor = saved_processor(folder)
-    if (captioning := model.config.captioning) is not None and model.language_captioner is not None:
-        try:
-            processor.writer = open_writer(folder / WRITER_FOLDER, captioning, model.language_captioner)
-        except ValueError as error:
-            raise CheckpointError(f"{folder} is incomplete: {error}; get the checkpoint again") from error
-    return processor
+    return other.eval(), processor
 
 
 def find_calibration(
@@ -275,8 +360,21 @@ def find_calibration(
     token: str | bool | None = None,
 ) -> Path | None:
     """The calibration file of a checkpoint, None where it has none; arguments as in `load_checkpoint`."""
-    path = find_checkpoint(path_or_id, revision, cache_dir, local_files_only, token) / "calibration.json"
+    path = find_checkpoint(path_or_id, revision, cache_dir, local_files_only, token) / CALIBRATION
     return path if path.exists() else None
+
+
+def find_prompts(
+    path_or_id: str | Path,
+    *,
+    revision: str | None = None,
+    cache_dir: str | Path | None = None,
+    local_files_only: bool = False,
+    token: str | bool | None = None,
+) -> dict[str, str]:
+    """What a checkpoint puts before texts, by name; arguments as in `load_checkpoint`."""
+    folder = find_checkpoint(path_or_id, revision, cache_dir, local_files_only, token)
+    return read_contents(folder).prompts if is_ours(folder) else {}
 
 
 def verify_checkpoint(
@@ -297,7 +395,7 @@ def verify_checkpoint(
     """
     folder = Path(folder)
     model, _ = load_checkpoint(folder, backbone_sources=backbone_sources)
-    path = folder / "example.safetensors"
+    path = folder / EXAMPLE
     if not path.exists():
         raise CheckpointError(f"{folder} has no example.safetensors to replay; save it with example=True")
     open_weights(path)
@@ -341,9 +439,8 @@ def push_to_hub(
         CheckpointError: if the folder is not a complete checkpoint.
     """
     folder = Path(folder)
-    read_contents(folder)
-    for path in weight_files(folder):
-        open_weights(path)
+    require_files(folder, contents := read_contents(folder))
+    StoredWeights(folder, contents.mark)
     api = HfApi(token=token, library_name="unimodal", library_version=__version__)
     api.create_repo(repo_id, private=private, exist_ok=True)
     if revision and not create_pr:
@@ -388,10 +485,3 @@ def find_checkpoint(
         library_name="unimodal",
         library_version=__version__,
     )
-
-
-def _build(config: ModelConfig, folder: Path, *, pretrained: bool) -> UnimodalModel:
-    try:
-        return UnimodalModel(config, pretrained=pretrained)
-    except (TypeError, ValueError) as error:
-        raise CheckpointError(f"{folder / 'config.json'} describes a model that cannot be built: {error}") from error

@@ -5,22 +5,26 @@ or transformers would take as an order to fetch weights or kernels by themselves
 """
 
 import inspect
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field, replace
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
 from transformers import CONFIG_MAPPING
 
 from unimodal import __version__
+from unimodal.backbones.published import sha256
 from unimodal.config import ModelConfig, from_dict, nearest
 from unimodal.data.writer import WRITER_FOLDER
+from unimodal.files import BOOKKEEPING, require_readable
+from unimodal.hub.folder import CALIBRATION, EXAMPLE, FILES, PROCESSOR
 from unimodal.hub.weights import CheckpointError, read_json
 from unimodal.model import UnimodalModel
 from unimodal.tuning import fingerprint
 
 LIBRARY = "unimodal"
-FORMAT = 1  # raised when an older version could not read a newer folder
+FORMAT = 2  # raised when an older version could not read a newer folder
 OPTIONAL_HEADS = ("matching", "captioning", "generation")
 TIMM_LOADING = {"pretrained", "pretrained_cfg", "pretrained_cfg_overlay", "checkpoint_path", "cache_dir"}
 NO_ARCHITECTURE = {"transformers_version", "architectures", "dtype"}
@@ -56,13 +60,26 @@ class BackboneContents:
 
 @dataclass(frozen=True, kw_only=True)
 class Contents:
-    """The content of config.json."""
+    """The content of config.json.
+
+    Args:
+        library, format, version: what wrote it.
+        model: what the model is.
+        backbone: what is there of its towers.
+        prompts: what to put before texts, by name.
+        files: every other file that outputs depend on and the sha256 of its content; null for the calibration, which names its model
+            itself. Checkpoints of format 1 have none.
+        mark: of this checkpoint, in the headers of its safetensors files, so that those of two checkpoints are not taken for one.
+    """
 
     library: str
     format: int
     version: str
     model: ModelConfig
     backbone: BackboneContents
+    prompts: dict[str, str] = field(default_factory=dict)
+    files: dict[str, str | None] = field(default_factory=dict)
+    mark: str | None = None
 
 
 def describe(model: UnimodalModel, include_backbone: bool) -> Contents:
@@ -108,8 +125,9 @@ def read_contents(folder: Path) -> Contents:
         CheckpointError: if there is none, or it is another library's, a newer format's, or says what it may not say.
     """
     path = folder / "config.json"
-    if not path.is_file():
-        found = ", ".join(sorted(entry.name for entry in folder.iterdir())[:8]) or "nothing"
+    if not path.exists():
+        names = sorted({entry.name for entry in folder.iterdir()} - BOOKKEEPING)
+        found = ", ".join(names[:8]) or "nothing"
         raise CheckpointError(
             f"{folder} has no config.json (it holds: {found}); expected a folder that save_pretrained wrote"
         )
@@ -128,9 +146,43 @@ def read_contents(folder: Path) -> Contents:
         contents = from_dict(Contents, values, "config.json")
         _refuse_orders(contents.model)
         _refuse_code(folder)
-    except (TypeError, ValueError) as error:
+        _refuse_places(contents.files)
+    except (TypeError, ValueError, RecursionError) as error:
         raise CheckpointError(f"{folder}: {error}") from error
     return contents
+
+
+def list_files(folder: Path) -> dict[str, str | None]:
+    """The files of a folder that outputs depend on beside configuration and weights, as `Contents.files` has them."""
+    names = sorted(str(path.relative_to(folder).as_posix()) for path in folder.rglob("*") if path.is_file())
+    return {
+        name: None if name == CALIBRATION else sha256(folder / name)
+        for name in names
+        if any(fnmatch(name, pattern) for pattern in (*PROCESSOR, EXAMPLE, CALIBRATION))
+    }
+
+
+def require_files(folder: Path, contents: Contents) -> None:
+    """Compare the files of a folder with those that were saved there.
+
+    Raises:
+        CheckpointError: one is missing, or is another.
+        OSError: one cannot be read.
+    """
+    for name, digest in contents.files.items():
+        path = folder / name
+        if not path.exists():
+            without = f", or take {name} out of `files` in config.json to go without" if digest is None else ""
+            raise CheckpointError(
+                f"{folder} lacks {name}, which was saved there; get the checkpoint again, or {name} from the original{without}"
+            )
+        require_readable(path)
+        if digest is not None and sha256(path) != digest:
+            raise CheckpointError(
+                f"{path} is not the file that was saved in this checkpoint, so the model would compute something else: it was changed, cut "
+                "short, or taken from another checkpoint. Get the checkpoint again; to change the preprocessing, change the processor of "
+                "an open model and save that"
+            )
 
 
 def is_ours(folder: Path) -> bool:
@@ -212,6 +264,12 @@ def _refuse_orders(config: ModelConfig) -> None:
                 f"model.{part}.kwargs: {', '.join(sorted(orders))} is no setting of the architecture, and a "
                 "checkpoint may not say how to load anything; do not use it unless you know who wrote it"
             )
+
+
+def _refuse_places(names: Iterable[str]) -> None:
+    for name in names:
+        if not any(fnmatch(name, pattern) for pattern in FILES) or len(Path(name).parts) > 2 or ".." in name:
+            raise ValueError(f"config.json lists {name!r}, which is no file of a checkpoint; get the checkpoint again")
 
 
 def _refuse_code(folder: Path) -> None:

@@ -3,6 +3,7 @@
 What such a checkpoint can do at once (embed, match, caption) is what its authors trained; the heads it lacks can be trained on top.
 """
 
+import errno
 import math
 from collections.abc import Sequence
 from dataclasses import replace
@@ -28,7 +29,9 @@ from unimodal.config import (
 from unimodal.data.conversation import open_conversations, single_token
 from unimodal.data.processor import Processor
 from unimodal.data.published import open_processor, open_writer
-from unimodal.hub.weights import CheckpointError, open_weights, read_json
+from unimodal.hub.building import few_parts, require_bounded
+from unimodal.hub.processing import require_filled, require_vocabulary
+from unimodal.hub.weights import CheckpointError, open_weights, read_json, require_finite
 from unimodal.model import UnimodalModel
 
 # Widths of Qwen3-VL-Embedding, which was trained for prefixes of 64 dimensions and more (arXiv 2601.04720).
@@ -60,31 +63,59 @@ def open_published(
     """
     if folder.parent.name == "snapshots":
         revision = folder.name  # the commit that a branch or tag stood for
-    settings = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-    published = PublishedConfig(name=settings.model_type, source=str(folder))
     try:
-        if settings.model_type == "qwen3_vl":
-            model, processor = _open_qwen(settings, published, folder, heads)
-        else:
-            open_model = _open_blip2 if settings.model_type == "blip-2" else _open_pair
-            model = open_model(settings, published)
-            processor = open_processor(folder, model.backbone)
-            if model.config.captioning is not None:
-                processor.writer = open_writer(folder, model.config.captioning, model.head("captioning"))
-    except (OSError, ValueError) as error:
+        with few_parts(_require_bounded(folder)):
+            model, processor = _open(folder, heads)
+        require_finite(model.state_dict(), name)
+    except OSError as error:
+        if error.errno is not None and error.errno != errno.ENOENT:
+            raise
         raise CheckpointError(f"{name}: {error}") from error
+    except Exception as error:  # what constructors and readers of transformers happen to meet in files of anyone
+        raise CheckpointError(f"{name}: {error or type(error).__name__}") from error
     if lacking := [head for head in heads or () if head not in model.jobs]:
         raise CheckpointError(
             f"{name} has no head {', '.join(lacking)}; it has: {', '.join(model.jobs)}. Train one on top of it"
         )
     for source in model.sources.values():
         source |= {"source": name, "revision": revision}
-    backbone = replace(model.config.backbone, published=replace(published, source=name, revision=revision))
+    published = PublishedConfig(name=model.backbone.model.config.model_type, source=name, revision=revision)
+    backbone = replace(model.config.backbone, published=published)
     if (captioning := model.config.captioning) is not None and captioning.language_model is not None:
         language_model = replace(captioning.language_model, source=name, revision=revision)
         model.config = replace(model.config, captioning=replace(captioning, language_model=language_model))
     model.config = replace(model.config, backbone=backbone)
     return model, processor
+
+
+def _open(folder: Path, heads: Sequence[str] | None) -> tuple[UnimodalModel, Processor]:
+    require_vocabulary(folder)
+    settings = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    published = PublishedConfig(name=settings.model_type, source=str(folder))
+    if settings.model_type == "qwen3_vl":
+        model, processor = _open_qwen(settings, published, folder, heads)
+    else:
+        open_model = _open_blip2 if settings.model_type == "blip-2" else _open_pair
+        model = open_model(settings, published)
+        processor = open_processor(folder, model.backbone)
+        if model.config.captioning is not None:
+            processor.writer = open_writer(folder, model.config.captioning, model.head("captioning"))
+    require_filled(folder, processor.tokenizer, model.backbone.vocab_size)
+    return model, processor
+
+
+def _require_bounded(folder: Path) -> int:
+    """Hold config.json against the weights before anything is built; returns how many tensors these are.
+
+    Raises:
+        CheckpointError: there are none, or they cannot be those of such a model.
+        ValueError: as `require_bounded`.
+    """
+    if not (files := sorted(folder.glob("*.safetensors"))):
+        raise CheckpointError(f"{folder} holds no safetensors weights; give a revision or a repository that has them")
+    tensors = sum(len(open_weights(path).keys()) for path in files)
+    require_bounded(read_json(folder / "config.json"), "config.json", tensors)
+    return tensors
 
 
 def _open_pair(settings: Any, published: PublishedConfig) -> UnimodalModel:

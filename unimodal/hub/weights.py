@@ -6,7 +6,7 @@ Names are those of the model's `state_dict`. Large models are split into shards 
 
 import json
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +14,15 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from unimodal.files import require_readable
 from unimodal.hub.precision import SCALE, restore
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
 # What the trainers of transformers and sentence-transformers leave beside the weights; nothing here opens them.
 TRAINER_STATES = ("training_args.bin", "optimizer.pt", "optimizer.bin", "scheduler.pt", "scaler.pt", "rng_state*.pth")
+MARK = "unimodal"  # in the header of a file: the mark of the checkpoint that it was saved with
+LARGEST_CONFIG, LARGEST_INDEX = 4 << 20, 64 << 20  # bytes; what is larger lists no parts of a model
 
 
 class CheckpointError(ValueError):
@@ -46,15 +49,19 @@ class CheckpointMismatch(CheckpointError):
         )
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object from a file.
+def read_json(path: Path, largest: int = LARGEST_CONFIG) -> dict[str, Any]:
+    """A JSON object from a file of at most so many bytes.
 
     Raises:
         CheckpointError: if it holds anything else.
+        OSError: it cannot be read.
     """
+    require_readable(path)
     try:
+        if (size := path.stat().st_size) > largest:
+            raise ValueError(f"it has {size} bytes, {largest} at most are read")
         values = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{path} is not readable as JSON ({error}); get the checkpoint again") from error
     if not isinstance(values, dict):
         raise CheckpointError(
@@ -68,6 +75,7 @@ def weight_files(folder: Path) -> list[Path]:
 
     Raises:
         CheckpointError: for a pickle, a missing shard, or an index that names anything but shards of this folder.
+        OSError: the index cannot be read.
     """
     pickles = sorted(
         path.name
@@ -82,7 +90,7 @@ def weight_files(folder: Path) -> list[Path]:
         )
     names = [WEIGHTS]
     if (folder / INDEX).exists():
-        shards = read_json(folder / INDEX).get("weight_map")
+        shards = read_json(folder / INDEX, LARGEST_INDEX).get("weight_map")
         if not isinstance(shards, dict) or not shards:
             raise CheckpointError(f"{folder / INDEX} has no weight_map of tensors to files; get the checkpoint again")
         names = sorted({str(name) for name in shards.values()})
@@ -92,7 +100,7 @@ def weight_files(folder: Path) -> list[Path]:
                     f"{folder / INDEX} points to {name!r}, expected names like model-00001-of-00002.safetensors "
                     "in the same folder; do not use this checkpoint unless you know who wrote it"
                 )
-    absent = [name for name in names if not (folder / name).is_file()]
+    absent = [name for name in names if not (folder / name).exists()]
     if absent:
         raise CheckpointError(f"{folder} lacks {', '.join(absent)}; the checkpoint is incomplete, get it again")
     return [folder / name for name in names]
@@ -103,66 +111,132 @@ def open_weights(path: Path) -> Any:
 
     Raises:
         CheckpointError: if it is cut short or not safetensors at all.
+        OSError: if it cannot be read.
     """
+    require_readable(path)
     try:
         return safe_open(path, framework="pt")
-    except (SafetensorError, OSError) as error:
+    except SafetensorError as error:
         size = path.stat().st_size
         raise CheckpointError(
             f"{path} ({size} bytes) is corrupt or cut short: {error}; expected safetensors, get the file again"
         ) from error
 
 
-def load_weights(
-    expected: dict[str, Tensor],
-    folder: Path,
-    *,
-    ignored: Sequence[str] = (),
-    renamed: Callable[[str], str] = lambda name: name,
-) -> list[str]:
-    """Copy a checkpoint's weights into a model's tensors, all or none.
+def require_mark(path: Path, file: Any, mark: str | None) -> None:
+    """Refuse an open safetensors file that was saved with another checkpoint; one without a mark may be of any.
+
+    Raises:
+        CheckpointError: it was.
+    """
+    own = (file.metadata() or {}).get(MARK)
+    if None not in (own, mark) and own != mark:
+        raise CheckpointError(
+            f"{path} belongs to another checkpoint (it is marked {own}, the config.json beside it {mark}); take all files from the same "
+            "checkpoint"
+        )
+
+
+def require_finite(tensors: Mapping[str, Tensor], where: Path | str) -> None:
+    """Refuse weights that are not numbers.
+
+    Raises:
+        CheckpointError: names every tensor that has NaN or infinite values.
+    """
+    if broken := [name for name, tensor in tensors.items() if not _is_finite(tensor)]:
+        raise CheckpointError(
+            f"{where}: weights that are not finite (NaN or infinite): {', '.join(broken)}; the model would compute nothing. "
+            "Its training diverged, or the file is damaged: take an earlier checkpoint, or get it again"
+        )
+
+
+def _is_finite(tensor: Tensor) -> bool:
+    # A sum reads the tensor once and allocates nothing; only where it is not finite, every value is looked at.
+    return not tensor.is_floating_point() or bool(tensor.float().sum().isfinite()) or bool(tensor.isfinite().all())
+
+
+class StoredWeights:
+    """The tensors in a checkpoint's files. The headers are read at once, each tensor when it is loaded.
 
     Args:
-        expected: the tensors to fill, by name.
         folder: the checkpoint.
+        mark: the mark in its config.json; None where it has none.
         ignored: prefixes of tensors in the files that are not wanted.
         renamed: the model's name of what the files name otherwise.
 
-    Returns:
-        The names of the ignored tensors.
+    Attributes:
+        shapes: by the model's names the slices of all tensors that are wanted, which know shape and dtype.
+        skipped: the names of those that are not.
 
     Raises:
-        CheckpointMismatch: unless names and shapes agree on both sides.
+        CheckpointError, OSError: as `weight_files`, `open_weights` and `require_mark`.
     """
-    files = [open_weights(path) for path in weight_files(folder)]
-    holder = {name: file for file in files for name in file.keys()}  # noqa: SIM118
-    scales = {name for name in holder if name.endswith(SCALE) and name.removesuffix(SCALE) in holder}
-    shapes = {renamed(name): file.get_slice(name) for name, file in holder.items() if name not in scales}
-    small = {renamed(name.removesuffix(SCALE)) for name in scales}
-    skipped = [name for name in shapes if name.startswith(tuple(ignored))]
-    shapes = {name: part for name, part in shapes.items() if name not in skipped}
 
-    stored = {tensor.data_ptr() for name, tensor in expected.items() if name in shapes and tensor.numel()}
-    missing = [
-        f"{name} {list(tensor.shape)}"
-        for name, tensor in expected.items()
-        if name not in shapes and tensor.data_ptr() not in stored  # weights that two layers share are stored once
-    ]
-    unexpected = [f"{name} {part.get_shape()}" for name, part in shapes.items() if name not in expected]
-    mismatched = []
-    for name, tensor in expected.items():
-        if name in shapes:
-            shape, dtype = shapes[name].get_shape(), shapes[name].get_dtype()
-            # Any float precision may be stored, and int8 with scales; integers stay integers.
-            real = dtype.startswith(("F", "BF")) or (dtype == "I8" and name in small)
-            if shape != list(tensor.shape) or real != tensor.is_floating_point():
-                kinds = (dtype, str(tensor.dtype).removeprefix("torch."))
-                mismatched.append(f"{name}: file {shape} {kinds[0]}, model {list(tensor.shape)} {kinds[1]}")
-    if missing or unexpected or mismatched:
-        raise CheckpointMismatch(folder, sorted(missing), sorted(unexpected), sorted(mismatched))
-    with torch.no_grad():
-        for name, file in holder.items():
-            if renamed(name) in expected:
-                scale = holder[name + SCALE].get_tensor(name + SCALE) if name + SCALE in scales else None
-                expected[renamed(name)].copy_(restore(file.get_tensor(name), scale))
-    return skipped
+    def __init__(
+        self,
+        folder: Path,
+        mark: str | None = None,
+        *,
+        ignored: Sequence[str] = (),
+        renamed: Callable[[str], str] = lambda name: name,
+    ) -> None:
+        self.folder, self.renamed = folder, renamed
+        files = []
+        for path in weight_files(folder):
+            files.append(open_weights(path))
+            require_mark(path, files[-1], mark)
+        self.holder = {name: file for file in files for name in file.keys()}  # noqa: SIM118
+        self.scales = {name for name in self.holder if name.endswith(SCALE) and name.removesuffix(SCALE) in self.holder}
+        shapes = {renamed(name): file.get_slice(name) for name, file in self.holder.items() if name not in self.scales}
+        self.skipped = [name for name in shapes if name.startswith(tuple(ignored))]
+        self.shapes = {name: part for name, part in shapes.items() if name not in self.skipped}
+
+    def require_fit(self, expected: dict[str, Tensor]) -> None:
+        """Compare names, shapes and kinds with those of a model's tensors, which may be on the `meta` device.
+
+        Raises:
+            CheckpointMismatch: unless both sides agree.
+        """
+        small = {self.renamed(name.removesuffix(SCALE)) for name in self.scales}
+        stored = {_place(tensor) for name, tensor in expected.items() if name in self.shapes and tensor.numel()}
+        missing = [
+            f"{name} {list(tensor.shape)}"
+            for name, tensor in expected.items()
+            if name not in self.shapes and _place(tensor) not in stored  # weights that two layers share are stored once
+        ]
+        unexpected = [f"{name} {part.get_shape()}" for name, part in self.shapes.items() if name not in expected]
+        mismatched = []
+        for name, tensor in expected.items():
+            if name in self.shapes:
+                shape, dtype = self.shapes[name].get_shape(), self.shapes[name].get_dtype()
+                # Any float precision may be stored, and int8 with scales; integers stay integers.
+                real = dtype.startswith(("F", "BF")) or (dtype == "I8" and name in small)
+                if shape != list(tensor.shape) or real != tensor.is_floating_point():
+                    kinds = (dtype, str(tensor.dtype).removeprefix("torch."))
+                    mismatched.append(f"{name}: file {shape} {kinds[0]}, model {list(tensor.shape)} {kinds[1]}")
+        if missing or unexpected or mismatched:
+            raise CheckpointMismatch(self.folder, sorted(missing), sorted(unexpected), sorted(mismatched))
+
+    @torch.no_grad()
+    def load(self, expected: dict[str, Tensor]) -> None:
+        """Copy the tensors into those of a model.
+
+        Raises:
+            CheckpointMismatch: as `require_fit`; nothing was copied.
+            CheckpointError: a tensor has NaN or infinite values; the model is of no use then.
+        """
+        self.require_fit(expected)
+        broken: dict[str, Tensor] = {}
+        for name, file in self.holder.items():
+            if (own := self.renamed(name)) in expected:
+                value, scales = file.get_tensor(name), name + SCALE
+                scale = self.holder[scales].get_tensor(scales) if scales in self.scales else None
+                read = {name: value} if scale is None else {scales: scale}
+                broken |= {key: tensor for key, tensor in read.items() if not _is_finite(tensor)}
+                expected[own].copy_(restore(value, scale))
+        require_finite(broken, self.folder)
+
+
+def _place(tensor: Tensor) -> int:
+    """Which memory a tensor has, also one on the `meta` device, where all addresses are 0."""
+    return tensor.untyped_storage()._cdata

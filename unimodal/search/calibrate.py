@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from unimodal import arguments
-from unimodal.files import write_json
+from unimodal.files import require_readable, write_json
 
 STEPS = 100
 NEAR = 1e-10  # a Newton step below it ends the fit
@@ -94,14 +94,18 @@ class Calibration:
     @classmethod
     def load(cls, path: str | Path) -> "Calibration":
         """Raises:
-        ValueError: the file is no calibration.
+        ValueError: the file is no calibration, or one whose numbers are none.
+        OSError: it cannot be read.
         """
         path = arguments.path(path, "path")
+        require_readable(path)
         try:
             values = json.loads(path.read_text(encoding="utf-8"))
             return cls(**{**values, "curve": tuple((float(p), float(share)) for p, share in values["curve"])})
-        except (KeyError, TypeError, ValueError) as error:
-            raise ValueError(f"{path} is no calibration ({error}); write it with Calibration.save") from error
+        except (KeyError, TypeError, ValueError, RecursionError) as error:
+            raise ValueError(
+                f"{path} is no calibration ({error}); write it with Calibration.save, or remove it and its entry in config.json"
+            ) from error
 
 
 def calibrate(logits: Tensor, labels: Tensor, *, model: str = "") -> Calibration:

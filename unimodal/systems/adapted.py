@@ -12,11 +12,10 @@ import fnmatch
 from collections.abc import Iterator, Sequence
 from typing import Any, Literal
 
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from unimodal.config import AdapterConfig
-from unimodal.layers import masked_mean
+from unimodal.layers import masked_mean, unit
 from unimodal.losses import info_nce
 from unimodal.systems.base import Batch, Encoders, Images, System, Texts
 from unimodal.systems.towers import Scale
@@ -101,11 +100,11 @@ class Adapted(System):
             mean = self.backbone.image_features(images.pixels).mean(1)
         else:
             mean = masked_mean(images.tokens, images.mask)
-        return F.normalize(self.image_projection(mean), dim=-1)
+        return unit(self.image_projection(mean))
 
     def embed_texts(self, texts: Texts) -> Tensor:
         tokens = self.backbone.text_features(texts.ids, texts.mask)
-        return F.normalize(self.text_projection(masked_mean(tokens, texts.mask)), dim=-1)
+        return unit(self.text_projection(masked_mean(tokens, texts.mask)))
 
     def losses(self, batch: Batch, stage: str, progress: float) -> dict[str, Tensor]:
         image, text = self.embed_images(batch.images), self.embed_texts(batch.texts)

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from unimodal.layers import unit
 from unimodal.losses import in_batch_matching, momentum_contrast
 from unimodal.systems.base import Batch, Encoders, Images, State, System, Texts
 from unimodal.systems.momentum import Queue, Teacher
@@ -59,11 +60,11 @@ class FusionEncoder(System):
 
     def image_embedding(self, state: State) -> Tensor:
         """Unit vectors [B, E] of a state."""
-        return F.normalize(self.image_projection(state[0][:, 0]), dim=-1)
+        return unit(self.image_projection(state[0][:, 0]))
 
     def text_embedding(self, state: State) -> Tensor:
         """Unit vectors [M, E] of a state."""
-        return F.normalize(self.text_projection(state[0][:, 0]), dim=-1)
+        return unit(self.text_projection(state[0][:, 0]))
 
     def embed_images(self, images: Images) -> Tensor:
         return self.image_embedding(self.image_state(images))

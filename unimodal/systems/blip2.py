@@ -5,11 +5,10 @@ Legend: B pairs, M texts, P pairs, N queries, L text length, T image tokens, W w
 """
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from unimodal.bridge import QFormer
-from unimodal.layers import KeyValues
+from unimodal.layers import KeyValues, unit
 from unimodal.losses import caption_loss, in_batch_matching, info_nce, similarity
 from unimodal.systems.base import Batch, Encoders, Images, State, System, Texts
 from unimodal.systems.towers import Scale, Tower
@@ -74,10 +73,10 @@ class BLIP2(System):
         return self._embed_queries(self.bridge.read(QUERIES, *self.memory(images)))
 
     def _embed_queries(self, read: Tensor) -> Tensor:
-        return F.normalize(self.image_projection(read), dim=-1)
+        return unit(self.image_projection(read))
 
     def embed_texts(self, texts: Texts) -> Tensor:
-        return F.normalize(self.text_projection(self.bridge.text(texts.ids, texts.mask)[:, 0]), dim=-1)
+        return unit(self.text_projection(self.bridge.text(texts.ids, texts.mask)[:, 0]))
 
     def image_state(self, images: Images) -> State:
         """As `memory`."""

@@ -11,10 +11,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from unimodal.layers import masked_mean
+from unimodal.layers import masked_mean, unit
 from unimodal.systems.base import Batch, Encoders, Images, System, Texts
 
 FITTED = ("image_mean", "text_mean", "image_map", "text_map", "correlations")
@@ -95,7 +94,7 @@ class CCA:
                 f"CCA: expected {side} features [n, {len(mean)}] as in the fit, got {list(features.shape)}"
             )
         projected = (features.double() - mean) @ projection * self.correlations**self.power
-        return F.normalize(projected, dim=-1).float()
+        return unit(projected).float()
 
 
 def _whitener(covariance: Tensor, regularisation: float, side: str) -> Tensor:

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from unimodal.layers import init_weights, key_mask_to_bias, masked_mean
+from unimodal.layers import init_weights, key_mask_to_bias, masked_mean, unit
 from unimodal.losses import category_loss
 from unimodal.systems.base import Batch, Encoders, Images, System, Texts
 from unimodal.systems.towers import SCALE, Tower
@@ -115,7 +115,7 @@ class CDISA(System):
 
     def _vector(self, pooled: Tensor) -> Tensor:
         """[B, W] -> unit vectors [B, E]."""
-        return F.normalize(self.shared(pooled), dim=-1)
+        return unit(self.shared(pooled))
 
     def _classify(self, vector: Tensor, labels: Tensor) -> Tensor:
         """A yes or no for each category, for an item may have several; summed over them. Cosines need a scale to be sure of anything."""

@@ -6,10 +6,9 @@ both losses have the same towers, so that they alone differ.
 """
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from unimodal.layers import init_weights
+from unimodal.layers import init_weights, unit
 from unimodal.losses import info_nce, sigmoid_loss
 from unimodal.systems.base import Batch, Encoders, Images, System, Texts
 from unimodal.systems.towers import Scale, Tower
@@ -42,10 +41,10 @@ class DualEncoder(System):
         self.scale = Scale()
 
     def embed_images(self, images: Images) -> Tensor:
-        return F.normalize(self.image_projection(self.image_tower(images.tokens, images.mask)[0][:, 0]), dim=-1)
+        return unit(self.image_projection(self.image_tower(images.tokens, images.mask)[0][:, 0]))
 
     def embed_texts(self, texts: Texts) -> Tensor:
-        return F.normalize(self.text_projection(self.text_tower(texts.tokens, texts.mask)[0][:, 0]), dim=-1)
+        return unit(self.text_projection(self.text_tower(texts.tokens, texts.mask)[0][:, 0]))
 
     def after_step(self, stage: str) -> None:
         self.scale.clamp()

@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from unimodal.layers import unit
 from unimodal.losses import matching_loss, pairwise_sigmoid, similarity
 from unimodal.losses.numerics import at_least_float32
 from unimodal.systems.base import Batch, Encoders, Images, State, Texts
@@ -233,7 +234,7 @@ class ELIPB(BLIP2):
     def condition(self, texts: Texts) -> Tensor:
         """Unit vectors [M, E]: the Q-Former's first position where it reads queries and text and no image, which is the first query's."""
         read = self.bridge.match(QUERIES, texts.ids, texts.mask, None)
-        return F.normalize(self.text_projection(read[:, 0]), dim=-1)
+        return unit(self.text_projection(read[:, 0]))
 
     def score_pairs(self, images: State, texts: State) -> Tensor:
         """Logits [P] of a match, each image read again with its text's prompts, which the Q-Former does not see."""

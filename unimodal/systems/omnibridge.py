@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from unimodal.bridge import QFormer
-from unimodal.layers import AttentionPool, init_weights
+from unimodal.layers import AttentionPool, init_weights, unit
 from unimodal.losses import info_nce, text_to_text_loss
 from unimodal.systems.base import Batch, Encoders, Images, System, Texts
 from unimodal.systems.towers import Scale
@@ -46,7 +46,7 @@ class Reading(nn.Module):
         share = self.gate.sigmoid()
         read = F.normalize(self.bridge_pool(bridge, None), dim=-1)
         seen = F.normalize(self.backbone_pool(states, mask), dim=-1)
-        return F.normalize(share * read + (1 - share) * seen, dim=-1)
+        return unit(share * read + (1 - share) * seen)
 
 
 class OmniBridge(System):

@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from unimodal.layers import HIDDEN, init_weights, key_mask_to_bias
+from unimodal.layers import HIDDEN, init_weights, key_mask_to_bias, unit
 from unimodal.losses import (
     Mined,
     Wrong,
@@ -223,7 +223,7 @@ class QwenEmbedding(System):
         return self._embed("query", self.reader.item("text", texts.tokens, texts.mask))
 
     def _embed(self, role: str, item: Part) -> Tensor:
-        return F.normalize(self.projection(self.reader(role, item)), dim=-1)
+        return unit(self.projection(self.reader(role, item)))
 
     def start_stage(self, stage: str) -> None:
         if stage == "distil":

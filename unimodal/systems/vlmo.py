@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from unimodal.layers import MLP, Attention, init_weights, key_mask_to_bias
+from unimodal.layers import MLP, Attention, init_weights, key_mask_to_bias, unit
 from unimodal.losses import in_batch_matching, info_nce
 from unimodal.systems.base import Batch, Encoders, Images, System, Texts
 from unimodal.systems.mim import Restorer
@@ -159,10 +159,10 @@ class VLMo(System):
         return self.norm(own[:, 0]), self.norm(both[:, 0])
 
     def embed_images(self, images: Images) -> Tensor:
-        return F.normalize(self.image_projection(self.read(images, None)[:, 0]), dim=-1)
+        return unit(self.image_projection(self.read(images, None)[:, 0]))
 
     def embed_texts(self, texts: Texts) -> Tensor:
-        return F.normalize(self.text_projection(self.read(None, texts)[:, 0]), dim=-1)
+        return unit(self.text_projection(self.read(None, texts)[:, 0]))
 
     def after_step(self, stage: str) -> None:
         self.scale.clamp()
@@ -179,9 +179,9 @@ class VLMo(System):
             return {"itc": info_nce(image, text, ids, scale=self.scale())}
         image, top_image = self.read_twice("image", *batch.images[:2])
         text, top_text = self.read_twice("text", batch.texts.tokens, batch.texts.mask)
-        image, text = F.normalize(self.image_projection(image), dim=-1), F.normalize(self.text_projection(text), dim=-1)
-        top_image = F.normalize(self.top_image_projection(top_image), dim=-1)
-        top_text = F.normalize(self.top_text_projection(top_text), dim=-1)
+        image, text = unit(self.image_projection(image)), unit(self.text_projection(text))
+        top_image = unit(self.top_image_projection(top_image))
+        top_text = unit(self.top_text_projection(top_text))
         own = info_nce(image, text, ids, scale=self.scale())
         itc = (own + info_nce(top_image, top_text, ids, scale=self.top_scale())) / 2
         scores = self.scale().detach() * image.detach() @ text.detach().T
