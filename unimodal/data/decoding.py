@@ -65,20 +65,21 @@ def opened(file: IO[bytes]) -> ImageFile.ImageFile:
     which holds for a whole process.
 
     Raises:
-        UnidentifiedImageError: none of the formats.
+        UnidentifiedImageError: none of the formats; its text says which ones failed that seemed to be right.
         Exception: whatever a broken header leads to.
     """
     file.seek(0)
     start = file.read(16)
+    faults = []
     for form in FORMATS:
         factory, accepts = Image.OPEN[form]
         if accepts is None or accepts(start) is True:
             file.seek(0)
             try:
                 return factory(file, "")
-            except (SyntaxError, IndexError, TypeError, struct.error):  # another format may take it
-                continue
-    raise UnidentifiedImageError
+            except (SyntaxError, IndexError, TypeError, struct.error) as error:  # another format may take it
+                faults.append(f"{form}: {error}")
+    raise UnidentifiedImageError(", ".join(faults))
 
 
 def read_picture(file: IO[bytes], name: str, limit: int) -> Image.Image:
@@ -163,7 +164,8 @@ def _prepared(file: IO[bytes], name: str, limit: int) -> Any:
                 f"{name} is a TIFF with more bands or another depth than Pillow reads; write three bands of 8 bits, for "
                 "example with gdal_translate -ot Byte -scale -b 1 -b 2 -b 3"
             ) from error
-        raise ImageError(f"{name} is no image; expected one of {', '.join(FORMATS)}") from error
+        told = f" that can be read ({error})" if str(error) else ""
+        raise ImageError(f"{name} is no image{told}; expected one of {', '.join(FORMATS)}") from error
     except Exception as error:  # every file format has its own way to fail
         raise ImageError(f"{name} is no image that can be read, or is broken from its start: {error}") from error
     if any(tile.codec_name == "bmp_rle" and tile.args[1] for tile in picture.tile):  # Pillow loses pixels of it
