@@ -23,7 +23,9 @@ def add_parser(verbs: Any) -> None:
         dest="action", required=True, metavar="ACTION"
     )
     check = data.add_parser("check", help="find broken files, duplicates and captions that would be cut")
-    check.add_argument("path", help="Karpathy's .json, .jsonl, .csv, .tsv, tar shards ('train-*.tar') or a folder")
+    check.add_argument(
+        "path", help="Karpathy's or COCO's .json, .jsonl, .csv, .tsv, tar shards ('train-*.tar') or a folder"
+    )
     check.add_argument("--root", type=Path, help="the folder of the pictures, for a table or Karpathy's JSON")
     check.add_argument("--split", nargs="+", help="the splits to check; by default all")
     check.add_argument("--image", help="the column of the picture, where its name is unusual")

@@ -14,7 +14,7 @@ from unimodal.search import Encoder, mine_negatives
 def add_arguments(verb: argparse.ArgumentParser) -> None:
     """What may be asked of mining, beside the model."""
     verb.add_argument(
-        "--data", required=True, help="pairs: Karpathy's JSON, a table, tar shards, a folder; or `scenes`"
+        "--data", required=True, help="pairs: Karpathy's or COCO's JSON, a table, tar shards, a folder; or `scenes`"
     )
     verb.add_argument("--images", type=Path, help="folder of the pictures; by default images/ beside the file")
     verb.add_argument("--split", default="train", help="the split to mine")

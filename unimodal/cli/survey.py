@@ -32,7 +32,9 @@ def parser() -> argparse.ArgumentParser:
     verb = Parser(prog="unimodal survey", description=__doc__)
     verb.add_argument("verb", choices=["survey"], help=argparse.SUPPRESS)
     verb.add_argument(
-        "--data", required=True, help="a JSON file in Karpathy's format, a table, tar shards or a folder; or `scenes`"
+        "--data",
+        required=True,
+        help="a JSON file in Karpathy's or COCO's format, a table, tar shards or a folder; or `scenes`",
     )
     verb.add_argument("--images", type=Path, help="folder of the pictures; by default `images` beside the file")
     verb.add_argument(
