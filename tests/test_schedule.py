@@ -156,6 +156,22 @@ def test_the_same_command_again_skips_what_is_done(finished: Path, capsys: pytes
     assert losses(finished) == before
 
 
+def test_report_and_page_are_of_one_run_when_the_page_cannot_be_written(
+    finished: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def full(*_: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    before = {name: (finished / "out" / name).read_bytes() for name in ("report.json", "index.html")}
+    monkeypatch.setattr("unimodal.cli.finish.write_report", full)
+    assert cli.main(["fit", "--config", str(finished / "schedule.yaml"), "--title", "Another"]) == 1
+    error = capsys.readouterr().err
+    assert "No space left on device" in error and "the traceback is in" in error and "Traceback" not in error
+    assert before == {name: (finished / "out" / name).read_bytes() for name in before}
+    for path in (finished / "out").glob("traceback-*.txt"):
+        path.unlink()
+
+
 def test_other_settings_are_refused(finished: Path, capsys: pytest.CaptureFixture[str]) -> None:
     status = cli.main(["fit", "--config", str(finished / "schedule.yaml"), "--data.batch_size", "4"])
     error = " ".join(capsys.readouterr().err.split())

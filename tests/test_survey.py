@@ -99,6 +99,10 @@ def test_a_survey_writes_results_and_a_page_and_goes_on_where_it_stopped(
 class Killed(BaseException):
     """What ends a survey at once, as a signal does: no error of one system, after which it goes on with the next."""
 
+    @classmethod
+    def fail(cls) -> None:
+        raise cls
+
 
 def test_a_survey_that_was_killed_goes_on_where_it_was(
     encoders: Path, photographs: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -133,8 +137,27 @@ def test_a_folder_without_a_result_is_run_again(encoders: Path, photographs: str
     with pytest.raises(FileNotFoundError, match="holds no system that `unimodal survey` trained"):
         load_system(folder)
     assert survey(encoders, photographs, tmp_path, *words) == 0
-    assert (folder / "system.safetensors").read_bytes() == weights and not (folder / "result.part").exists()
+    assert (folder / "system.safetensors").read_bytes() == weights
     assert json.loads((folder / "result.json").read_text())["accuracy"] == json.loads(result)["accuracy"]
+
+
+def test_a_system_whose_scoring_fails_is_scored_again_and_not_trained(
+    encoders: Path, photographs: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    words = ("--systems", "clip", "--grid", "2")
+    failed, straight = tmp_path / "failed", tmp_path / "straight"
+    with monkeypatch.context() as patched:
+        patched.setattr("unimodal.survey.run.deletion_test", lambda *_, **__: Killed.fail())
+        with pytest.raises(Killed):
+            survey(encoders, photographs, failed, *words)
+    assert (failed / "clip/system.safetensors").exists() and not (failed / "clip/result.json").exists()
+    with monkeypatch.context() as patched:
+        patched.setattr("unimodal.survey.run.train", lambda *_, **__: pytest.fail("it was trained again"))
+        assert survey(encoders, photographs, failed, *words) == 0
+    assert survey(encoders, photographs, straight, *words) == 0
+    measured = [json.loads((out / "clip/result.json").read_text()) for out in (failed, straight)]
+    for key in ("accuracy", "findings", "parameters", "deletion"):
+        assert measured[0][key] == measured[1][key]
 
 
 def test_a_system_of_categories_is_told_which_the_data_has(encoders: Path, photographs: str, tmp_path: Path) -> None:

@@ -13,10 +13,12 @@ from toy import toy_config
 from toyrun import plain, scenes, tiny_stage, write_recipe
 
 from unimodal import cli
+from unimodal.config import to_dict
 from unimodal.data.module import PairData
 from unimodal.data.scenes import Scenes
+from unimodal.hub import load_checkpoint
 from unimodal.tasks import EvaluationSettings, Joint, LossLog, OptimizerSettings
-from unimodal.tasks.evaluation import beginning
+from unimodal.tasks.evaluation import MEASURES, beginning
 from unimodal.tasks.retrieval import ITC
 
 TWO_EPOCHS = {"max_steps": -1, "max_epochs": 2}  # of three batches
@@ -176,6 +178,25 @@ def test_a_plain_configuration_is_scored_whole_and_in_part(
     assert cli.main([verb, *write_recipe(tmp_path / "plain.yaml", recipe)[1:]]) == 0
     if verb != "predict":
         assert f"{'val' if verb == 'validate' else 'test'}/t2i_r1_first" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("precision", ["bf16-true", "64-true"])
+def test_every_head_is_trained_and_scored_in_any_precision(precision: str, tmp_path: Path, monkeypatch: Any) -> None:
+    names = ("itc", "itm", "itg", "flow")
+    options = {"precision": precision, "limit_val_batches": 1.0, "max_steps": -1, "max_epochs": 1}
+    recipe = tiny_stage(tmp_path / "out", {"val": scenes("val", 10), "target_size": 32}, **options)
+    recipe["model"]["init_args"] |= {
+        "config": to_dict(toy_config()),
+        "objectives": {
+            name: {"class_path": f"unimodal.tasks.{name.upper() if name != 'flow' else 'Flow'}"} for name in names
+        },
+        "evaluation": {"rerank_k": 3, "captions": 2, "pictures": 2, "steps": 2},
+    }
+    monkeypatch.setattr("unimodal.cli.schedule._final_scores", lambda *_: None)
+    assert cli.main(write_recipe(tmp_path / "recipe.yaml", recipe)) == 0
+    assert json.loads((tmp_path / "out/align/done.json").read_text())["scores"].keys() == MEASURES.keys()
+    model, _ = load_checkpoint(tmp_path / "out/align/model")
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
 
 
 # What the options do.

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 
 from unimodal.data.pairs import Pairs
-from unimodal.files import write_json
+from unimodal.files import replacing_contents, write_json
 from unimodal.metrics.generation import SceneReport, summarise
 from unimodal.model import UnimodalModel
 from unimodal.report import Caption, Drawing, Hit, Metric, Report, Score, Search, Stage, Swap, write_report
@@ -89,7 +89,6 @@ def write_results(
             for name, stage in history.items()
         },
     }
-    write_json(output / REPORT, content)
     page = Report(
         title=about["title"],
         summary=about["summary"],
@@ -104,7 +103,9 @@ def write_results(
         captions=_captions(pairs, results),
         drawings=_drawings(results),
     )
-    write_report(output / PAGE, page)
+    with replacing_contents(output, {REPORT, PAGE}.__contains__) as fresh:  # both of one run, whatever happens
+        write_json(fresh / REPORT, content)
+        write_report(fresh / PAGE, page)
     return content
 
 
@@ -166,7 +167,9 @@ def _metrics(numbers: dict[str, float], lines: dict[str, str], aims: dict[str, f
 def _stage(output: Path, name: str, stage: dict[str, Any]) -> Stage:
     losses: dict[str, list[tuple[int, float]]] = {}
     log = output / name / "losses.jsonl"
-    rows = [json.loads(line) for line in log.read_text().splitlines()] if log.exists() else []  # it may train nothing
+    rows = (
+        [json.loads(line) for line in log.read_text(encoding="utf-8").splitlines()] if log.exists() else []
+    )  # it may train nothing
     span = max(1, len(rows) // 120)  # mean of so many steps per point of the curve
     for start in range(0, len(rows), span):
         part = rows[start : start + span]

@@ -19,7 +19,7 @@ from unimodal.survey.data import First, Shots, SurveyData
 from unimodal.survey.encoders import SharedEncoders
 from unimodal.survey.noise import Noise
 from unimodal.survey.page import PAGE, accuracy, printed, read_results, taxonomy, write_page
-from unimodal.survey.run import Run, configs, run_system
+from unimodal.survey.run import CONFIG, Run, configs, run_system
 from unimodal.survey.specs import systems_folder
 from unimodal.survey.train import Budget
 
@@ -100,7 +100,7 @@ def quiet_trainer() -> Iterator[None]:
 def survey(options: argparse.Namespace) -> None:
     """Train, score, write."""
     inputs = (options.data, options.images, options.ranked, options.ranked_images, options.encoders)
-    require_free_folder(options.out, (PAGE,), inputs=inputs, is_ours=lambda out: bool(read_results(out)))
+    require_free_folder(options.out, (PAGE,), inputs=inputs, is_ours=lambda out: any(out.rglob(CONFIG)))
     chosen = configs(systems_folder(), options.systems)
     budget = Budget.read(options.budget)
     noise = Noise(options.noise, options.noise_kind, options.seed) if options.noise else None

@@ -2,6 +2,7 @@
 
     OUT/NAME/result.json         what was measured, with its protocol and settings
     OUT/NAME/system.safetensors  the trained system, and its configuration in system.yaml
+    OUT/NAME/trained.json        what its training was, written when the system is saved and before it is scored
     OUT/NAME/ranks.safetensors   the rank of every query, for `unimodal compare`
     OUT/index.html               the two tables
 
@@ -13,6 +14,7 @@ import hashlib
 import json
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -20,10 +22,11 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from unimodal.files import replacing, write_json, write_text
+from unimodal.files import locked, replacing, write_json, write_text
 from unimodal.metrics import (
     DirectionMetrics,
     Interval,
@@ -43,7 +46,8 @@ from unimodal.survey.specs import Spec, read_spec
 from unimodal.survey.train import Budget, Precision, train
 from unimodal.systems import Images, System, Texts
 
-RESULT, CONFIG, WEIGHTS, RANKS = "result.json", "system.yaml", "system.safetensors", "ranks.safetensors"
+RESULT, TRAINED, CONFIG, WEIGHTS = "result.json", "trained.json", "system.yaml", "system.safetensors"
+RANKS, LOCK = "ranks.safetensors", ".unimodal.run.lock"
 TIMED = 20  # queries whose time is taken
 EXPLAINED = 16  # pairs of the deletion test
 KS = (1, 5, 10)
@@ -75,6 +79,8 @@ class Run:
 def run_system(name: str, config: Path, run: Run, say: Callable[[str], None] = print) -> dict[str, Any]:
     """Train and score one system, or read what was measured; the JSON file's content.
 
+    A system that another process trains at the moment is waited for. One that was trained and could not be scored is scored.
+
     Args:
         name: the system's, which its files are called by.
         config: its YAML file; another system that it takes its shortlist from lies beside it.
@@ -87,21 +93,52 @@ def run_system(name: str, config: Path, run: Run, say: Callable[[str], None] = p
     spec = read_spec(config)
     settings = _settings(spec, config, run)
     folder = run.out / name
-    path = folder / RESULT
-    if path.exists():
-        found = json.loads(path.read_text())
-        if found["settings"] != settings:
-            differ = sorted(key for key in settings if found["settings"].get(key) != settings[key])
-            raise ValueError(
-                f"{path} was measured under other settings ({', '.join(differ)}); give another --out, or move it away"
-            )
-        return found
-    before = _before(spec, config)
-    embedder = None if before is None else _trained(before, run, say)
+    if (known := _measured(folder, settings)) is not None:
+        return known
     folder.mkdir(parents=True, exist_ok=True)
-    start = time.monotonic()
+    with locked(folder / LOCK, f"{folder}: the system {name}", timeout=-1):
+        if (known := _measured(folder, settings)) is not None:  # by the process that was waited for
+            return known
+        before = _before(spec, config)
+        embedder = None if before is None else _trained(before, run, say)
+        system, trained = _train(name, spec, config, settings, run, say)
+        result = _measure(name, spec, system, trained, embedder, settings, run, say)
+        write_json(folder / RESULT, result)
+        return result
+
+
+def _measured(folder: Path, settings: dict[str, Any]) -> dict[str, Any] | None:
+    """What was measured of a system under these settings; None where nothing was."""
+    known = _read(folder / RESULT)
+    if known is not None and known["settings"] != settings:
+        differ = sorted(key for key in settings if known["settings"].get(key) != settings[key])
+        raise ValueError(
+            f"{folder / RESULT} was measured under other settings ({', '.join(differ)}); give another --out, or move it away"
+        )
+    return known
+
+
+def _read(path: Path) -> dict[str, Any] | None:
+    """The JSON object of a file; None where it is not there, or where a kill or a full disk left no whole one."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (FileNotFoundError, ValueError):
+        return None
+
+
+def _train(
+    name: str, spec: Spec, config: Path, settings: dict[str, Any], run: Run, say: Callable[[str], None]
+) -> tuple[System, dict[str, Any]]:
+    """The trained system, saved before anything else can fail, and what its training was; as it was saved, where it was before."""
+    folder, start = run.out / name, time.monotonic()
     system = _built(spec, run.data.encoders, run.data.categories, run.seed)
+    trained = _read(folder / TRAINED)
+    if trained is not None and trained["settings"] == settings:
+        with suppress(FileNotFoundError, SafetensorError):  # weights that were lost or cut are trained again
+            system.load_state_dict(load_file(folder / WEIGHTS))
+            return system.eval(), trained
     say(f"{spec.title}: trains on {run.budget}")
+    (folder / TRAINED).unlink(missing_ok=True)
     system.prepare(run.data.in_order())
     stages = train(
         system,
@@ -110,7 +147,30 @@ def run_system(name: str, config: Path, run: Run, say: Callable[[str], None] = p
         run.budget,
         precision=run.precision,
     )
-    trained_for = time.monotonic() - start
+    trained = {
+        "settings": settings,
+        "stages": stages,
+        "findings": system.findings(),
+        "training_seconds": time.monotonic() - start,
+    }
+    write_text(folder / CONFIG, config.read_text(encoding="utf-8"))
+    with replacing(folder / WEIGHTS) as unfinished:
+        save_file({key: value.contiguous() for key, value in system.state_dict().items()}, unfinished)
+    write_json(folder / TRAINED, trained)
+    return system, trained
+
+
+def _measure(
+    name: str,
+    spec: Spec,
+    system: System,
+    trained: dict[str, Any],
+    embedder: System | None,
+    settings: dict[str, Any],
+    run: Run,
+    say: Callable[[str], None],
+) -> dict[str, Any]:
+    """Everything that is measured of a trained system; its ranks are written."""
     say(f"{spec.title}: ranks")
     images, texts, image_id, text_image_id = run.data.gallery(
         pixels=system.needs_pixels or embedder is not None and embedder.needs_pixels
@@ -120,6 +180,7 @@ def run_system(name: str, config: Path, run: Run, say: Callable[[str], None] = p
     ranking = rank(system, spec.scoring, images, texts, image_id, text_image_id, shortlist=shortlist)
     ranked_for = time.monotonic() - start
     protocol = _protocol(run)
+    stages = trained["stages"]
     result = {
         "name": name,
         "title": spec.title,
@@ -139,8 +200,8 @@ def run_system(name: str, config: Path, run: Run, say: Callable[[str], None] = p
         "parameters": _own_size(system),
         "shared": sum(run.data.encoders.sizes[kind] for kind in system.towers),
         "trained": len(spec.stages) and max(stage["trained"] for stage in stages.values()),
-        "findings": system.findings(),
-        "training_seconds": trained_for,
+        "findings": trained["findings"],
+        "training_seconds": trained["training_seconds"],
         "ranking_seconds": ranked_for,
         "milliseconds": _milliseconds(system, spec, images, texts, run.data.encoders, embedder),
         "index_bytes": _index_bytes(system, spec, images, embedder),
@@ -152,12 +213,8 @@ def run_system(name: str, config: Path, run: Run, say: Callable[[str], None] = p
     result["deletion"] = deletion_test(system, images, texts, image_id, text_image_id, pairs=explained, seed=run.seed)
     if type(system).write is not System.write:
         result["captions"] = hallucination_on(_captions(system, images, run), run.data.val)
-    write_text(folder / CONFIG, config.read_text(encoding="utf-8"))
-    with replacing(folder / WEIGHTS) as unfinished:
-        save_file({key: value.contiguous() for key, value in system.state_dict().items()}, unfinished)
     if spec.scoring.metric == "recall":
-        _save_ranks(folder / RANKS, ranking, spec, protocol, image_id, text_image_id)
-    write_json(path, result)
+        _save_ranks(run.out / name / RANKS, ranking, spec, protocol, image_id, text_image_id)
     return result
 
 

@@ -211,7 +211,7 @@ class Evaluation:
     def match_pairs(self, image_rows: Tensor, text_rows: Tensor) -> Tensor:
         """Match logits [P] of rows of this split."""
         order = self.text.mask.sum(1)[text_rows].argsort(stable=True)  # by length, so that few read another's padding
-        out = torch.empty(len(text_rows), device=text_rows.device)
+        out = torch.empty(len(text_rows), dtype=torch.float32, device=text_rows.device)
         for rows in order.split(self.settings.pairs_per_batch):
             images, image_index = image_rows[rows].unique(return_inverse=True)
             texts, text_index = text_rows[rows].unique(return_inverse=True)
@@ -371,7 +371,7 @@ class Evaluation:
                     generator=torch.Generator(device).manual_seed(start),
                 )
             )
-        images = torch.cat(pictures).cpu()
+        images = torch.cat(pictures).float().cpu()
         # Asked is what the caption says, so a background that it leaves out may be any.
         asked = [parse_caption(prompt) for prompt in prompts]
         known = checker_arguments()

@@ -57,9 +57,9 @@ class Interrupted(SystemExit):
 
 
 class Resume(pl.Callback):
-    """Saves `resume.ckpt` in the run's folder: every so many steps, before a validation, and when SIGTERM or SIGINT asks the run to end.
+    """Saves `resume.ckpt` in the run's folder: every so many steps, and when SIGTERM or SIGINT asks the run to end.
 
-    The run ends after the step that it is in. A second signal ends it at once.
+    The run ends after the step that it is in, or after the first step behind a validation. A second signal ends it at once.
 
     Args:
         every: optimizer steps between two savings; None saves only before the run ends.
