@@ -549,9 +549,9 @@ class Unimodal:
         `unimodal.search.index_folder`."""
         return index_folder(self.encoder, folder, kept_in, **options).index
 
-    def load_index(self, folder: str | Path) -> Index:
-        """Open an index that this model made; see `Index.load`."""
-        return Index.load(folder, self.encoder)
+    def load_index(self, folder: str | Path, uri: str | None = None) -> Index:
+        """Open an index that this model made; arguments as in `Index.load`."""
+        return Index.load(folder, self.encoder, uri)
 
     def search(self, queries: Any, index: Index, top_k: int = 10, rerank_top_k: int = 100, **options: Any) -> Any:
         """Hits of each query; arguments and hits as in `Index.search`.
