@@ -4,6 +4,7 @@ Only weights in safetensors are read, and no code that a repository may carry.
 """
 
 import hashlib
+import re
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,6 +18,7 @@ from transformers import CONFIG_MAPPING, AutoConfig
 
 from unimodal.config import LanguageModelConfig, PublishedConfig
 
+LAYER = re.compile(r"(layers|blocks)\.\d+\.")
 FILES = ("*.json", "*.safetensors", "*.txt", "*.model", "*.jinja")
 
 
@@ -144,6 +146,12 @@ def load_published(
         )
     except (OSError, RuntimeError, SafetensorError) as error:
         raise ValueError(f"{config.source} is incomplete or damaged: {error}; get it again") from error
+    # A configuration of fewer layers than the weights have would leave the rest out without a word.
+    if beyond := sorted(name for name in map(str, report["unexpected_keys"]) if LAYER.search(name)):
+        raise ValueError(
+            f"{config.source} holds layers that its config.json does not name, for example {beyond[0]}: that is another model's, get it "
+            "again"
+        )
     wrong = {kind: sorted(map(str, report[kind])) for kind in ("missing_keys", "mismatched_keys") if report[kind]}
     if wrong:
         raise ValueError(

@@ -4,6 +4,7 @@ Its numbers are bounded first. Then the model is built on torch's `meta` device,
 compared with the headers of the files. Only a model that fits them is built in memory, without the random numbers that the files replace.
 """
 
+import math
 import re
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence, Set
@@ -47,6 +48,8 @@ def require_bounded(values: Mapping[str, Any], where: str, tensors: int) -> None
             waiting += [(f"{place}.{name}", str(name), part) for name, part in value.items()]
         elif isinstance(value, list | tuple):
             waiting += [(f"{place}[{i}]", key, part) for i, part in enumerate(value)]
+        elif isinstance(value, bool) and LAYERS.search(key) and "num" in key:
+            raise ValueError(f"{place}: expected a number of layers, got {value}")
         elif isinstance(value, int | float) and not isinstance(value, bool):
             _require_size(place, key, value, tensors)
         entries += 1
@@ -55,6 +58,7 @@ def require_bounded(values: Mapping[str, Any], where: str, tensors: int) -> None
 
 
 def _require_size(place: str, key: str, value: float, tensors: int) -> None:
+    least = 0.0 if LAYERS.search(key) else -math.inf
     if LAYERS.search(key):
         limit, why = max(tensors, FEWEST_LAYERS), f"the weights beside it have {tensors} tensors"
     elif key in ("image_size", "size"):
@@ -63,8 +67,10 @@ def _require_size(place: str, key: str, value: float, tensors: int) -> None:
         return
     else:
         limit, why = LARGEST_NUMBER, "no model has anything of that size"
-    if not -limit <= value <= limit:
-        raise ValueError(f"{place}: expected at most {limit}, since {why}, got {value}")
+    if not max(least, -limit) <= value <= limit:
+        raise ValueError(
+            f"{place}: expected at least {max(least, -limit):g} and at most {limit}, since {why}, got {value}"
+        )
 
 
 RANDOM = {Tensor.normal_, Tensor.uniform_, Tensor.erfinv_, nn.init.normal_, nn.init.uniform_, nn.init.trunc_normal_}

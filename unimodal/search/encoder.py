@@ -116,26 +116,12 @@ class Encoder:
             items: what to read.
             prompt: put before every text; to a model that is told what an embedding is for, the instruction.
             where: for each item how an error calls it.
-
-        Raises:
-            ValueError: the model cannot read an item, or makes no finite numbers of it.
         """
         where = [""] * len(items) if where is None else where
         for item, name in zip(items, where):
             self.require_readable(item, name)
-        read = self._read_whole if self.model.backbone.whole else self._read_parts
-        encoded = read(items, prompt, where)
-        if not bool(encoded.embedding.isfinite().all()):
-            finite = encoded.embedding.flatten(1).isfinite().all(1).tolist()
-            named = [f"{name}{item.told}" for item, name, fine in zip(items, where, finite) if not fine]
-            raise ValueError(
-                f"the model makes no finite numbers of {len(named)} of {len(items)} items: {', '.join(named[:5])}; its weights in "
-                f"{self.model.log_scale.dtype} are broken or too large: try float32, or look at how it was trained"
-            )
-        return encoded
-
-    def _read_parts(self, items: Sequence[Item], prompt: str | None, where: Sequence[str]) -> Encoded:
-        """Images in one batch, texts in another; an item with both has a vector of each."""
+        if self.model.backbone.whole:
+            return self._read_whole(items, prompt, where)
         items = [item if item.text is None else replace(item, text=(prompt or "") + item.text) for item in items]
         vectors: dict[int, list[Tensor]] = {row: [] for row in range(len(items))}
         tokens: dict[int, list[Tensor]] = {row: [] for row in range(len(items))}
