@@ -104,6 +104,10 @@ def test_wrong_settings(place, value, messages, tmp_path: Path, capsys: pytest.C
             "--stages.second=3",
             "schedule stage 'second': expected a mapping of about, model, data, trainer, mine, merge, got 3",
         ),
+        (
+            "--ckpt_path=out/resume.ckpt",
+            "goes on where it stopped by itself, so it takes no ckpt_path; give the same command again",
+        ),
         ("word", "unexpected argument 'word'; overrides read --key.key value"),
     ],
 )

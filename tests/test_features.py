@@ -2,6 +2,7 @@
 
 import json
 import multiprocessing
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -86,6 +87,62 @@ def test_a_torn_file_loses_only_what_was_not_whole(precision: Any, tmp_path: Pat
         again = filled(folder, precision, values)
         assert all(torch.equal(a, b) for a, b in zip(again.read(range(9)), whole.read(range(9))))
         assert {path.name: path.read_bytes() for path in folder.glob("*.bin")} == contents
+
+
+@pytest.mark.parametrize("content", ["", '{"of": "x"', "null"])
+def test_a_manifest_that_a_full_disk_left_is_made_anew(content: str, tmp_path: Path) -> None:
+    values = rows(9)
+    whole = filled(tmp_path / "whole", "int8", values)
+    filled(tmp_path / "cut", "int8", values)
+    (tmp_path / "cut/manifest.json").write_text(content)
+    assert TokenStore(tmp_path / "cut", {"of": "x"}, 9, "int8").done == 0
+    again = filled(tmp_path / "cut", "int8", values)
+    assert all(torch.equal(a, b) for a, b in zip(again.read(range(9)), whole.read(range(9))))
+    assert bytes_of(tmp_path / "cut") == bytes_of(tmp_path / "whole")
+
+
+def test_a_second_writer_waits_and_finds_what_the_first_wrote(tmp_path: Path) -> None:
+    """Two threads fill one cache, each as a process of its own would."""
+    values = rows(9)
+    stores = [TokenStore(tmp_path, {"of": "x"}, 9, "half") for _ in range(2)]
+    written = []
+
+    def fill(store: TokenStore) -> None:
+        with store.writing():
+            missing = range(store.done, 9)
+            written.append(len(missing))
+            for row in missing:
+                store.write([values[row]], [str(row)])
+
+    threads = [threading.Thread(target=fill, args=(store,)) for store in stores]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert sorted(written) == [0, 9] and [store.done for store in stores] == [9, 9]
+
+
+def test_two_writers_of_mined_negatives_leave_one_whole_file(tmp_path: Path) -> None:
+    """The second begins and ends while the first is in the middle of its rows."""
+    path = tmp_path / "negatives.jsonl"
+
+    def first() -> Any:
+        yield {"image": 0}
+        write_negatives(path, {"by": "second"}, [{"image": n} for n in range(5)])
+        yield {"image": 1}
+
+    write_negatives(path, {"by": "first"}, first())
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    assert lines[0]["by"] == "first" and [line["image"] for line in lines[1:]] == [0, 1]
+
+    def fails() -> Any:
+        yield {"image": 0}
+        raise OSError(28, "No space left on device")
+
+    with pytest.raises(OSError, match="No space"):
+        write_negatives(path, {"by": "third"}, fails())
+    assert [json.loads(line) for line in path.read_text().splitlines()] == lines
+    assert [one.name for one in tmp_path.iterdir()] == [path.name]
 
 
 def test_another_maker_is_refused(tmp_path: Path) -> None:

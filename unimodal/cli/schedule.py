@@ -78,6 +78,11 @@ def check_schedule(schedule: dict[str, Any]) -> None:
     Raises:
         ConfigError: names the key and the nearest known one.
     """
+    if "ckpt_path" in schedule:
+        raise ConfigError(
+            "schedule: a schedule goes on where it stopped by itself, so it takes no ckpt_path; give the same command again, or a stage "
+            "the weights to start from in model.init_args.init_from"
+        )
     for key in schedule:
         if key not in KEYS:
             raise ConfigError(f"schedule: unknown key {key!r}; {nearest(key, KEYS)}")

@@ -1,6 +1,7 @@
 """`unimodal fit|validate|test|predict|demo`: LightningCLI over tasks and data, and schedules of stages."""
 
 import inspect
+import logging
 import os
 import signal
 import sys
@@ -136,11 +137,21 @@ class TrainCLI(LightningCLI):
 
 
 class ConfigCheck(TrainCLI):
-    """Reads a configuration and builds its trainer alone, so that a fault of the last stage is found before the first one trains."""
+    """Reads a configuration and builds nothing, so that a typo in the last stage is found before the first one trains."""
 
     def instantiate_classes(self) -> None:
+        pass
+
+    def build_trainer(self) -> None:
+        """Build the trainer alone, so that an option which it cannot take is found as early."""
         self.config_init = self.parser.instantiate_classes(Namespace(trainer=self.config.trainer))
-        self.trainer = self.instantiate_trainer()
+        told = logging.getLogger("pytorch_lightning.utilities.rank_zero")
+        level = told.level
+        told.setLevel(logging.ERROR)  # the trainer of the training says what devices there are
+        try:
+            self.instantiate_trainer()
+        finally:
+            told.setLevel(level)
 
 
 class Parts(TrainCLI):
@@ -252,7 +263,9 @@ def run(arguments: Sequence[str]) -> int:
             raise ConfigError(advice(verb, schedule))
         for name, _, config in stage_configs(schedule):
             where = f"stage {name!r}: "
-            ConfigCheck({**config, "seed_everything": False}, run=False)
+            check = ConfigCheck({**config, "seed_everything": False}, run=False)
+            if "--print_config" not in rest:
+                check.build_trainer()
         where = ""
         if "--print_config" in rest:
             print(words.dump(schedule), end="")

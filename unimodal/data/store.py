@@ -72,7 +72,9 @@ class TokenStore:
             return
         try:
             found = json.loads(manifest.read_text(encoding="utf-8"))
-        except ValueError:  # of a full disk or a kill: the cache is made anew, which loses time alone
+        except ValueError:
+            found = None
+        if not isinstance(found, dict):  # a full disk or a kill left it: the cache is made anew, which loses time alone
             return
         differing = [key for key in self.about if found.get(key) != self.about[key]]
         if differing:
