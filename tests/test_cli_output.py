@@ -421,7 +421,7 @@ def test_an_interrupted_verb_says_so(place: Path, capsys, monkeypatch) -> None:
         ("evaluate", "--data", "scenes", "--out", "x", "--device", "gpu"),
         ("compare", "a", "b", "--samples", "0"),
         ("explain", "x.png", "x", "--steps", "0"),
-        ("survey", "--data", "scenes", "--noise", "2"),
+        ("survey", "--data", "scenes", "--noise", "nan"),
         ("survey", "--data", "scenes", "--shots", "0"),
         ("app", "--port", "0"),
         ("app", "--port", "70000"),

@@ -54,9 +54,7 @@ def parser() -> argparse.ArgumentParser:
     )
     verb.add_argument("--out", type=Path, default=Path("checkpoints/survey"), help="folder of the results")
     verb.add_argument("--cache", type=Path, help="folder of the encoders' features; by default OUT/features")
-    verb.add_argument(
-        "--noise", type=number(0, 1), default=0.0, help="share of the training captions that is corrupted"
-    )
+    verb.add_argument("--noise", type=number(), default=0.0, help="share of the training captions that is corrupted")
     verb.add_argument("--noise_kind", choices=("random", "category", "swap"), default="random", help="how")
     verb.add_argument("--shots", type=whole(1), help="learn from so few examples")
     verb.add_argument(
