@@ -18,8 +18,8 @@ from toy import toy_model, toy_processor
 
 from unimodal.files import LOCK, InUseError, locked
 from unimodal.search import Encoder, Index, build_index, index_folder
+from unimodal.search import access as access_module
 from unimodal.search import folder as folder_module
-from unimodal.search import index as index_module
 
 ENCODER = Encoder(toy_model(matching=None), toy_processor())
 WORDS = ["red", "green", "blue", "yellow", "large", "small", "circle", "square", "star", "triangle"]
@@ -55,7 +55,7 @@ def whole(index: Index) -> list:
     ],
 )
 def test_a_second_writer_is_told_which_index_is_in_use(work: Callable, tmp_path: Path, monkeypatch) -> None:
-    monkeypatch.setattr(index_module, "WAIT", 0.05)
+    monkeypatch.setattr(access_module, "WAIT", 0.05)
     first = begin(tmp_path / "kept")
     second = Index.load(tmp_path / "kept", ENCODER)
     with first.writing():
@@ -213,7 +213,7 @@ def closed(monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
             raise PermissionError(13, "Permission denied", str(path))
         return locked(path, *arguments, **options)
 
-    monkeypatch.setattr(index_module, "locked", refuse)
+    monkeypatch.setattr(access_module, "locked", refuse)
 
 
 def test_a_folder_that_cannot_be_written_is_searched_and_damage_is_mended_elsewhere(tmp_path, monkeypatch) -> None:
@@ -455,7 +455,7 @@ def test_two_first_searches_of_one_folder_read_it_once(tmp_path: Path, monkeypat
         Image.fromarray(np.random.default_rng(i).integers(0, 256, (32, 32, 3), np.uint8)).save(
             tmp_path / f"photos/{i}.png"
         )
-    monkeypatch.setattr(index_module, "WAIT", 0.05)
+    monkeypatch.setattr(access_module, "WAIT", 0.05)
     found, errors = [], []
 
     def search() -> None:

@@ -30,8 +30,8 @@ from unimodal.explain import Explanation, explain
 from unimodal.model import UnimodalModel
 from unimodal.onednn import inference
 from unimodal.search import Calibration, Encoder, Index, Precision, build_index, index_folder, quantise, similarity
+from unimodal.search.access import require_same_model
 from unimodal.search.encoder import batches, progress
-from unimodal.search.index import require_same_model
 
 MOST = 1000  # steps, beams, candidates, pictures of one text: more is a slip of the hand, and no end of work
 

@@ -7,12 +7,8 @@ One process and thread at a time changes an index; a second one waits a while an
 meanwhile, each on the newest whole state at the beginning of its search (`unimodal.search.state`).
 """
 
-import os
-import tempfile
-import threading
 import warnings
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, get_args
 
@@ -22,24 +18,22 @@ from unimodal import arguments
 from unimodal.data.folders import require_unicode
 from unimodal.data.items import as_items, is_single
 from unimodal.data.texts import UnknownWordsWarning
-from unimodal.files import LOCK, InUseError, locked, replacing_contents, restore
-from unimodal.search.backends import VectorIndex, open_backend
-from unimodal.search.catalogue import PATIENCE, Catalogue, Id, Metadata
+from unimodal.files import replacing_contents, restore
+from unimodal.search.access import Access, require_same_model
+from unimodal.search.backends import VectorIndex
+from unimodal.search.catalogue import Catalogue, Id, Metadata
 from unimodal.search.copying import copy_index
 from unimodal.search.encoder import Encoder
 from unimodal.search.first import FirstStage
 from unimodal.search.hits import search
 from unimodal.search.reader import OnError
-from unimodal.search.state import State, newest, stage_of, stamp_of
-from unimodal.search.store import Manifest, is_ours, read_manifest, require_place, require_replaceable, write_manifest
+from unimodal.search.store import Manifest, is_ours, read_manifest, require_replaceable
 from unimodal.search.twostage import Combine
-from unimodal.search.writer import Writer
 
-WAIT = 30  # seconds to wait for another writer
 TRIES = 5  # of a search whose backend shows at once what others change
 
 
-class Index:
+class Index(Access):
     """Documents that one model has read: what `build_index` makes and `Index.load` opens.
 
     Everything that is asked of an index is answered from its newest whole state: what this object, another thread or another process has
@@ -55,70 +49,7 @@ class Index:
         uri: address of the server that holds the vectors, where one does.
     """
 
-    def __init__(
-        self, encoder: Encoder, folder: Path, home: tempfile.TemporaryDirectory | None = None, uri: str | None = None
-    ) -> None:
-        self.encoder, self.folder, self.home, self.uri = encoder, folder.absolute(), home, uri
-        self._own = threading.local()  # the writer, in the thread that writes
-        self._spare: tempfile.TemporaryDirectory | None = None
-
-        self._process, self._lock = os.getpid(), threading.Lock()
-        self._state: State | None = None
-
-    def _notice_fork(self) -> None:
-        """A lock and a database of another process are of no use after a fork."""
-        if self._process != os.getpid():
-            self._own, self._process, self._lock, self._state = threading.local(), os.getpid(), threading.Lock(), None
-
     # What there is.
-
-    @property
-    def state(self) -> State:
-        """The newest whole state."""
-        self._notice_fork()
-        with self._lock:
-            if self._state is None or self._state.stamp != stamp_of(self.folder):
-                self._state = self._take(self._state)
-            return self._state
-
-    def _take(self, held: State | None) -> State:
-        shared = held.backend if held is not None and held.backend.shared else None
-        state = newest(self.folder, self.encoder, self.uri, shared)
-        if held is None or held.manifest["model"] != state.manifest["model"]:
-            require_same_model(str(self.folder), state.manifest["model"], self.encoder)
-        if state.sound and state.catalogue.in_line:
-            return state
-        try:  # a kill or a lost file left something, which a writer mends when it begins; or another one writes just now
-            with self.writing(wait=0 if state.sound else PATIENCE):
-                pass
-        except InUseError:
-            if state.sound:
-                return state
-            raise
-        except PermissionError:
-            return state if state.sound else self._mended_elsewhere(state)
-        state = newest(self.folder, self.encoder, self.uri, shared)
-        if not state.sound:
-            raise ValueError(
-                f"{self.folder / state.manifest['backend']} is damaged and could not be mended; delete it, and it is made again"
-            )
-        return state
-
-    def _mended_elsewhere(self, state: State) -> State:
-        """A state whose backend is made anew in a temporary folder, where its own cannot be written."""
-        name, manifest = state.manifest["backend"], state.manifest
-        self._spare = tempfile.TemporaryDirectory(prefix="unimodal-index-")
-        backend = open_backend(
-            name, Path(self._spare.name, name), manifest["first_width"], manifest["first_precision"], manifest["uri"]
-        )
-        first = stage_of(manifest, backend, state.parts, state.catalogue, state.catalogue.rows())
-        first.hold(first.rows, state.catalogue.documents)
-        warnings.warn(
-            f"{self.folder / name} is damaged and cannot be written: its vectors are made again each time that the index is opened; open "
-            "it once where you may write it",
-            stacklevel=4,
-        )
-        return State(manifest, state.catalogue, state.parts, first, True, state.stamp)
 
     @property
     def manifest(self) -> Manifest:
@@ -165,51 +96,6 @@ class Index:
         return state.parts.embeddings(state.catalogue.rows())
 
     # Changing.
-
-    @contextmanager
-    def writing(self, wait: float | None = None, begin: Manifest | None = None) -> Iterator[Writer]:
-        """Hold the index as the only one who writes it while the block runs; `add` and `delete` within the block write as the same one.
-
-        Args:
-            wait: seconds to wait for another writer; None is half a minute.
-            begin: what `index.json` says of an index that may have to be begun.
-
-        Raises:
-            InUseError: another process or thread writes the index.
-            PermissionError: the folder cannot be written.
-        """
-        self._notice_fork()
-        if (writer := getattr(self._own, "writer", None)) is not None:
-            yield writer
-            return
-        if begin is not None:
-            require_place(self.folder, begin)
-            self.folder.mkdir(parents=True, exist_ok=True)
-        restore(self.folder)
-        with self._holding(WAIT if wait is None else wait):
-            if begin is not None and require_place(self.folder, begin) is None:
-                write_manifest(self.folder, begin)
-            shared = self._state.backend if self._state is not None and self._state.backend.shared else None
-            writer = self._own.writer = Writer(self.folder, self.encoder, shared)
-            try:
-                yield writer
-            finally:
-                self._own.writer = None
-                writer.close()
-
-    @contextmanager
-    def _holding(self, wait: float) -> Iterator[None]:
-        with ExitStack() as stack:
-            try:
-                stack.enter_context(locked(self.folder / LOCK, f"the index {self.folder}", wait))
-            except InUseError:
-                raise
-            except OSError as error:
-                raise PermissionError(
-                    f"{self.folder}: the index cannot be changed ({error.strerror}); save it to a folder that you may write, and change "
-                    "that one"
-                ) from error
-            yield
 
     def add(
         self,
@@ -380,17 +266,6 @@ class Index:
         index = cls(encoder, folder, uri=uri)
         index.state  # noqa: B018
         return index
-
-
-def require_same_model(name: str, made_by: str, encoder: Encoder) -> None:
-    """Raises:
-    ValueError: another model than this one made the index.
-    """
-    if made_by != (fingerprint := encoder.fingerprint()):
-        raise ValueError(
-            f"{name} was made by model {made_by}, this is model {fingerprint}: their vectors cannot be "
-            "compared. Load the model that made it (same weights, dtype, preprocessing), or build the index again"
-        )
 
 
 def warn_of_skipped(catalogue: Catalogue, ids: Sequence[Id] | None = None) -> None:

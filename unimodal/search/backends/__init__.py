@@ -94,7 +94,7 @@ def open_backend(name: str, folder: Path, width: int, precision: str, uri: str |
     if folder.exists() and not folder.is_dir():
         raise NotADirectoryError(f"{folder} is a file, expected the folder of the {name} backend")
     for path in folder.rglob("*"):
-        if not os.access(path, os.R_OK):
+        if not os.access(path, os.R_OK) and path.exists():  # another process may have removed it
             raise PermissionError(f"{path} may not be read; let its owner change its mode")
     if name == "milvus":
         return MilvusIndex(folder, width, precision, uri)

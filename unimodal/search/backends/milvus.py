@@ -11,6 +11,7 @@ Legend: n vectors, Q queries, E width, k candidates.
 """
 
 import os
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -103,7 +104,8 @@ class MilvusIndex:
         self.client.flush(self.name)
         if self.file is not None:
             for path in self.file.rglob("*"):
-                flush(path)
+                with suppress(FileNotFoundError):  # milvus-lite tidies its files meanwhile
+                    flush(path)
 
     def delete(self, keys: np.ndarray) -> None:
         for start in range(0, len(keys), BATCH):
