@@ -1,5 +1,6 @@
 """Checks at the public doors: what each kind of argument takes, and what the refusal says."""
 
+import itertools
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -140,6 +141,9 @@ def test_values_of_numpy_and_python_come_out_alike(check: str, value: Any, check
             "expected finite numbers, got NaN or infinite ones in list .*, first at place 0",
         ),
         ("vectors", np.float32(1), TypeError, "float vectors"),
+        ("vectors", np.ma.masked_array([1.0, 2.0], [True, False]), TypeError, "fill them in first"),
+        ("listed", itertools.repeat("a"), ValueError, "got more than 10,000,000 of them, or no end"),
+        ("listed", (1 / x for x in (1, 0)), ValueError, "reading it raised ZeroDivisionError"),
         ("vectors", [[1.0], [1.0, 2.0]], ValueError, "same length"),
         ("integers", [0.5], TypeError, "whole numbers"),
         ("integers", np.array([2**63], np.uint64), ValueError, "64 bits"),

@@ -611,6 +611,9 @@ def test_heads_that_are_not_said_whole(opt: Path) -> None:
 def test_what_caption_refuses(model: Unimodal) -> None:
     with pytest.raises(ValueError, match="output_scores: captions are all that is returned; call `generate` of head"):
         model.caption(pictures()[0], output_scores=True)
+    for wrong in ({"no_such_option": 1}, {"repetition_penalty": "a"}, {"num_return_sequences": 4, "num_beams": 2}):
+        with pytest.raises(ValueError, match=f"caption: the options .*{next(iter(wrong))}.* end in "):
+            model.caption(pictures()[0], **wrong)
     with pytest.raises(ValueError, match="one for all or one for each of 3 images, got 2"):
         model.caption(pictures(), prompt=["a", "a"])
     with pytest.raises(ValueError, match="candidates and num_return_sequences both ask for several captions"):

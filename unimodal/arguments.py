@@ -25,6 +25,7 @@ from unimodal.config import nearest
 T = TypeVar("T")
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
+LONGEST = 200  # characters of what came
 SHORT = reprlib.Repr()  # of what came
 SHORT.maxstring = SHORT.maxother = 80
 
@@ -41,6 +42,7 @@ def described(value: Any) -> str:
         return f"the class {value.__name__}"
     try:
         words = SHORT.repr(value)
+        words = words if len(words) <= LONGEST else f"{words[:LONGEST]}..."
     except Exception:  # a number of thousands of digits, an object that cannot say what it is
         return kind
     return words if type(value) in (type(None), bool, int, float, str) else f"{kind} {words}"
@@ -185,6 +187,19 @@ def function(value: Any, name: str) -> Callable[..., Any]:
     return value
 
 
+def passed_on(function: Callable[..., T], inputs: Mapping[str, Any], options: Mapping[str, Any], name: str) -> T:
+    """What a function of another library makes of our inputs and the caller's options; where it fails, the options are named."""
+    try:
+        return function(**inputs, **options)
+    except (ValueError, TypeError, AttributeError, LookupError, RuntimeError) as error:
+        if isinstance(error, torch.OutOfMemoryError):
+            raise
+        raise ValueError(
+            f"{name}: the options {', '.join(options)} end in {type(error).__name__}: {str(error)[:500]}; look them up in the "
+            f"documentation of {function.__module__}"
+        ) from error
+
+
 # Documents.
 
 
@@ -251,7 +266,9 @@ def tensor(value: Any, name: str, expected: str) -> Tensor:
         raise ValueError(refused(name, expected, value, "give all rows the same length")) from None
     if array.dtype.kind not in "biuf" or array.dtype.itemsize > 8:
         raise TypeError(refused(name, expected, value, "its values are not all numbers of up to 64 bits"))
-    return torch.from_numpy(np.array(array, dtype=array.dtype.newbyteorder("="), order="C"))
+    if isinstance(value, np.ma.MaskedArray):
+        raise TypeError(refused(name, expected, value, "a masked array hides values; fill them in first"))
+    return torch.from_numpy(np.array(array, dtype=array.dtype.newbyteorder("=").str, order="C"))
 
 
 def vectors(value: Any, name: str, *, dimensions: tuple[int, ...] = (2,), width: int | None = None) -> Tensor:

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 from transformers import DynamicCache, GenerationConfig, Qwen3VLForConditionalGeneration
 
+from unimodal import arguments
 from unimodal.backbones.base import Backbone, Pixels, Tokens
 from unimodal.backbones.published import load_published
 from unimodal.config import PublishedConfig
@@ -188,13 +189,13 @@ class QwenVL(Backbone):
             conversations: see above.
             options: arguments of transformers' `generate`; none is taken from elsewhere.
         """
-        out = self.model.generate(
-            input_ids=conversations["ids"],
-            attention_mask=conversations["mask"].long(),
-            mm_token_type_ids=conversations["types"],
+        inputs = {
+            "input_ids": conversations["ids"],
+            "attention_mask": conversations["mask"].long(),
+            "mm_token_type_ids": conversations["types"],
             **_flat(conversations),
-            **options,
-        )
+        }
+        out = arguments.passed_on(self.model.generate, inputs, options, "caption")
         ends = options.get("eos_token_id")
         stop = {ends} if isinstance(ends, int) else set(ends or ())
         return [_until(row, stop) for row in out[:, conversations["ids"].shape[1] :].tolist()]

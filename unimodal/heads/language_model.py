@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from unimodal import arguments
 from unimodal.draws import Generators, drawing_from, own_generators
 from unimodal.layers import init_weights
 
@@ -121,9 +122,9 @@ class LanguageModelCaptioner(nn.Module):
             for i, own in enumerate(own_generators(generator, count)):
                 with drawing_from(own, device):
                     one = {name: value[i : i + 1] for name, value in read.items()}
-                    written += self.language_model.generate(**one, **settings)
+                    written += arguments.passed_on(self.language_model.generate, one, settings, "caption")
         else:
-            written += self.language_model.generate(**read, **settings)
+            written += arguments.passed_on(self.language_model.generate, read, settings, "caption")
         ends = settings.get("eos_token_id", self.end_ids)
         ends = ends if isinstance(ends, list) else [ends]
         rows = [row[1 if self.encodes else queries + ids.shape[1] :].tolist() for row in written]

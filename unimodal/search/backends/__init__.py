@@ -71,7 +71,7 @@ def check_backend(name: str, width: int, precision: str, uri: str | None = None)
     if precision == "binary" and width % 8:
         raise ValueError(f"first_precision 'binary' packs eight dimensions to a byte, got the width {width}")
     if uri is not None and name != "milvus":
-        raise ValueError(f"uri: only the milvus backend has a server, got {uri!r} for {name}")
+        raise ValueError(f"uri: only the milvus backend has a server, got {uri!r:.80} for {name}")
 
 
 def open_backend(name: str, folder: Path, width: int, precision: str, uri: str | None = None) -> VectorIndex:
