@@ -14,9 +14,7 @@ Legend: B images, M texts, P pairs, T image tokens, N queries, L text length, S 
 width.
 """
 
-import json
 import os
-import tempfile
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -27,7 +25,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from unimodal import __version__
+from unimodal import __version__, files
 from unimodal.hub.example import differences
 from unimodal.inference import Unimodal
 from unimodal.model import UnimodalModel
@@ -87,16 +85,11 @@ def export_onnx(model: Unimodal, folder: str | Path) -> Path:
             "load it without device and dtype"
         )
     folder = Path(folder)
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+    if folder.exists() and (not folder.is_dir() or {path.name for path in folder.iterdir()} - files.BOOKKEEPING):
         raise FileExistsError(f"{folder} exists and is not an empty folder; give another one, or remove it first")
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder.parent) as workplace:
-        place = Path(workplace) / "onnx"
-        place.mkdir()
+    with files.replacing_contents(folder, lambda name: False) as place:
         model.processor.save_pretrained(place)
-        description = {**_about(model), "graphs": _write(model, place)}
-        (place / "onnx.json").write_text(json.dumps(description, indent=1) + "\n", encoding="utf-8")
-        place.rename(folder)
+        files.write_json(place / "onnx.json", {**_about(model), "graphs": _write(model, place)})
     return folder
 
 

@@ -17,6 +17,7 @@ from safetensors import SafetensorError, safe_open
 from transformers import CONFIG_MAPPING, AutoConfig
 
 from unimodal.config import LanguageModelConfig, PublishedConfig
+from unimodal.files import require_readable
 
 LAYER = re.compile(r"(layers|blocks)\.\d+\.")
 FILES = ("*.json", "*.safetensors", "*.txt", "*.model", "*.jinja")
@@ -70,6 +71,8 @@ def published_settings(config: PublishedConfig | LanguageModelConfig, *, pretrai
     folder = find_published(config.source, config.revision)
     try:
         return AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    except PermissionError:
+        raise
     except (OSError, ValueError) as error:
         raise ValueError(f"{config.source} holds no config.json of a known model: {error}") from error
 
@@ -78,10 +81,12 @@ def tensor_names(files: Iterable[Path]) -> set[str]:
     """What the tensors in safetensors files are called.
 
     Raises:
+        OSError: a file cannot be read.
         ValueError: a file is cut short or no safetensors.
     """
     names: set[str] = set()
     for path in files:
+        require_readable(path)
         try:
             with safe_open(path, framework="pt") as file:
                 names |= set(file.keys())
@@ -131,6 +136,8 @@ def load_published(
         return model_class._from_config(settings, dtype=torch.get_default_dtype()), {}
     folder = find_published(config.source, config.revision)
     files = sorted(folder.glob("*.safetensors"))
+    for path in files:
+        require_readable(path)
     if not files:
         raise ValueError(f"{config.source} holds no safetensors weights; give a revision or a repository that has them")
     if adjust is not None:
