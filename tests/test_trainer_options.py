@@ -33,16 +33,13 @@ WORK: dict[str, tuple[dict[str, Any], int]] = {
     "a trial": ({"fast_dev_run": True, "limit_val_batches": None}, 1),
     "a trial of two": ({"fast_dev_run": 2}, 2),
     "overfitting": ({"overfit_batches": 1}, 2),
-    "overfitting a share": ({"overfit_batches": 0.5}, 2),
     "a share of the data": ({"limit_train_batches": 0.7, "limit_val_batches": 0.5, **TWO_EPOCHS}, 4),
-    "one validation batch": ({"limit_val_batches": 1, **TWO_EPOCHS, "max_epochs": 1}, 3),
     "validation amid an epoch": ({"val_check_interval": 0.5, **EVERY_EPOCH, "max_epochs": 1}, 3),
     "validation by steps": ({"val_check_interval": 2, "num_sanity_val_steps": 1, **EVERY_EPOCH, "max_epochs": 1}, 3),
     "validation every other epoch": ({"check_val_every_n_epoch": 2, "num_sanity_val_steps": -1, **EVERY_EPOCH}, 6),
     "bfloat16": ({"precision": "bf16-true", **EVERY_EPOCH, "max_epochs": 1}, 3),
     "double": ({"precision": "64-true", **EVERY_EPOCH, "max_epochs": 1}, 3),
     "mixed": ({"precision": "16-mixed"}, 2),
-    "epochs": (TWO_EPOCHS, 6),
     "accumulated gradients": ({"accumulate_grad_batches": 2, **TWO_EPOCHS, "gradient_clip_val": 0.1}, 4),
     "averaged weights": (
         {
@@ -166,8 +163,16 @@ def test_a_schedule_is_for_fit_alone(verb: str, advice: str, tmp_path: Path, cap
     assert f"--model {tmp_path}/out/model" in words
 
 
-@pytest.mark.parametrize("verb", ["validate", "test", "predict"])
-@pytest.mark.parametrize("options", [{}, {"fast_dev_run": True}, {"limit_test_batches": 1, "limit_val_batches": 0.5}])
+@pytest.mark.parametrize(
+    ("verb", "options"),
+    [
+        ("validate", {}),
+        ("validate", {"limit_val_batches": 0.5}),
+        ("test", {"limit_test_batches": 1}),
+        ("test", {"fast_dev_run": True}),
+        ("predict", {"limit_predict_batches": 1}),
+    ],
+)
 def test_a_plain_configuration_is_scored_whole_and_in_part(
     verb: str, options: dict[str, Any], tmp_path: Path, monkeypatch: Any, capsys: Any
 ) -> None:

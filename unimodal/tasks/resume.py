@@ -166,7 +166,8 @@ def find_resume(folder: Path) -> Path | None:
             )
         return path
     if faults:
-        raise CheckpointError(f"{'; '.join(faults)}; remove it, and the same command trains from the start")
+        cure = f"no checkpoint of this training can be read; remove {folder / NEWEST}, and the same command trains from the start"
+        raise CheckpointError("\n".join([*faults, cure]))
     return None
 
 
