@@ -17,13 +17,14 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from test_published import saved as save_pair
 from toy import toy_config, toy_model, toy_processor
+from transformers import initialization
 
 import unimodal
 from unimodal import files
 from unimodal.config import to_dict
 from unimodal.data.items import as_items
 from unimodal.hub import CheckpointError, load_checkpoint, save_checkpoint
-from unimodal.hub.building import few_parts
+from unimodal.hub.building import RANDOM, _Without, few_parts
 from unimodal.hub.folder import read_whole, replacing
 from unimodal.search import Encoder
 
@@ -294,3 +295,10 @@ def test_prompts_are_kept(tmp_path: Path) -> None:
     assert again.prompts == {"query": "find: "}
     assert np.array_equal(again.encode_query("a red circle"), model.encode_query("a red circle"))
     assert to_dict(again.model.config) == to_dict(model.model.config)
+
+
+def test_building_without_random_numbers_ends_whatever_lay_in_memory() -> None:
+    weight = torch.nn.Parameter(torch.full((100,), 1e30))
+    with _Without(RANDOM):
+        initialization.trunc_normal_(weight, std=0.02)  # it draws until all lie within its bounds
+    assert weight.abs().max() <= 2
