@@ -268,7 +268,11 @@ def tensor(value: Any, name: str, expected: str) -> Tensor:
         raise TypeError(refused(name, expected, value, "its values are not all numbers of up to 64 bits"))
     if isinstance(value, np.ma.MaskedArray):
         raise TypeError(refused(name, expected, value, "a masked array hides values; fill them in first"))
-    return torch.from_numpy(np.array(array, dtype=array.dtype.newbyteorder("=").str, order="C"))
+    copy = np.empty(
+        array.shape, np.dtype(f"{array.dtype.kind}{array.dtype.itemsize}")
+    )  # in the order of bytes of this machine
+    copy[...] = array
+    return torch.from_numpy(copy)
 
 
 def vectors(value: Any, name: str, *, dimensions: tuple[int, ...] = (2,), width: int | None = None) -> Tensor:
