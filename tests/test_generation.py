@@ -298,7 +298,7 @@ def test_all_components_give_the_picture_back():
 
 def test_patches_say_what_they_lack():
     autoencoder = PatchAutoencoder(latent_channels=12)
-    with pytest.raises(RuntimeError, match=r"call fit\(images\) or load a checkpoint"):
+    with pytest.raises(ValueError, match=r"call fit\(images\) or load a checkpoint"):
         autoencoder.encode(drawn(1))
     with pytest.raises(ValueError, match="these 8 pictures vary in 3 components only, and 12 are to be kept"):
         autoencoder.fit(torch.rand(8, 3, 1, 1).expand(-1, -1, 16, 16))

@@ -347,7 +347,8 @@ def test_the_shell_mines(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> 
     assert cli.main([str(word) for word in arguments]) == 0
     assert "negatives for 4 of 4 images and 20 of 20 captions" in capsys.readouterr().out
     assert len(read_negatives(out, KarpathyJson(path, split="train")).images) == 20
-    assert cli.main([str(word) for word in [*arguments, "--split", "val"]]) == 1
+    elsewhere = [*arguments, "--out", tmp_path / "other.jsonl", "--split", "val"]
+    assert cli.main([str(word) for word in elsewhere]) == 1
     assert "has no split 'val'" in capsys.readouterr().err
 
 

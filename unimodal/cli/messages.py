@@ -26,7 +26,12 @@ def short(message: str) -> str:
     unknown = re.search(r"(?:does not accept option|has no attribute|Option) '([^']*)'", message)
     if unknown and (near := difflib.get_close_matches(unknown[1].rpartition(".")[2], _known_names(), n=1)):
         lines.append(f"did you mean {near[0]!r}?")
-    return "\n  ".join(dict.fromkeys(line[:400] for line in lines if line))
+    return "\n  ".join(dict.fromkeys(_both_ends(line) for line in lines if line))
+
+
+def _both_ends(line: str, most: int = 1000) -> str:
+    """A line that is not too long to read: what is wrong stands at its beginning, what to do about it at its end."""
+    return line if len(line) <= most else f"{line[: most // 2]} ... {line[-most // 2 :]}"
 
 
 def _known_names() -> set[str]:

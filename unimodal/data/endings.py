@@ -97,9 +97,13 @@ def ending(name: str | Path) -> str:
 
 
 def shown(address: str) -> str:
-    """An address or a path as a message shows it: enough to know it again, never a whole data URL."""
+    """An address or a path as a message shows it: enough to know it again, never a whole data URL. Of a long path its end counts most."""
     most = 40 if is_data(address) or _BASE64.match(address) else LONGEST
-    return repr(address) if len(address) <= most else f"{address[:most]!r}... ({len(address)} characters)"
+    if len(address) <= most:
+        return repr(address)
+    if most < LONGEST:
+        return f"{address[:most]!r}... ({len(address)} characters)"
+    return f"{address[: LONGEST // 2]!r}...{address[-LONGEST // 2 :]!r} ({len(address)} characters)"
 
 
 def names_picture(text: str, where: str = "") -> bool:

@@ -109,7 +109,7 @@ def _from_path(path: Path, limit: int) -> Image.Image:
         raise FileNotFoundError(f"there is no image file {shown(str(path))}; check the path") from None
     except (OSError, ValueError) as error:  # a name too long, or with a null byte
         why = error.strerror if isinstance(error, OSError) else error
-        raise ImageError(f"{str(path)[:80]!r} cannot be the path of an image: {why}") from None
+        raise ImageError(f"{shown(str(path))} cannot be the path of an image: {why}") from None
     if not stat.S_ISREG(kind):
         raise ImageError(f"{str(path)!r} is not a file; name one image in it")
     if ending(path) in UNREAD:
