@@ -465,3 +465,17 @@ def test_chances_that_differ_look_different() -> None:
     assert chances([1e-5, 2e-5, None]) == ["0.001%", "0.002%", "–"]
     assert chances([0.99991, 0.99992]) == ["99.991%", "99.992%"]
     assert chances([1.0, 0.999999999]) == ["100.00000%", "99.9999999%"] or len(set(chances([1.0, 0.999999999]))) == 2
+
+
+def test_a_warning_is_a_line_without_the_place_in_the_code(model: Path, place: Path, capsys) -> None:  # noqa: F811
+    picture = io.BytesIO()
+    Scenes("test", count=1).image(0).resize((64, 64)).save(picture, "JPEG")
+    (place / "cut.jpg").write_bytes(picture.getvalue()[:-2])
+    status, _, said = run(capsys, "embed", (place / "cut.jpg").as_uri(), "--model", model, "--out", "cut.npy")
+    assert status == 0 and "cut.jpg" in said and ".py" not in said and "Warning" not in said
+
+
+def test_explain_takes_the_address_of_a_file(model: Path, place: Path, capsys) -> None:  # noqa: F811
+    address = next((place / "photos").glob("*.png")).as_uri()
+    status, *told = run(capsys, "explain", address, "a red circle", "--model", model, "--out", "why.png", "--steps", 2)
+    assert status == 0 and (place / "why.png").is_file(), told

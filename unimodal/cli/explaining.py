@@ -16,6 +16,7 @@ from rich.table import Table
 from unimodal.cli.options import Parser, whole, words
 from unimodal.cli.output import add_json, add_overwrite, print_json, require_free_file
 from unimodal.cli.verbs import DRAWN
+from unimodal.data.endings import address_of
 from unimodal.explain import Explanation
 from unimodal.files import replacing
 from unimodal.inference import Unimodal
@@ -29,7 +30,7 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     """The options of the verb."""
     verb = Parser(prog="unimodal explain", description=__doc__)
     verb.add_argument("verb", choices=["explain"], help=argparse.SUPPRESS)
-    verb.add_argument("picture", type=Path, help="a picture")
+    verb.add_argument("picture", type=lambda text: Path(address_of(text)), help="a picture")
     verb.add_argument("text", help="a text")
     verb.add_argument("--model", type=words, help=f"a checkpoint folder or Hub id; by default {CHECKPOINT}")
     verb.add_argument("--system", type=Path, help="in its place a system that `unimodal survey` trained: OUT/NAME")

@@ -175,7 +175,6 @@ def open_folder(model: Unimodal, folder: Path, kept_in: Path | None) -> FolderIn
     """The index of a folder; what has changed since the last time, and what is left out, is said on standard error."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*could not be read and are not in the index.*")
-        warnings.showwarning = lambda message, *_, **__: say(str(message))
         found = index_folder(model.encoder, folder, kept_in)
     if found.stale or 0 < found.fresh < len(found.index):
         say(

@@ -7,6 +7,7 @@ named and left out, and the others are done.
 import argparse
 import os
 import sys
+import warnings
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import get_args
@@ -106,10 +107,12 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
 
 
 def _verb(work: Callable[[argparse.Namespace], int | None]) -> Callable[[Sequence[str]], int]:
-    """The verb on its argument list."""
+    """The verb on its argument list. A warning is a line on standard error, without the place in the code that it came from."""
 
     def run(arguments: Sequence[str]) -> int:
-        return work(parse(arguments)) or 0
+        with warnings.catch_warnings():
+            warnings.showwarning = lambda message, *_, **__: say(str(message))
+            return work(parse(arguments)) or 0
 
     return run
 
