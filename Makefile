@@ -13,7 +13,7 @@ demo: .venv  ## train one model on drawn scenes, then open checkpoints/demo/inde
 	$(BIN)/unimodal demo
 
 test: lint  ## linter, type checker and the whole test suite
-	$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile
+	$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile --max-worker-restart 0
 
 extras: .venv/installed-extras  ## install the optional libraries and run the tests that need them
 	$(BIN)/python -m pytest tests/test_search_backends.py tests/test_huggingface.py tests/test_data_check.py tests/test_metrics_judged.py \

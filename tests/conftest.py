@@ -12,6 +12,8 @@ import torch
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["HF_HOME"] = tempfile.mkdtemp(prefix="unimodal-test-hf-")
 os.environ["XDG_CACHE_HOME"] = tempfile.mkdtemp(prefix="unimodal-test-cache-")
+# Compiled kernels of another run may be for another kind of processor, and end the process.
+os.environ["TORCHINDUCTOR_CACHE_DIR"] = tempfile.mkdtemp(prefix="unimodal-test-inductor-")
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
 torch.set_num_threads(1)
