@@ -20,13 +20,14 @@ ROOMS: dict[str, tuple[set[str], str]] = {
     "layers": (set(), "layers know torch only"),
     "onednn": (set(), "it knows torch only"),
     "tuning": ({"config"}, "adapters go on any module, by name"),
-    "metrics": (set(), "metrics take tensors and strings"),
+    "retrieval": ({"layers"}, "retrieval's rule takes tensors"),
+    "metrics": ({"retrieval"}, "metrics take tensors and strings"),
     "distributed": (set(), "it knows torch.distributed only"),
     "diffusion": (set(), "the path and the sampler take tensors"),
     "words": (set(), "words of YAML know no setting of ours"),
     "recipes": (set(), "recipes are found by name, without loading anything"),
     "report": (set(), "the page is written from plain data"),
-    "losses": ({"distributed"}, "losses take tensors"),
+    "losses": ({"distributed", "layers", "retrieval"}, "losses take tensors"),
     "data": (
         {"config", "distributed", "backbones", "tuning"},
         "data may cache a frozen tower's tokens and knows no model",
@@ -35,7 +36,7 @@ ROOMS: dict[str, tuple[set[str], str]] = {
     "backbones": ({"layers", "config"}, "a backbone knows no bridge and no head"),
     "heads": ({"layers", "config", "bridge", "diffusion"}, "a head takes tensors"),
     "systems": (
-        {"layers", "config", "losses", "bridge", "tuning", "merge"},
+        {"layers", "config", "losses", "bridge", "tuning", "merge", "retrieval"},
         "a system is built from layers and losses, on tokens that others read",
     ),
     "survey": (
@@ -53,6 +54,7 @@ ROOMS: dict[str, tuple[set[str], str]] = {
             "explain",
             "onednn",
             "words",
+            "retrieval",
         },
         "the survey trains and scores systems, it knows no command line",
     ),
@@ -67,7 +69,7 @@ ROOMS: dict[str, tuple[set[str], str]] = {
         "a stage sees a model's parameters, no losses and no data",
     ),
     "hub": ({"model", "backbones", "config", "data", "tuning"}, "the hub saves and loads a model"),
-    "candidates": ({"model", "data"}, "choosing among candidates uses a model, it does not train one"),
+    "candidates": ({"model", "data", "retrieval"}, "choosing among candidates uses a model, it does not train one"),
     "tasks": (
         {
             "model",
@@ -85,18 +87,19 @@ ROOMS: dict[str, tuple[set[str], str]] = {
             "blocks",
             "sharding",
             "onednn",
+            "retrieval",
         },
         "a task trains a model, it knows no command line",
     ),
     "merge": (set(), "merging takes state dicts"),
     "chunks": (set(), "reading in chunks takes a function and tensors"),
     "search": (
-        {"model", "backbones", "hub", "data", "config", "metrics", "tuning", "onednn"},
+        {"model", "backbones", "hub", "data", "config", "metrics", "tuning", "onednn", "retrieval"},
         "search uses a model, it does not train one",
     ),
     "explain": ({"model", "hub", "data"}, "explaining uses a model, it does not train one"),
     "inference": (
-        {"model", "hub", "data", "search", "explain", "config", "candidates", "onednn"},
+        {"model", "hub", "data", "search", "explain", "config", "candidates", "onednn", "retrieval"},
         "inference uses a model, it does not train one",
     ),
     "adapters": (
@@ -104,7 +107,7 @@ ROOMS: dict[str, tuple[set[str], str]] = {
         "another program's view of a finished model",
     ),
     "app": ({"inference", "search", "data", "report"}, "a page around a finished model"),
-    "lavis": ({"inference", "model", "candidates", "search", "data"}, "another program's view of a finished model"),
+    "lavis": ({"inference", "model", "candidates", "retrieval", "data"}, "another program's view of a finished model"),
     "export": ({"inference", "model", "hub"}, "a finished model for machines without torch"),
     "__main__": ({"cli"}, "it starts the command line"),
     "cli": (

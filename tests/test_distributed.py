@@ -26,11 +26,10 @@ from unimodal.losses import (
     matching_loss,
     matryoshka,
     quantised,
-    row_similarity,
     sample_hard_negatives,
     sigmoid_loss,
-    similarity,
 )
+from unimodal.retrieval import row_similarity, similarity
 
 ROWS, WIDTH, QUERIES, LENGTH, VOCABULARY = 6, 5, 3, 4, 7
 

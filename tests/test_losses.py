@@ -24,11 +24,9 @@ from unimodal.losses import (
     matryoshka,
     one_bit,
     quantised,
-    row_similarity,
     sample_hard_negatives,
     self_critical_loss,
     sigmoid_loss,
-    similarity,
     triplet_loss,
 )
 
@@ -120,17 +118,12 @@ def test_info_nce_gradient(shape):
     )
 
 
-def test_similarity_is_float32_under_autocast():
+def test_contrastive_losses_are_float32_under_autocast():
     image, text = unit(4, 3, 64, dtype=torch.float32), unit(4, 64, dtype=torch.float32)
     with torch.autocast("cpu", torch.bfloat16):
-        assert (image[:, 0] @ text.T).dtype == torch.bfloat16  # autocast is on, and would have rounded
-        inside = similarity(image, text)
         losses = info_nce(image, text, IDS, scale=100.0), sigmoid_loss(image, text, IDS, scale=100.0, bias=-10.0)
-    assert inside.dtype == torch.float32 and torch.equal(inside, similarity(image, text))
     assert torch.equal(losses[0], info_nce(image, text, IDS, scale=100.0))
     assert torch.equal(losses[1], sigmoid_loss(image, text, IDS, scale=100.0, bias=-10.0))
-    half = image.bfloat16(), text.bfloat16()
-    assert torch.equal(similarity(*half), similarity(half[0].float(), half[1].float()))
 
 
 @pytest.mark.parametrize("loss", [partial(info_nce, scale=1.0), partial(sigmoid_loss, scale=1.0, bias=0.0)])
@@ -201,16 +194,6 @@ GIVEN = torch.tensor([[1, 1], [1, 0], [0, 0], [0, 1]]).bool()
 def loop_own(row: Tensor, wrong: Wrong, i: int) -> list[float]:
     """Similarities of row i with its own wrong items that are there."""
     return [loop_scores(row[i : i + 1], wrong.embedding[i, k : k + 1])[0][0] for k in range(2) if wrong.given[i, k]]
-
-
-@pytest.mark.parametrize("shape", [(4, 6), (4, 3, 6)], ids=["vector", "per-query"])
-def test_row_similarity_equals_the_loop(shape):
-    image, texts = unit(*shape), unit(4, 2, 6)
-    text, images = unit(4, 6), unit(4, 2, *shape[1:])
-    for i in range(4):
-        for k in range(2):
-            assert close(row_similarity(image, texts)[i, k], loop_scores(image[i : i + 1], texts[i, k : k + 1])[0][0])
-            assert close(row_similarity(text, images)[i, k], loop_scores(images[i, k : k + 1], text[i : i + 1])[0][0])
 
 
 @pytest.mark.parametrize("rows", [None, 3])

@@ -11,7 +11,8 @@ from toy import toy_model, toy_processor
 
 from unimodal.data import Scenes, load_image
 from unimodal.data.items import Item, as_items
-from unimodal.search import Encoder, Index, build_index, dequantise, quantise, similarity, store
+from unimodal.retrieval import similarity
+from unimodal.search import Encoder, Index, build_index, dequantise, quantise, store
 from unimodal.search.quantise import int8_rows
 from unimodal.search.twostage import rerank
 
@@ -88,13 +89,6 @@ def test_order_holds_where_probabilities_saturate() -> None:
         rerank_top_k=3,
     )
     assert [hit.row for hit in found[0]] == [1, 2, 0]
-
-
-def test_the_best_of_several_vectors_counts() -> None:
-    a, b = unit(3, 5, 8), unit(4, 8)
-    loop = [[max(float(v @ y) for v in x) for y in b] for x in a]
-    assert torch.allclose(similarity(a, b), torch.tensor(loop), atol=1e-6)
-    assert torch.allclose(similarity(b, a), torch.tensor(loop).T, atol=1e-6)
 
 
 def test_bad_depths_are_refused() -> None:

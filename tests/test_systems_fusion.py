@@ -11,7 +11,8 @@ from torch import Tensor
 from toysurvey import END, PAD, START, ToyEncoders, part, toy_pairs
 
 from unimodal.layers import KeyValues
-from unimodal.losses import info_nce, momentum_contrast, similarity
+from unimodal.losses import info_nce, momentum_contrast
+from unimodal.retrieval import similarity
 from unimodal.survey.specs import read_spec
 from unimodal.systems import ALBEF, BLIP2, VLGAP, Texts, VLMo
 from unimodal.systems.momentum import Queue, Teacher

@@ -9,7 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from toysurvey import ToyEncoders, toy_pairs
 
-from unimodal.losses import matching, sample_hard_negatives, similarity
+from unimodal.losses import matching, sample_hard_negatives
+from unimodal.retrieval import similarity
 from unimodal.systems import (
     BLIP2,
     CDISA,

@@ -15,14 +15,14 @@ from torch import Tensor
 from unimodal.data.processor import Processor
 from unimodal.draws import SAMPLING, Generators, own_generators
 from unimodal.model import ImageState, TextState, UnimodalModel
+from unimodal.retrieval import row_similarity
 
 
 @torch.no_grad()
 def agreement(model: UnimodalModel, image: ImageState, text: TextState, match_scale: float) -> Tensor:
     """How well image b agrees with text b, [B] float32: cosine + match_scale * match logit, or the cosine alone without a matching head."""
     images, texts = model.image_embedding(image).float(), model.text_embedding(text).float()
-    images = images if images.ndim == 3 else images[:, None]  # [B, 1 or N, E]
-    score = (images * texts[:, None]).sum(-1).amax(1)
+    score = row_similarity(images, texts[:, None])[:, 0]
     if "matching" in model.heads:
         row = torch.arange(len(score), device=score.device)
         score = score + match_scale * model.match(image, text, row, row).float()

@@ -29,7 +29,8 @@ from unimodal.draws import SAMPLING, Generators, one_each
 from unimodal.explain import Explanation, explain
 from unimodal.model import UnimodalModel
 from unimodal.onednn import inference
-from unimodal.search import Calibration, Encoder, Index, Precision, build_index, index_folder, quantise, similarity
+from unimodal.retrieval import similarity
+from unimodal.search import Calibration, Encoder, Index, Precision, build_index, index_folder, quantise
 from unimodal.search.access import require_same_model
 from unimodal.search.encoder import batches, progress
 
@@ -238,7 +239,7 @@ class Unimodal:
                 "with the same model and truncate_dim"
             )
         x, y = (F.normalize(torch.atleast_2d(values), dim=-1) for values in (x, y.to(x.device)))
-        return similarity(x, y)
+        return similarity(x, y).clamp(-1, 1)  # rounding carries the product of equal unit vectors beyond 1
 
     # Matching.
 

@@ -26,7 +26,7 @@ from unimodal.data.images import load_image
 from unimodal.draws import Generators
 from unimodal.inference import Unimodal
 from unimodal.model import ImageState, TextState
-from unimodal.search import similarity
+from unimodal.retrieval import similarity
 
 
 @dataclass

@@ -240,6 +240,11 @@ class Block(nn.Module):
         return x + self.dropout(self.mlp(self.mlp_norm(x)))
 
 
+def at_least_float32(x: Tensor) -> Tensor:
+    """bfloat16 and float16 become float32; float32 and float64 stay what they are."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
 def unit(x: Tensor) -> Tensor:
     """Vectors [..., E] -> the same directions at norm 1, in float32 where `x` has fewer bits: in bfloat16 norms would lie between 0.996 and
     1.004."""

@@ -29,7 +29,7 @@ see `unimodal.distributed`.
 """
 
 from unimodal.losses.category import category_loss
-from unimodal.losses.contrastive import Wrong, info_nce, pairwise_sigmoid, row_similarity, sigmoid_loss, similarity
+from unimodal.losses.contrastive import Wrong, info_nce, pairwise_sigmoid, sigmoid_loss
 from unimodal.losses.cosent import cosent_loss
 from unimodal.losses.distillation import distillation_loss
 from unimodal.losses.flow import conditioning_loss, flow_matching_loss
@@ -67,11 +67,9 @@ __all__ = [
     "one_bit",
     "pairwise_sigmoid",
     "quantised",
-    "row_similarity",
     "sample_hard_negatives",
     "self_critical_loss",
     "sigmoid_loss",
-    "similarity",
     "text_to_text_loss",
     "triplet_loss",
 ]

@@ -7,7 +7,7 @@ categories make no groups: two that share none may each share one with a third. 
 import torch.nn.functional as F
 from torch import Tensor
 
-from unimodal.losses.contrastive import similarity
+from unimodal.retrieval import similarity
 
 
 def category_loss(image: Tensor, text: Tensor, labels: Tensor, image_id: Tensor, *, scale: Tensor | float) -> Tensor:

@@ -21,7 +21,8 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from unimodal import distributed
-from unimodal.losses.numerics import at_least_float32
+from unimodal.layers import at_least_float32
+from unimodal.retrieval import row_similarity, similarity
 
 
 class Wrong(NamedTuple):
@@ -29,30 +30,6 @@ class Wrong(NamedTuple):
 
     embedding: Tensor
     given: Tensor
-
-
-def similarity(image: Tensor, text: Tensor) -> Tensor:
-    """Inner products of all images and all texts, [I, E] or [I, N, E] with [T, E] -> [I, T]; cosines for unit vectors.
-
-    An image with N query embeddings is as similar to a text as its best query (BLIP-2). Computed in float32 even under
-    autocast: bfloat16 cosines near 1 come in steps of 1/256, which at a scale of 100 are steps of 0.4 in a logit.
-    """
-    with torch.autocast(image.device.type, enabled=False):
-        products = at_least_float32(image) @ at_least_float32(text).T  # [I, T] or [I, N, T]
-    return products if image.dim() == 2 else products.max(dim=1).values
-
-
-def row_similarity(row: Tensor, others: Tensor) -> Tensor:
-    """Inner products of each row with its own K others, [B, E] with [B, K, E] -> [B, K]; either side may have N queries.
-
-    As in `similarity`, the best query counts, in float32: [B, N, E] with [B, K, E], or [B, E] with [B, K, N, E].
-    """
-    with torch.autocast(row.device.type, enabled=False):
-        row, others = at_least_float32(row), at_least_float32(others)
-        if row.dim() == 3:
-            return torch.einsum("bne,bke->bkn", row, others).amax(dim=-1)
-        products = torch.einsum("be,bk...e->bk...", row, others)
-    return products if others.dim() == 3 else products.amax(dim=-1)
 
 
 def info_nce(

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from unimodal import distributed
-from unimodal.losses.numerics import at_least_float32
+from unimodal.layers import at_least_float32
 
 
 def cosent_loss(cosine: Tensor, rating: Tensor, *, scale: Tensor | float, gather: bool = True) -> Tensor:

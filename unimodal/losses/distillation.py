@@ -7,7 +7,7 @@ Legend: B queries, C candidates per query (its positive and its hard negatives).
 import torch
 from torch import Tensor
 
-from unimodal.losses.numerics import at_least_float32
+from unimodal.layers import at_least_float32
 
 
 def distillation_loss(

@@ -9,7 +9,8 @@ Legend: B batch, C channels, H x W pixels, N queries, D width.
 import torch.nn.functional as F
 from torch import Tensor
 
-from unimodal.losses.numerics import at_least_float32, mean_over_real
+from unimodal.layers import at_least_float32
+from unimodal.losses.numerics import mean_over_real
 
 
 def flow_matching_loss(velocity_prediction: Tensor, target: Tensor, weight: Tensor | None = None) -> Tensor:

@@ -7,7 +7,7 @@ does not treat all samples alike, as a triplet loss does. Legend: B pairs, E emb
 import torch
 from torch import Tensor
 
-from unimodal.losses.numerics import at_least_float32
+from unimodal.layers import at_least_float32
 
 LIGHTEST, HEAVIEST = 0.5, 2.0
 

@@ -6,7 +6,8 @@ Legend: B batch, L text length, V vocabulary size.
 import torch.nn.functional as F
 from torch import Tensor
 
-from unimodal.losses.numerics import at_least_float32, mean_over_real
+from unimodal.layers import at_least_float32
+from unimodal.losses.numerics import mean_over_real
 
 IGNORED = -100  # no token has this id
 

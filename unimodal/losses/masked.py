@@ -12,8 +12,9 @@ import torch
 from torch import Tensor
 
 from unimodal import distributed
-from unimodal.losses.contrastive import Wrong, row_similarity, similarity
-from unimodal.losses.numerics import at_least_float32
+from unimodal.layers import at_least_float32
+from unimodal.losses.contrastive import Wrong
+from unimodal.retrieval import row_similarity, similarity
 
 
 class Mined(NamedTuple):

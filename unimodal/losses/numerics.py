@@ -1,14 +1,8 @@
-"""How every loss computes and averages: in float32 at least, over what is real, over all ranks."""
+"""How every loss averages: over what is real, over all ranks."""
 
-import torch
 from torch import Tensor
 
 from unimodal.distributed import sum_over_ranks, world_size
-
-
-def at_least_float32(x: Tensor) -> Tensor:
-    """bfloat16 and float16 become float32; float32 and float64 stay what they are."""
-    return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 def mean_over_real(total: Tensor, mask: Tensor) -> Tensor:

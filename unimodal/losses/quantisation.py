@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from unimodal.losses.numerics import at_least_float32
+from unimodal.layers import at_least_float32
 
 LEVELS = 127  # Q of a symmetric int8 code
 

@@ -2,7 +2,8 @@
 
 from torch import Tensor
 
-from unimodal.losses.numerics import at_least_float32, mean_over_real
+from unimodal.layers import at_least_float32
+from unimodal.losses.numerics import mean_over_real
 
 
 def self_critical_loss(log_probs: Tensor, mask: Tensor, rewards: Tensor) -> Tensor:

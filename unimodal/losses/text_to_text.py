@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 
 from unimodal import distributed
-from unimodal.losses.contrastive import similarity
-from unimodal.losses.numerics import at_least_float32
+from unimodal.layers import at_least_float32
+from unimodal.retrieval import similarity
 
 
 def text_to_text_loss(

@@ -6,7 +6,7 @@ VSE++ (Faghri et al. 2018, arXiv 1707.05612); as SCAN uses it, Lee et al. 2018 (
 import torch
 from torch import Tensor
 
-from unimodal.losses.numerics import at_least_float32
+from unimodal.layers import at_least_float32
 
 
 def triplet_loss(

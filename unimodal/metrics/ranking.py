@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from unimodal import arguments
+from unimodal.retrieval import similarity
 
 from .protocol import Combine
 
@@ -206,7 +207,7 @@ def _search(
     parts: list[tuple[Tensor, ...]] = []
     block = query.new_empty(min(chunk, len(query)), len(gallery))  # one for all: fresh memory costs as much as top-k
     for rows in torch.arange(len(query), device=query.device).split(chunk):
-        scores = best_similarity(query[rows], gallery, out=block[: len(rows)])  # [chunk, G]
+        scores = similarity(query[rows], gallery, out=block[: len(rows)])  # [chunk, G]
         if without_self:
             scores[torch.arange(len(rows)), rows] = -torch.inf
         own = scores.gather(1, positives[rows]).masked_fill(~real[rows], -torch.inf)  # [chunk, R]
@@ -247,19 +248,6 @@ def _positives(query_id: Tensor, gallery_id: Tensor, without_self: bool) -> tupl
     if without_self:
         real &= rows != torch.arange(len(query_id), device=query_id.device)[:, None]
     return rows, real
-
-
-def best_similarity(query: Tensor, gallery: Tensor, out: Tensor | None = None) -> Tensor:
-    """[Q, E] or [Q, N, E] against [G, E] or [G, N, E] -> [Q, G], into `out`: the best over N, without [Q, G, N] in memory."""
-    pairs = [(q, g) for q in _vectors(query) for g in _vectors(gallery)]
-    best = torch.mm(pairs[0][0], pairs[0][1].T, out=out)
-    for q, g in pairs[1:]:
-        torch.maximum(best, q @ g.T, out=best)
-    return best
-
-
-def _vectors(x: Tensor) -> tuple[Tensor, ...]:
-    return (x,) if x.ndim == 2 else x.unbind(dim=1)
 
 
 def check_embeddings(

@@ -25,9 +25,10 @@ import torch
 from torch import Tensor
 
 from unimodal import arguments
+from unimodal.retrieval import similarity
 
 from .protocol import Protocol, Result, check_protocol
-from .ranking import best_similarity, check_embeddings, first_row
+from .ranking import check_embeddings, first_row
 
 Direction = Literal["t2i", "i2t", "t2t", "i2i"]
 
@@ -91,7 +92,7 @@ def relevance_metrics(
     parts = []
     with torch.autocast(query.device.type, enabled=False):
         for rows in torch.arange(len(query), device=query.device).split(chunk):
-            scores = best_similarity(query[rows], gallery)  # [chunk, G]
+            scores = similarity(query[rows], gallery)  # [chunk, G]
             relevant = _relevant(query_label[rows], gallery_label)
             if without_self:  # it comes last, and is not relevant
                 scores[torch.arange(len(rows)), rows] = -torch.inf

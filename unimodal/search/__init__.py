@@ -8,7 +8,6 @@ from unimodal.search.hits import Hit
 from unimodal.search.index import Index
 from unimodal.search.negatives import mine_negatives
 from unimodal.search.quantise import Precision, dequantise, quantise
-from unimodal.search.twostage import similarity
 
 __all__ = [
     "Calibration",
@@ -25,5 +24,4 @@ __all__ = [
     "index_folder",
     "mine_negatives",
     "quantise",
-    "similarity",
 ]

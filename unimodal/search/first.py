@@ -14,6 +14,7 @@ import numpy as np
 import torch.nn.functional as F
 from torch import Tensor
 
+from unimodal.retrieval import similarity
 from unimodal.search.backends import VectorIndex
 from unimodal.search.catalogue import Document
 from unimodal.search.encoder import batches
@@ -144,10 +145,8 @@ class FirstStage:
 
     def _ordered(self, query: Tensor, rows: np.ndarray, k: int) -> list[tuple[int, float]]:
         """The best k of rows by their cosine with one query [E] or [N, E]: in float64, so that equal embeddings have equal cosines."""
-        width = query.shape[-1]
-        vectors = self.embeddings(rows).double().reshape(-1, width)
-        products = vectors @ query.double().reshape(-1, width).T
-        cosines = products.reshape(len(rows), -1).amax(1).float().clamp(-1, 1).numpy()
+        exact = similarity(self.embeddings(rows).double(), query.double()[None])[:, 0]
+        cosines = exact.float().clamp(-1, 1).numpy()
         tied = len(np.unique(cosines)) < len(cosines)
         ranks = self.ranks(rows) if tied and self.ranks is not None else rows
         order = np.lexsort((ranks, -cosines))[:k]

@@ -15,8 +15,8 @@ from torch import Tensor
 
 from unimodal.data.items import Item
 from unimodal.data.pairs import Pairs
+from unimodal.retrieval import similarity
 from unimodal.search.encoder import Encoder, batches, progress
-from unimodal.search.twostage import similarity
 
 Judge = Literal["match", "cosine"]
 
@@ -88,9 +88,8 @@ def mine_negatives(
         out = []
         steps = batches(len(ids), 256)
         for rows in progress(steps, f"Mining {'texts' if of_images else 'images'}", show_progress):
-            cosine = (
-                similarity(images[rows], texts) if of_images else similarity(texts[rows], images)
-            )  # [b, C] or [b, I]
+            queries, gallery = (images, texts) if of_images else (texts, images)
+            cosine = similarity(queries[rows], gallery)  # [b, C] or [b, I]
             same = ids[rows, None] == other_ids[None]
             near = cosine.masked_fill(same, float("-inf")).topk(min(top_k, len(other_ids)), dim=1).indices
             # Candidates of each query, then its positives, in one list of pairs.

@@ -3,7 +3,7 @@
 The pair score replaces the cosine within the candidates (ALBEF, arXiv 2107.07651) or is added to it (BLIP-2, arXiv
 2301.12597). All that was not scored as a pair stays below, in its first order.
 
-Legend: A, B items, N vectors per item, E embedding width, P pairs.
+Legend: P pairs.
 """
 
 from collections.abc import Callable, Sequence
@@ -22,19 +22,6 @@ class Found(NamedTuple):
     score: float
     first_score: float
     rerank_score: float | None
-
-
-def similarity(a: Tensor, b: Tensor) -> Tensor:
-    """Cosine of unit vectors, [A, E] or [A, N, E] against [B, E] or [B, N, E] -> [A, B], float32.
-
-    Where an item has N vectors, the best of them counts.
-    """
-    a, b = a.float(), b.float()
-    best = a.new_full((len(a), len(b)), -torch.inf)
-    for x in a.unbind(1) if a.ndim == 3 else (a,):
-        for y in b.unbind(1) if b.ndim == 3 else (b,):
-            best = torch.maximum(best, x @ y.T)
-    return best.clamp(-1, 1)  # rounding carries the product of equal unit vectors beyond 1
 
 
 def check_depths(top_k: int, rerank_top_k: int, combine: str) -> None:

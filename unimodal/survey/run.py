@@ -37,6 +37,7 @@ from unimodal.metrics import (
     save_ranks,
 )
 from unimodal.onednn import inference
+from unimodal.retrieval import similarity
 from unimodal.survey.data import SurveyData
 from unimodal.survey.encoders import SharedEncoders
 from unimodal.survey.explain import deletion_test
@@ -440,8 +441,7 @@ def _milliseconds(
         else:
             text = first_stage.embed_texts(query)
             assert gallery is not None
-            products = gallery @ text[0]  # [I] or [I, N]
-            scores = products if products.ndim == 1 else products.amax(1)
+            scores = similarity(gallery, text)[:, 0]
         top = scores.topk(min(max(scoring.k, 1), len(scores))).indices
         first += time.perf_counter() - start
         if scoring.k:

@@ -13,6 +13,8 @@ from typing import Any, Literal, NamedTuple, Protocol
 import torch
 from torch import Tensor, nn
 
+from unimodal.retrieval import row_similarity
+
 
 class Images(NamedTuple):
     """What the image encoder made of B images: raw tokens [B, T, C], their mask [B, T], and the pixels where a system asks for them."""
@@ -174,12 +176,7 @@ class System(nn.Module):
         one, else by cosine."""
         if type(self).score_pairs is not System.score_pairs:
             return self.score_pairs(self.image_state(images), self.text_state(texts))
-        image, text = self.embed_images(images), self.embed_texts(texts)
-        return (
-            torch.einsum("p...e,pe->p...", image, text).flatten(1).amax(1)
-            if image.ndim == 3
-            else (image * text).sum(-1)
-        )
+        return row_similarity(self.embed_images(images), self.embed_texts(texts)[:, None])[:, 0]
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,8 @@ from torch import Tensor, nn
 
 from unimodal.bridge import QFormer
 from unimodal.layers import KeyValues, unit
-from unimodal.losses import caption_loss, in_batch_matching, info_nce, similarity
+from unimodal.losses import caption_loss, in_batch_matching, info_nce
+from unimodal.retrieval import similarity
 from unimodal.systems.base import Batch, Encoders, Images, State, System, Texts
 from unimodal.systems.towers import Scale, Tower
 from unimodal.systems.words import write_words

@@ -18,9 +18,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from unimodal.layers import unit
-from unimodal.losses import matching_loss, pairwise_sigmoid, similarity
-from unimodal.losses.numerics import at_least_float32
+from unimodal.layers import at_least_float32, unit
+from unimodal.losses import matching_loss, pairwise_sigmoid
+from unimodal.retrieval import similarity
 from unimodal.systems.base import Batch, Encoders, Images, State, Texts
 from unimodal.systems.blip2 import BLIP2, QUERIES
 from unimodal.systems.clip import CLIP, DualEncoder, SigLIP

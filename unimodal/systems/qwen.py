@@ -31,9 +31,9 @@ from unimodal.losses import (
     matryoshka,
     mine_negatives,
     quantised,
-    similarity,
 )
 from unimodal.merge import merge_weights
+from unimodal.retrieval import similarity
 from unimodal.systems.base import Batch, Encoders, Images, State, System, Texts
 from unimodal.systems.momentum import Teacher
 from unimodal.systems.towers import Layer, Scale

@@ -14,7 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from unimodal.losses import caption_loss, distillation_loss, info_nce, similarity
+from unimodal.losses import caption_loss, distillation_loss, info_nce
+from unimodal.retrieval import similarity
 from unimodal.systems.albef import FusionEncoder
 from unimodal.systems.base import Batch, Encoders, Images, State, Texts
 from unimodal.systems.momentum import Teacher

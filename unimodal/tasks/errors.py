@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from unimodal.data.pairs import Pairs
+from unimodal.retrieval import similarity
 
 Row = dict[str, Any]
 
@@ -61,7 +62,7 @@ def retrieval_errors(pairs: Pairs, results: dict[str, Any], text_embedding: Tens
                     row["caption"] = captions[item][1]
                 row["score"] = float(candidates.scores[query, place])
                 row["match"] = None if match is None else float(match[query, place])
-                near = (asked @ text[of_image[item] if name == "t2i" else [item]].T).max()
+                near = similarity(asked, text[of_image[item] if name == "t2i" else [item]]).max()
                 row["right"] = right
                 row["likely_right"] = None if len(own) < 2 else right or bool(near >= needed)
                 rows.append(row)
@@ -78,4 +79,4 @@ def retrieval_errors(pairs: Pairs, results: dict[str, Any], text_embedding: Tens
 
 def _nearest_sibling(text: Tensor) -> Tensor:
     """[n, E] captions of one image -> [n] cosine of each with the nearest of the others; -inf where it is alone."""
-    return (text @ text.T).fill_diagonal_(-torch.inf).amax(dim=1)
+    return similarity(text, text).fill_diagonal_(-torch.inf).amax(dim=1)

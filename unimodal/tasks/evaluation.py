@@ -34,6 +34,7 @@ from unimodal.metrics import (
 from unimodal.metrics.generation import check_picture
 from unimodal.model import ImageState, TextState, UnimodalModel
 from unimodal.onednn import inference
+from unimodal.retrieval import row_similarity
 
 # Every headline number, with the heads that it needs.
 MEASURES: dict[str, tuple[str, ...]] = {
@@ -299,9 +300,8 @@ class Evaluation:
             ids, mask = self.processor.texts([row["true"] for row in part] + [row["false"] for row in part])
             text = self.model.encode_text(ids.to(device), mask.to(device))
             images = torch.tensor([row["image"] for row in part] * 2, device=device)
-            image = embeddings[images] if embeddings.ndim == 3 else embeddings[images][:, None]
-            cosine = (image @ self.model.text_embedding(text).float()[:, :, None]).squeeze(-1).amax(dim=1)
-            logits["embed"] = cosine
+            texts = self.model.text_embedding(text).float()
+            logits["embed"] = row_similarity(embeddings[images], texts[:, None])[:, 0]
             if "matching" in self.model.heads:
                 unique, index = images.unique(return_inverse=True)
                 state = self.image.select(unique)

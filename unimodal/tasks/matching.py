@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 
 from unimodal.config import ModelConfig
-from unimodal.losses import listwise_loss, matching_loss, sample_hard_negatives, similarity
+from unimodal.losses import listwise_loss, matching_loss, sample_hard_negatives
+from unimodal.retrieval import similarity
 from unimodal.tasks.base import Objective, Report, Step, Task
 
 

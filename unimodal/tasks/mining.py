@@ -6,6 +6,7 @@ from torch import Tensor
 from unimodal.data.pairs import Pairs
 from unimodal.data.processor import Processor
 from unimodal.model import UnimodalModel
+from unimodal.retrieval import similarity
 
 
 @torch.no_grad()
@@ -42,12 +43,11 @@ def mine_neighbours(
         ids, mask = processor.texts([pairs.captions(i)[0] for i in range(start, min(start + batch_size, count))])
         texts.append(model.text_embedding(model.encode_text(ids.to(device), mask.to(device))).float())
     text = torch.cat(texts)  # [I, E]
-    queries = image_embedding if image_embedding.ndim == 3 else image_embedding[:, None]  # [I, N, E]
     ids = torch.tensor([pairs.image_id(i) for i in range(count)], device=device)
     rows = []
     for start in range(0, count, batch_size):
         part = slice(start, start + batch_size)
-        scores = (queries[part] @ text.T).amax(dim=1)  # [b, I]
+        scores = similarity(image_embedding[part], text)  # [b, I]
         scores = scores.masked_fill(ids[part, None] == ids[None], float("-inf"))
         rows.append(scores.topk(neighbours, dim=1).indices.cpu())
     return torch.cat(rows)

@@ -8,16 +8,8 @@ import torch
 from torch import Tensor
 
 from unimodal.config import ModelConfig
-from unimodal.losses import (
-    Wrong,
-    distillation_loss,
-    info_nce,
-    masked_info_nce,
-    matryoshka,
-    quantised,
-    row_similarity,
-    sigmoid_loss,
-)
+from unimodal.losses import Wrong, distillation_loss, info_nce, masked_info_nce, matryoshka, quantised, sigmoid_loss
+from unimodal.retrieval import row_similarity
 from unimodal.tasks.base import Objective, Report, Step, Task
 
 
