@@ -370,6 +370,7 @@ def test_samples_follow_the_probabilities_of_the_nucleus() -> None:
     assert_close(shares(top_p=0.01), torch.tensor([0.0, 0, 1, 0]), **near)
     sharp = torch.tensor(table[0]) ** 2
     assert_close(shares(temperature=0.5), sharp / sharp.sum(), **near)
+    assert torch.equal(shares(temperature=1e-40), shares(top_p=0.01))  # so bold that the likeliest word is all
     assert torch.equal(shares(), shares())  # the generator decides alone
 
 

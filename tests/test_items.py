@@ -182,11 +182,12 @@ def test_files_that_cannot_be_read_say_why(photo: Path) -> None:
         pass
     with pytest.raises(ValueError, match="the file given as an image is closed; pass it while it is open"):
         load_image(file)
-    with (
-        open(photo, encoding="latin-1") as file,
-        pytest.raises(TypeError, match="was opened as text; open it with mode 'rb'"),
-    ):
-        load_image(file)
+    for encoding in ("latin-1", "utf-8"):  # in UTF-8 the bytes of a picture are no text
+        with (
+            open(photo, encoding=encoding) as file,
+            pytest.raises(TypeError, match="was opened as text; open it with mode 'rb'"),
+        ):
+            load_image(file)
     with pytest.raises(ValueError, match="the open file '' given as an image is no image"):
         load_image(io.BytesIO(b"words"))
 

@@ -124,7 +124,7 @@ def _from_open_file(file: Any, limit: int) -> Image.Image:
         raise ImageError("the file given as an image is closed; pass it while it is open, or its path")
     if getattr(file, "seekable", bool)():
         file.seek(0)
-    content = file.read()
+    content = None if isinstance(file, io.TextIOBase) else file.read()  # what is no text would fail to be decoded
     if not isinstance(content, bytes):
         raise TypeError("the file given as an image was opened as text; open it with mode 'rb'")
     return read_picture(io.BytesIO(content), f"the open file {getattr(file, 'name', '')!r} given as an image", limit)

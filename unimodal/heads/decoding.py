@@ -145,7 +145,9 @@ def _uniform(generator: Generators, images: int, length: int) -> Tensor:
 
 def _draw(logits: Tensor, decoding: Decoding, uniform: Tensor) -> Tensor:
     """One word per row from the nucleus, [B, V] -> [B, 1]: the word at which the summed probability passes `uniform` [B]."""
-    probabilities = (logits.float() / decoding.temperature).softmax(-1)
+    # The likeliest word has 0 before the division: at whatever temperature, no number overflows.
+    bolder = (logits.float() - logits.float().amax(-1, keepdim=True)) / decoding.temperature
+    probabilities = bolder.softmax(-1)
     ordered, words = probabilities.sort(-1, descending=True)
     likelier = ordered.cumsum(-1) - ordered  # the mass before each word: the likeliest is always in
     outside = (likelier >= decoding.top_p).scatter(-1, words, likelier >= decoding.top_p)
