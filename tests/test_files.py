@@ -5,6 +5,7 @@ import json
 import os
 import stat
 import threading
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -156,3 +157,35 @@ def test_the_second_writer_is_told(folder: Path) -> None:
         thread.join()
     assert told == [f"{folder} is being written by another process or thread; try again when it is done"]
     assert contents(folder) == NEW
+
+
+# Errors of the system in words.
+
+
+def raised(work: Callable[[], object]) -> OSError:
+    with pytest.raises(OSError) as caught:
+        work()
+    return caught.value
+
+
+def test_errors_of_the_system_are_told_in_words(tmp_path: Path) -> None:
+    missing = raised((tmp_path / "gone/a.csv").read_text)
+    assert files.in_words(missing) == f"{tmp_path}/gone/a.csv: no such file or directory; check the path"
+    full = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "a.csv")
+    assert files.in_words(full) == "a.csv: no space left on device; free some of it, or write elsewhere"
+    assert files.in_words(OSError(errno.EIO, "the tape is torn", "a.csv")) == "a.csv: the tape is torn"
+    assert files.in_words(OSError("of our own")) == "of our own"
+    assert files.in_words(ValueError("of another kind")) == "of another kind"
+
+
+def test_a_closed_folder_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "closed/photos/a.jpg"
+    path.parent.mkdir(parents=True)
+    path.write_text("a")
+    path.chmod(0o600)
+    error = PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+    assert files.in_words(error).startswith(f"{path}: this user may not read or write it (mode 0600, owner ")
+    monkeypatch.setattr(os, "access", lambda folder, mode: not Path(folder).is_relative_to(tmp_path / "closed"))
+    assert files.in_words(error) == (
+        f"{path}: this user may not enter the folder {tmp_path}/closed; ask its owner for the right to do so"
+    )

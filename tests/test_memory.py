@@ -221,6 +221,7 @@ def test_fragments_are_read_for_machines_that_are_not_this_one(
     ("words", "message"),
     [
         (["--trainer.strategy", "fsdp"], "trainer.strategy is fsdp; expected auto, ddp or unimodal.tasks.FSDP2"),
+        (["--trainer.precision", "16-true"], "trainer.precision is 16-true, in which"),
         (["--data.batch_size", "9"], "9"),
         (["--data.batch_sise", "9"], "did you mean 'batch_size'?"),
     ],

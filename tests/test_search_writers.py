@@ -470,8 +470,13 @@ def test_two_first_searches_of_one_folder_read_it_once(tmp_path: Path, monkeypat
     assert not errors and sum(one.fresh for one in found) == 5
     assert all(len(one.index.search("a star", top_k=9)) == 5 for one in found)
     monkeypatch.setattr(folder_module, "WAIT", 0.05)
+    monkeypatch.setattr(folder_module, "SILENT", 0.01)
     (tmp_path / "photos/0.png").unlink()
-    with locked(tmp_path / "kept" / LOCK, "it"), pytest.raises(InUseError, match="kept"):
+    with (
+        locked(tmp_path / "kept" / LOCK, "it"),
+        pytest.warns(UserWarning, match=r"another search reads the pictures in .*photos just now; this one waits for it"),
+        pytest.raises(InUseError, match="kept"),
+    ):
         index_folder(ENCODER, tmp_path / "photos", tmp_path / "kept")
 
 

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 from PIL import Image
-from toyrun import STEPS, scenes, tiny_stage, write_recipe
+from toyrun import STEPS, plain, scenes, tiny_stage, write_recipe
 
 from unimodal import cli
 from unimodal.hub import load_checkpoint
@@ -86,6 +86,31 @@ def test_a_plain_run_looks_for_its_files_before_it_trains(
     assert "1 of 4 files of mine val are not there" in error and "Traceback" not in error
     told = Path(error.split("the traceback is in ")[1].strip())
     assert told.parent == tmp_path / "run" and "FileNotFoundError" in told.read_text()
+
+
+BAD_TABLES = {
+    "image,caption\nval0.png,nan\n": "caption 0 is 'nan', which stands for a missing one; give it words",
+    "image,caption\nval0.png,\n": "caption 0 is empty; give it words",
+    "image,caption\nval0.png,a dog, big\n": "3 values separated by ',' for the 2 columns",
+    "image,caption\nval0.png,a dog\nval9.png,a cat\n": "1 of 2 files of table all are not there: ",
+}
+
+
+@pytest.mark.parametrize("is_schedule", [True, False], ids=["schedule", "plain"])
+@pytest.mark.parametrize("rows", BAD_TABLES)
+def test_a_table_without_its_captions_or_pictures_is_refused_in_its_own_words(
+    rows: str, is_schedule: bool, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    no_training(monkeypatch)
+    pictures(tmp_path, "val", 1)
+    (tmp_path / "images/table.csv").write_text(rows)
+    table = {"class_path": "unimodal.data.CsvTable", "init_args": {"path": str(tmp_path / "images/table.csv")}}
+    recipe = tiny_stage(tmp_path / "out", {"val": table})
+    recipe = recipe if is_schedule else plain(recipe, tmp_path / "out")
+    assert cli.main(write_recipe(tmp_path / "recipe.yaml", recipe)) in (1, 2)
+    error = capsys.readouterr().err
+    assert BAD_TABLES[rows] in error
+    assert "Union" not in error and "Traceback" not in error and not list((tmp_path / "out").glob("**/model"))
 
 
 # Scoring that fails.

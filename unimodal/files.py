@@ -5,6 +5,7 @@ The contents of a folder are exchanged inside the folder itself, so that a mount
 cannot be written are replaced like any other. New files follow the umask, whatever mode the library that wrote them gave them.
 """
 
+import errno
 import json
 import os
 import shutil
@@ -165,6 +166,30 @@ def require_readable(path: str | Path) -> None:
             file.read(1)
     except PermissionError as error:
         raise PermissionError(error.errno, f"this user may not read the file{_rights(path)}", str(path)) from error
+
+
+def in_words(error: BaseException) -> str:
+    """The message of an error; of the system's own, such as `[Errno 13] Permission denied: 'x'`, the file, what is wrong and what to do."""
+    if not isinstance(error, OSError) or not isinstance(error.filename, str | Path) or error.filename2 is not None:
+        return str(error)
+    why = error.strerror or type(error).__name__
+    if why == os.strerror(error.errno or 0):
+        why = f"{why[:1].lower()}{why[1:]}"
+        if isinstance(error, PermissionError):
+            why = _closed(error.filename)
+        elif isinstance(error, FileNotFoundError):
+            why += "; check the path"
+        elif error.errno == errno.ENOSPC:
+            why += "; free some of it, or write elsewhere"
+    return f"{error.filename}: {why}"
+
+
+def _closed(path: str | Path) -> str:
+    """Why this user may not use a path: a folder above it that may not be entered, or its own mode."""
+    for folder in reversed(Path(path).absolute().parents):
+        if not os.access(folder, os.X_OK):
+            return f"this user may not enter the folder {folder}; ask its owner for the right to do so"
+    return f"this user may not read or write it{_rights(path)}"
 
 
 def _rights(path: str | Path) -> str:

@@ -14,6 +14,7 @@ from contextlib import suppress
 
 from unimodal.cli.output import say
 from unimodal.config import nearest
+from unimodal.files import in_words
 
 # verb -> (module, function, one line of help)
 VERBS = {
@@ -91,7 +92,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 141
     except (ImportError, OSError, TypeError, ValueError) as error:
         _drop_output()
-        say(f"unimodal {verb}: {' '.join(str(error).split()) or type(error).__name__}")
+        say(f"unimodal {verb}: {' '.join(in_words(error).split()) or type(error).__name__}")
         return 1
 
 

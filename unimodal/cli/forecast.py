@@ -21,14 +21,16 @@ from unimodal.cli.messages import ConfigError, short
 from unimodal.cli.schedule import stage_configs
 from unimodal.cli.stage import print_stage
 from unimodal.cli.train import Parts, quiet, read_schedule
+from unimodal.cli.trainer import require_precision
 from unimodal.data.module import PairData
 from unimodal.data.negatives import write_negatives
+from unimodal.files import in_words
 from unimodal.tasks import Task
 from unimodal.tasks.memory import Forecast, forecast
 
 GIB = 2**30
 CUDA = GIB // 2  # what CUDA and its libraries take of a GPU
-LOW = {"bf16": "bf16-mixed", "16": "bf16-mixed", "16-mixed": "bf16-mixed", "16-true": "bf16-true"}
+LOW = {"bf16": "bf16-mixed", "16": "bf16-mixed", "16-mixed": "bf16-mixed"}
 
 
 @dataclass(frozen=True)
@@ -96,7 +98,7 @@ def examine_recipe(files: list[Path], overrides: list[str], console: Console) ->
             beside = CUDA if run.machine.kind == "gpu" else program + run.pictures
             fits &= _report(console, run.task, found, run.machine, beside)
     except (ArgumentError, ConfigError, OSError, ValueError) as error:
-        print(f"unimodal doctor: {short(str(error))}", file=sys.stderr)
+        print(f"unimodal doctor: {short(in_words(error))}", file=sys.stderr)
         return 2
     return 0 if fits else 1
 
@@ -162,7 +164,7 @@ def _machine(trainer: Any) -> Machine:
     """What the settings of a trainer come to here.
 
     Raises:
-        ConfigError: for a strategy that no task runs under.
+        ConfigError: for a strategy that no task runs under, or a precision that no run takes.
     """
     kind: Literal["cpu", "gpu"] = "cpu"
     if trainer["accelerator"] in ("gpu", "cuda") or (trainer["accelerator"] == "auto" and torch.cuda.is_available()):
@@ -180,6 +182,7 @@ def _machine(trainer: Any) -> Machine:
     elif name != "auto" and "ddp" not in name.lower():
         raise ConfigError(f"trainer.strategy is {name}; expected auto, ddp or unimodal.tasks.FSDP2")
     precision = str(trainer["precision"] or "32-true")
+    require_precision(precision)
     return Machine(kind, devices, nodes, strategy, LOW.get(precision, precision))
 
 

@@ -17,6 +17,7 @@ from unimodal.cli.output import require_free_folder, say
 from unimodal.cli.schedule import stage_configs
 from unimodal.cli.stage import save_stage
 from unimodal.cli.train import Parts, quiet, read_schedule
+from unimodal.files import in_words
 from unimodal.hub.training import read_training_weights
 
 
@@ -70,7 +71,7 @@ def run(arguments: Sequence[str]) -> int:
             ) from error
         save_stage(task.model, processor, options.out)
     except (ArgumentError, OSError, ValueError) as error:
-        say(f"unimodal gather: {short(str(error))}")
+        say(f"unimodal gather: {short(in_words(error))}")
         return 1
     print(options.out / "model")
     return 0

@@ -31,7 +31,7 @@ from unimodal import files, words
 from unimodal.cli import between
 from unimodal.cli.cost import running_cost, training_cost
 from unimodal.cli.finish import PAGE, REPORT, write_results
-from unimodal.cli.messages import ConfigError
+from unimodal.cli.messages import ConfigError, short
 from unimodal.cli.output import require_free_folder
 from unimodal.cli.settings import SETTINGS, class_name, deciding
 from unimodal.cli.stage import DONE, StagePlan, console, evaluate, peak_memory_mb, run_stage
@@ -229,7 +229,7 @@ def _fingerprints(stage: str, splits: dict[str, Any]) -> dict[str, str]:
         data.require_files()
         return {key: getattr(data, key).fingerprint() for key in splits}
     except (OSError, TypeError, ValueError) as error:
-        raise ConfigError(f"stage {stage!r}: {error}") from error
+        raise ConfigError(f"stage {stage!r}: {short(files.in_words(error))}") from error
 
 
 def _is_first() -> bool:

@@ -286,7 +286,7 @@ def run(arguments: Sequence[str]) -> int:
         print(f"unimodal {verb}: interrupted", file=sys.stderr)
         return 128 + signal.SIGINT
     except Exception as error:
-        told = short(str(error)) or type(error).__name__
+        told = short(files.in_words(error)) or type(error).__name__
         written = _write_traceback(error.folder if isinstance(error, RunError) else folder)
         print(f"unimodal {verb}: {told}\n  the traceback is in {written}", file=sys.stderr)
         return 1

@@ -41,14 +41,21 @@ def prepare(trainer: Trainer, verb: str, objectives: Iterable[str], heads: Itera
     ]:
         if folder is not None and is_address(folder):
             raise ConfigError(f"{name} is {folder}, which is an address; give the path of a folder of this machine")
-    if trainer.precision == "16-true":
+    require_precision(trainer.precision)
+    if verb == "fit":
+        _require_an_end(trainer)
+        _require_known_monitors(trainer, objectives, heads)
+
+
+def require_precision(precision: str) -> None:
+    """Raises:
+    ConfigError: nothing can be trained in this precision.
+    """
+    if precision == "16-true":
         raise ConfigError(
             "trainer.precision is 16-true, in which the optimizer's divisors round to zero and losses become NaN; set bf16-mixed or "
             "16-mixed, or 32-true"
         )
-    if verb == "fit":
-        _require_an_end(trainer)
-        _require_known_monitors(trainer, objectives, heads)
 
 
 def _require_an_end(trainer: Trainer) -> None:

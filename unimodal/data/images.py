@@ -32,6 +32,7 @@ from unimodal.data.decoding import (
     require_size,
 )
 from unimodal.data.endings import CONVERT, UNREAD, address_of, ending, is_data, is_remote, shown
+from unimodal.files import in_words
 
 FORMS = "a path, URL, data URL, bytes, open binary file, PIL image, array or tensor"
 
@@ -107,6 +108,8 @@ def _from_path(path: Path, limit: int) -> Image.Image:
         kind = path.stat().st_mode
     except (FileNotFoundError, NotADirectoryError):
         raise FileNotFoundError(f"there is no image file {shown(str(path))}; check the path") from None
+    except PermissionError as error:
+        raise ImageError(in_words(error)) from None
     except (OSError, ValueError) as error:  # a name too long, or with a null byte
         why = error.strerror if isinstance(error, OSError) else error
         raise ImageError(f"{shown(str(path))} cannot be the path of an image: {why}") from None

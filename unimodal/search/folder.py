@@ -23,6 +23,7 @@ from unimodal.search.encoder import Encoder
 from unimodal.search.index import Index
 
 WAIT = 600  # seconds to wait for another search that reads the same folder
+SILENT = 2  # seconds of them without a word
 
 
 @dataclass(frozen=True)
@@ -87,8 +88,23 @@ def index_folder(
         try:
             return _up_to_date(encoder, folder, root, place, batch_size, show_progress_bar)
         except InUseError:  # what the other one does is what is wanted here
-            with locked(place / LOCK, f"the index {place}", max(0, end - time.monotonic())):
-                pass
+            _wait_for_another(root, place, end)
+
+
+def _wait_for_another(root: Path, place: Path, end: float) -> None:
+    """Wait until another search is done with a folder's index, and say so where that takes long.
+
+    Raises:
+        InUseError: it is not done at `end`.
+    """
+    name = f"the index {place}"
+    try:
+        with locked(place / LOCK, name, SILENT):
+            return
+    except InUseError:
+        warnings.warn(f"another search reads the pictures in {root} just now; this one waits for it", stacklevel=4)
+    with locked(place / LOCK, name, max(0, end - time.monotonic())):
+        pass
 
 
 def _up_to_date(
