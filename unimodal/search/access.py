@@ -38,6 +38,7 @@ class Access:
 
         self._process, self._lock = os.getpid(), threading.Lock()
         self._state: State | None = None
+        self._model: str | None = None  # the model of the index, once it was compared with this one
 
     def _notice_fork(self) -> None:
         """A lock and a database of another process are of no use after a fork."""
@@ -56,8 +57,7 @@ class Access:
     def _take(self, held: State | None) -> State:
         shared = held.backend if held is not None and held.backend.shared else None
         state = newest(self.folder, self.encoder, self.uri, shared)
-        if held is None or held.manifest["model"] != state.manifest["model"]:
-            require_same_model(str(self.folder), state.manifest["model"], self.encoder)
+        self._require_model(state.manifest)
         if state.sound and state.catalogue.in_line:
             return state
         try:  # a kill or a lost file left something, which a writer mends when it begins; or another one writes just now
@@ -75,6 +75,14 @@ class Access:
                 f"{self.folder / state.manifest['backend']} is damaged and could not be mended; delete it, and it is made again"
             )
         return state
+
+    def _require_model(self, manifest: Manifest) -> None:
+        """Raises:
+        ValueError: another model than this one made the index.
+        """
+        if self._model != manifest["model"]:  # a fingerprint reads all weights
+            require_same_model(str(self.folder), manifest["model"], self.encoder)
+            self._model = manifest["model"]
 
     def _mended_elsewhere(self, state: State) -> State:
         """A state whose backend is made anew in a temporary folder, where its own cannot be written."""

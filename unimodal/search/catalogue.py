@@ -141,11 +141,11 @@ class Catalogue:
         more = "" if where is None else f"and {where.sql()}"
         try:
             found = self.db.execute(
-                f"select row from documents where pending = 0 and error is null {more} order by row"
-            ).fetchall()
+                f"select group_concat(row) from documents where pending = 0 and error is null {more}"
+            ).fetchone()[0]
         except (sqlite3.Error, sqlite3.Warning) as error:
             raise ValueError(f"this filter cannot be evaluated ({error}); make it shorter") from error
-        return np.fromiter((row for (row,) in found), np.int64, len(found))
+        return np.sort(np.fromstring(found or "", np.int64, sep=","))  # numbers one by one would take four times as long
 
     def ranks(self, rows: np.ndarray) -> np.ndarray:
         """Places of rows [n] in the order of their ids: numbers before texts, each in their own order."""

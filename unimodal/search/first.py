@@ -70,13 +70,14 @@ class FirstStage:
         """Whether the backend lacks a vector of these rows, or has one twice. A database that others change too is only counted."""
         if self.backend.shared:
             return len(self.backend) < len(rows) * self.each
-        here = self.backend.keys()
-        return len(np.unique(here)) < len(here) or len(np.setdiff1d(self.keys(rows), here)) > 0
+        here = np.sort(self.backend.keys())
+        return bool((here[1:] == here[:-1]).any()) or not np.isin(self.keys(rows), here).all()
 
     def hold(self, rows: np.ndarray, documents: Callable[[Sequence[int]], Mapping[int, Document]]) -> None:
         """Give the backend the vectors of these rows that it lacks, once each, with the metadata of their documents."""
         here, count = np.unique(self.backend.keys(), return_counts=True)
-        lacking = np.unique(np.setdiff1d(self.keys(rows), here[count == 1]) // self.each)
+        wanted = self.keys(rows)
+        lacking = np.unique(wanted[~np.isin(wanted, here[count == 1])] // self.each)
         if len(lacking):
             self.backend.delete(self.keys(lacking))  # a document's vectors come together
         for batch in batches(len(lacking), SYNC):
@@ -88,7 +89,8 @@ class FirstStage:
 
     def hold_only(self, rows: np.ndarray) -> None:
         """Take from the backend what is not of these rows."""
-        if len(gone := np.setdiff1d(self.backend.keys(), self.keys(rows))):
+        here = self.backend.keys()
+        if len(gone := here[~np.isin(here, self.keys(rows))]):
             self.backend.delete(gone)
 
     # Searching.

@@ -19,7 +19,7 @@ from unimodal.data.folders import require_unicode
 from unimodal.data.items import as_items, is_single
 from unimodal.data.texts import UnknownWordsWarning
 from unimodal.files import replacing_contents, restore
-from unimodal.search.access import Access, require_same_model
+from unimodal.search.access import Access
 from unimodal.search.backends import VectorIndex
 from unimodal.search.catalogue import Catalogue, Id, Metadata
 from unimodal.search.copying import copy_index
@@ -262,8 +262,9 @@ class Index(Access):
         if not isinstance(encoder, Encoder):
             raise TypeError(arguments.refused("encoder", "an Encoder", encoder, "Unimodal.load_index passes its own"))
         restore(folder)
-        require_same_model(str(folder), read_manifest(folder)["model"], encoder)
+        manifest = read_manifest(folder)
         index = cls(encoder, folder, uri=uri)
+        index._require_model(manifest)
         index.state  # noqa: B018
         return index
 
