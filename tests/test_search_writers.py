@@ -474,7 +474,9 @@ def test_two_first_searches_of_one_folder_read_it_once(tmp_path: Path, monkeypat
     (tmp_path / "photos/0.png").unlink()
     with (
         locked(tmp_path / "kept" / LOCK, "it"),
-        pytest.warns(UserWarning, match=r"another search reads the pictures in .*photos just now; this one waits for it"),
+        pytest.warns(
+            UserWarning, match=r"another search reads the pictures in .*photos just now; this one waits for it"
+        ),
         pytest.raises(InUseError, match="kept"),
     ):
         index_folder(ENCODER, tmp_path / "photos", tmp_path / "kept")

@@ -145,7 +145,8 @@ class Catalogue:
             ).fetchone()[0]
         except (sqlite3.Error, sqlite3.Warning) as error:
             raise ValueError(f"this filter cannot be evaluated ({error}); make it shorter") from error
-        return np.sort(np.fromstring(found or "", np.int64, sep=","))  # numbers one by one would take four times as long
+        # One text of all numbers takes a quarter of the time that the numbers take one by one.
+        return np.sort(np.fromstring(found or "", np.int64, sep=","))
 
     def ranks(self, rows: np.ndarray) -> np.ndarray:
         """Places of rows [n] in the order of their ids: numbers before texts, each in their own order."""
