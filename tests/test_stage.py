@@ -262,7 +262,8 @@ def test_a_trial_makes_way_for_the_run(tmp_path: Path, run: Any) -> None:
 
 
 def test_a_start_that_came_to_nothing_binds_to_nothing(tmp_path: Path, run: Any, capsys: Any) -> None:
-    assert run(lambda recipe: recipe["model"]["init_args"].update(init_from="nowhere/at/all")) == 1
-    assert "nowhere/at/all" in capsys.readouterr().err
+    assert run(lambda recipe: recipe["model"]["init_args"].update(init_from="nowhere/at/all")) == 2
+    assert "schedule stage 'align': init_from: nowhere/at/all" in capsys.readouterr().err
+    assert run(lambda recipe: recipe["model"]["init_args"].update(trainable={"nothing": 1.0})) == 1
     assert run() == 0
     assert len((stage(tmp_path) / "losses.jsonl").read_text().splitlines()) == 2 < STEPS

@@ -7,7 +7,7 @@ from typing import Any, Literal
 from unimodal.cli.messages import ConfigError
 from unimodal.config import nearest
 from unimodal.data.negatives import write_negatives
-from unimodal.hub import load_checkpoint, save_checkpoint
+from unimodal.hub import find_prompts, load_checkpoint, save_checkpoint
 from unimodal.merge import merge_weights
 from unimodal.search import Encoder, mine_negatives
 
@@ -69,13 +69,14 @@ def merge_stages(weights: dict[str, float], folder: Path) -> None:
         model.merge_adapters()  # the mean of two products is not the product of two means
     model, processor = loaded[0]
     model.load_state_dict(merge_weights([one.state_dict() for one, _ in loaded], list(weights.values())))
-    save_checkpoint(model, processor, folder / "model")
+    prompts = find_prompts(folder.parent / next(iter(weights)) / "model")
+    save_checkpoint(model, processor, folder / "model", prompts=prompts)
 
 
 def mine_stage(settings: dict[str, Any], cli: Any, folder: Path) -> dict[str, str]:
     """Write the hard negatives of the training split of what `cli` built; returns for how many queries there are some."""
     task, data = cli.model, cli.datamodule
-    processor = data.bind(task.config, task.model.backbone, task.model.language_captioner)
+    processor = task.bind(data)
     encoder = Encoder(task.model.to(cli.trainer.strategy.root_device), processor)
     header, rows = mine_negatives(encoder, data.train, **settings)
     write_negatives(folder / NEGATIVES, header, rows)

@@ -27,6 +27,7 @@ from unimodal.data.negatives import write_negatives
 from unimodal.files import in_words
 from unimodal.tasks import Task
 from unimodal.tasks.memory import Forecast, forecast
+from unimodal.tasks.start import Start
 
 GIB = 2**30
 CUDA = GIB // 2  # what CUDA and its libraries take of a GPU
@@ -83,9 +84,9 @@ def examine_recipe(files: list[Path], overrides: list[str], console: Console) ->
     quiet()
     program, fits = program_size(), True
     try:
-        for name, about, config, first in _stages(files, overrides, console):
+        for name, about, config, start in _stages(files, overrides, console):
             with tempfile.TemporaryDirectory() as folder:
-                run = _build(config, first, Path(folder))
+                run = _build(config, start, Path(folder))
                 print_stage(name, about, stages.table(run.task.model, run.task.factors))
                 found = forecast(
                     run.task,
@@ -103,35 +104,44 @@ def examine_recipe(files: list[Path], overrides: list[str], console: Console) ->
     return 0 if fits else 1
 
 
-def _stages(files: list[Path], overrides: list[str], console: Console) -> Iterator[tuple[str, str, Any, bool]]:
-    """Name, purpose and configuration of everything that trains, and whether it is the first."""
+def _stages(files: list[Path], overrides: list[str], console: Console) -> Iterator[tuple[str, str, Any, str | None]]:
+    """Name, purpose and configuration of everything that trains, and the checkpoint that its first weights come from, if any.
+
+    What a stage will start from is not there yet, so its configuration starts from nothing.
+    """
     schedule = read_schedule(files, overrides)
     if schedule is None:
         files_first = [word for file in files for word in ("--config", str(file))]
-        yield "fit", "", [*files_first, *overrides, "--seed_everything=false"], True
+        yield "fit", "", [*files_first, *overrides, "--seed_everything=false"], None
         return
-    first = True
-    for name, _, config in stage_configs(schedule):
+    left: set[str] = set()
+    start: str | None = None
+    for name, folder, config in stage_configs(schedule):
         stage = schedule["stages"][name]
+        left.add(str(folder / "model"))
         if kind := between.kind(stage):
             console.print(f"stage {name}: {kind}; it trains nothing\n")
             continue
-        yield name, stage.get("about", ""), {**config, "seed_everything": False}, first
-        first = False
+        settings = config["model"].setdefault("init_args", {})
+        if settings.get("init_from") in left:
+            settings.update(init_from=None, pretrained=False)
+        else:
+            start = settings.get("init_from")
+        yield name, stage.get("about", ""), {**config, "seed_everything": False}, start
 
 
-def _build(config: Any, first: bool, folder: Path) -> Run:
+def _build(config: Any, start: str | None, folder: Path) -> Run:
     """Task and data as the stage will have them, but for what earlier stages are yet to leave."""
     mined = None
-    if not first:
-        config["model"].setdefault("init_args", {}).update(init_from=None, pretrained=False)
     if isinstance(config, dict) and not Path(config["data"].get("negatives") or ".").exists():
         mined = config["data"].pop("negatives")
     parts = Parts(config, run=False)
     task, data, trainer = parts.model, parts.datamodule, parts.config["trainer"]
+    if start is not None:
+        task.start_processor = Start.open(start).processor_of(task.config)
     decodes = data.feature_cache is None or data.target_size is not None
     data.feature_cache, data.hard_neighbours = None, 0  # both take long to make and change little of a step's memory
-    task.processor = data.bind(task.config, task.model.backbone, task.model.language_captioner)
+    task.bind(data)
     if "generation" in task.model.heads and (generator := task.model.head("generation")).needs_fit:
         generator.autoencoder.fit(torch.rand(64, 3, generator.size, generator.size) * 2 - 1)  # any pictures do
     if mined is not None:

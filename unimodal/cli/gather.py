@@ -62,14 +62,14 @@ def run(arguments: Sequence[str]) -> int:
         parts = Parts(_configuration(options), run=False)
         task, data = parts.model, parts.datamodule
         data.feature_cache = None
-        processor = data.bind(task.config, task.model.backbone, task.model.language_captioner)
+        processor = task.bind(data)
         try:
             task.model.load_state_dict(weights)
         except RuntimeError as error:
             raise ConfigError(
                 f"{options.checkpoint} does not hold the weights of this recipe's model: {error}"
             ) from error
-        save_stage(task.model, processor, options.out)
+        save_stage(task.model, processor, options.out, task.prompts)
     except (ArgumentError, OSError, ValueError) as error:
         say(f"unimodal gather: {short(in_words(error))}")
         return 1

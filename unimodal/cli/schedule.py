@@ -28,7 +28,7 @@ from pytorch_lightning.utilities import rank_zero_only
 from rich.table import Table
 
 from unimodal import files, words
-from unimodal.cli import between
+from unimodal.cli import between, starting
 from unimodal.cli.cost import running_cost, training_cost
 from unimodal.cli.finish import PAGE, REPORT, write_results
 from unimodal.cli.messages import ConfigError, short
@@ -37,7 +37,7 @@ from unimodal.cli.settings import SETTINGS, class_name, deciding
 from unimodal.cli.stage import DONE, StagePlan, console, evaluate, peak_memory_mb, run_stage
 from unimodal.config import from_dict, nearest
 from unimodal.data.module import PairData
-from unimodal.hub import Card, load_checkpoint, round_weights, save_adapter, save_checkpoint
+from unimodal.hub import Card, find_prompts, load_checkpoint, round_weights, save_adapter, save_checkpoint
 from unimodal.hub.training import is_address
 from unimodal.tasks.evaluation import MEASURES
 
@@ -264,7 +264,7 @@ def _final_scores(
     if precision != "float32":  # what is scored is what is saved, and the caches keep what the whole weights made
         round_weights(model, precision)
         data.feature_cache, data.caches = None, {}
-    data.bind(model.config, model.backbone, model.language_captioner)
+    data.bind(model.config, model.backbone, model.language_captioner, processor)
     settings = replace(cli.model.settings, **schedule.get("final", {}))
     evaluation = evaluate(model, processor, data, settings, cli.trainer.strategy.root_device, final=True)
     pairs, results = evaluation.pairs, evaluation.results()
@@ -284,7 +284,10 @@ def _final_scores(
     said = {"name": schedule.get("name", output.name), "training": training + ".", "cost": cost}
     said |= schedule.get("card", {})
     card = from_dict(Card, said)
-    save_checkpoint(model, processor, output / "model", metrics=measured, card=card, precision=precision)
+    prompts = find_prompts(last)
+    save_checkpoint(
+        model, processor, output / "model", metrics=measured, card=card, precision=precision, prompts=prompts
+    )
     if model.config.adapters:
         save_adapter(model, processor, output / "adapter", metrics=measured, card=card)
     table = Table(title=f"held-out results: {pairs.name} {pairs.split}", title_justify="left")
@@ -298,29 +301,54 @@ def _final_scores(
 
 
 def stage_configs(schedule: dict[str, Any]) -> Iterator[tuple[str, Path, dict[str, Any]]]:
-    """Name, folder and whole configuration of every stage in order; each starts from the weights of the one before.
+    """Name, folder and whole configuration of every stage in order.
+
+    A stage starts from the weights of the stage before it, unless it names others (`init_from`), and has their model's configuration
+    where it does not say another.
 
     Raises:
-        ConfigError: for unknown keys.
+        ConfigError: for unknown keys, or where the checkpoint that a stage names cannot be read.
     """
     check_schedule(schedule)
     output = output_folder(schedule)
     previous: Path | None = None
     trained: dict[str, Any] = {}
+    models: dict[Path, dict[str, Any]] = {}  # what the stages so far leave, by its place
     for name, overlay in schedule["stages"].items():
-        if between.kind(overlay) is None:
-            trained = overlay
-        if between.kind(overlay) == "merge":
-            previous = output / name / "model"  # it begins with what it makes
+        kind = between.kind(overlay)
+        if kind == "merge":  # it begins with what it makes
+            made = output / name / "model"
+            models[made], previous = {**models[previous], "adapters": {}} if previous else {}, made
         # A stage between others is built, and scored, as the trained stage before it was.
-        yield name, output / name, _stage_config(schedule, trained, output / name, previous)
-        if between.kind(overlay) is None:
+        trained = overlay if kind is None else trained
+        config = _stage_config(schedule, trained, output / name)
+        own = _init_from(overlay) or (_init_from(schedule) if previous is None else None)
+        _begin_with(config, previous if own is None else Path(own), models, f"schedule stage {name!r}: ")
+        yield name, output / name, config
+        if kind is None:
             previous = output / name / "model"
+            models[previous] = config["model"].get("init_args", {}).get("config") or {}
 
 
-def _stage_config(
-    schedule: dict[str, Any], overlay: dict[str, Any], folder: Path, previous: Path | None
-) -> dict[str, Any]:
+def _init_from(settings: dict[str, Any]) -> str | None:
+    return ((settings.get("model") or {}).get("init_args") or {}).get("init_from")
+
+
+def _begin_with(config: dict[str, Any], start: Path | None, models: dict[Path, dict[str, Any]], where: str) -> None:
+    """Let a stage start from these weights, and complete the configuration of its model by theirs.
+
+    Raises:
+        ConfigError: they cannot be read.
+    """
+    if start is None:
+        return
+    settings = config["model"].setdefault("init_args", {})
+    settings["init_from"] = str(start)
+    first = models[start] if start in models else starting.held(str(start), where)
+    settings["config"] = merge(first, settings.get("config") or {})
+
+
+def _stage_config(schedule: dict[str, Any], overlay: dict[str, Any], folder: Path) -> dict[str, Any]:
     config = {key: schedule[key] for key in ("seed_everything", "model", "data", "trainer") if key in schedule}
     config = merge(config, {key: overlay[key] for key in ("model", "data", "trainer") if key in overlay})
     given = config["data"].get("negatives")
@@ -329,6 +357,4 @@ def _stage_config(
     config.setdefault("trainer", {})["default_root_dir"] = str(folder)
     saves = any(class_name(one).endswith("Checkpoint") for one in config["trainer"].get("callbacks") or [])
     config["trainer"].setdefault("enable_checkpointing", saves)  # resume.ckpt is the schedule's own
-    if previous is not None:
-        config["model"].setdefault("init_args", {})["init_from"] = str(previous)
     return config

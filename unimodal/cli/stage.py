@@ -141,7 +141,7 @@ def _train(plan: StagePlan) -> Any:
     trainer.fit(task, datamodule=cli.datamodule, ckpt_path=None if resume is None else str(resume), weights_only=True)
     model = task.whole_model()
     if trainer.is_global_zero:
-        save_stage(model, task.processor, plan.folder)
+        save_stage(model, task.processor, plan.folder, task.prompts)
         trained = {
             "about": plan.about,
             "steps": trainer.global_step,
@@ -163,7 +163,7 @@ def _score_again(plan: StagePlan, trained: dict[str, Any]) -> Any:
     """Score the weights that the stage ended with before."""
     console.print(f"stage {plan.name}: trained before, in {plan.folder}; it is scored now")
     cli = plan.build(_starting_from(plan.config, plan.folder / "model"))
-    _bind(cli)
+    cli.model.bind(cli.datamodule)
     _score(plan, trained, cli, cli.model.model)
     return cli
 
@@ -171,11 +171,6 @@ def _score_again(plan: StagePlan, trained: dict[str, Any]) -> Any:
 def _starting_from(config: dict[str, Any], weights: Path) -> dict[str, Any]:
     model = {**config["model"], "init_args": {**config["model"].get("init_args", {}), "init_from": str(weights)}}
     return {**config, "model": model}
-
-
-def _bind(cli: Any) -> None:
-    task = cli.model
-    task.processor = cli.datamodule.bind(task.config, task.model.backbone, task.model.language_captioner)
 
 
 def _score(plan: StagePlan, trained: dict[str, Any], cli: Any, model: UnimodalModel) -> None:
@@ -203,7 +198,7 @@ def _run_between(plan: StagePlan) -> Any:
     if kind == "merge":
         between.merge_stages(wanted, plan.folder)
         cli = plan.build(plan.config)  # starts from the merged weights
-        _bind(cli)
+        cli.model.bind(cli.datamodule)
         trained["proof"] = "the weights are an average; nothing was trained"
     else:
         cli = plan.build(plan.config)
@@ -239,9 +234,9 @@ def evaluate(
     return evaluation
 
 
-def save_stage(model: UnimodalModel, processor: Processor, folder: Path) -> None:
+def save_stage(model: UnimodalModel, processor: Processor, folder: Path, prompts: dict[str, str]) -> None:
     """Write the weights a run ends with as a shareable checkpoint."""
-    save_checkpoint(model.eval(), processor, folder / "model")
+    save_checkpoint(model.eval(), processor, folder / "model", prompts=prompts)
     if model.config.adapters:
         save_adapter(model, processor, folder / "adapter")
 

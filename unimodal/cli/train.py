@@ -21,6 +21,7 @@ from pytorch_lightning.plugins.environments import SLURMEnvironment, TorchElasti
 from pytorch_lightning.utilities.exceptions import MisconfigurationException
 
 from unimodal import files, words
+from unimodal.cli import starting
 from unimodal.cli.messages import ConfigError, short
 from unimodal.cli.schedule import LOCK, merge, output_folder, run_schedule, stage_configs
 from unimodal.cli.stage import save_stage
@@ -29,7 +30,7 @@ from unimodal.cli.typed import TYPES, typed
 from unimodal.data.module import PairData
 from unimodal.hub.training import check_training_checkpoint
 from unimodal.recipes import recipe
-from unimodal.tasks import Interrupted, LossLog, Resume, StageProof, Task
+from unimodal.tasks import Interrupted, LossLog, Resume, StageProof, StartError, Task
 
 TRAINER_DEFAULTS = {
     "logger": False,
@@ -86,8 +87,25 @@ class TrainCLI(LightningCLI):
         )
 
     def parse_arguments(self, parser: Any, args: Any) -> None:
-        super().parse_arguments(parser, args)
+        """Parse; a command line that starts from a checkpoint is read once more, over the configuration of that checkpoint."""
+        words_alone = isinstance(args, list)
+        given = [word for word in args if not word.startswith("--print_config")] if words_alone else args
+        super().parse_arguments(parser, given)
+        if words_alone:
+            said = self.config if self.config.get("subcommand") is None else self.config[self.config.subcommand]
+            whole = starting.completed(args, said.get("model")) or args
+            if whole != given:
+                super().parse_arguments(parser, whole)
         self.config = words.told(self.config)
+
+    def instantiate_classes(self) -> None:
+        try:
+            super().instantiate_classes()
+        except ValueError as error:  # the parser of jsonargparse says it in words of its own
+            said: BaseException | None = error
+            while said is not None and not isinstance(said, StartError):
+                said = said.__cause__ or said.__context__
+            raise said or error from None
 
     @staticmethod
     def subcommands() -> dict[str, set[str]]:
@@ -131,7 +149,7 @@ class TrainCLI(LightningCLI):
         model = self.model.whole_model()
         folder = Path(self.trainer.default_root_dir)
         if self.trainer.is_global_zero and not self.trainer.fast_dev_run:  # type: ignore[attr-defined]
-            save_stage(model, self.model.processor, folder)
+            save_stage(model, self.model.processor, folder, self.model.prompts)
         if self.resume.signal is not None:  # it came in the last step
             raise Interrupted(self.resume.signal, self.trainer.global_step, folder / "model")
 
@@ -273,7 +291,7 @@ def run(arguments: Sequence[str]) -> int:
             folder = output_folder(schedule)
             every = schedule.get("checkpoint_every", 200)
             run_schedule(schedule, lambda config: TrainCLI(config, run=False, checkpoint_every=every))
-    except (ArgumentError, ConfigError) as error:
+    except (ArgumentError, ConfigError, StartError) as error:
         print(f"unimodal {verb}: {where}{short(str(error))}", file=sys.stderr)
         return 2
     except Interrupted as error:

@@ -280,7 +280,8 @@ class PairData(pl.LightningDataModule):
         train: training split.
         val: validation split.
         test: test split.
-        tokenizer: a local folder or Hub id of a tokenizer, or `scenes` for the embedded one.
+        tokenizer: a local folder or Hub id of a tokenizer, or `scenes` for the embedded one. None takes that of the checkpoint which
+            the training starts from, or without one the embedded one.
         batch_size: images per step and rank, one caption each.
         seed: what every random choice of the data follows from.
         mirror: mirror pictures at random, except where the caption, or a false one beside it, names a side (`names_a_side`).
@@ -302,7 +303,7 @@ class PairData(pl.LightningDataModule):
         train: Pairs | None = None,
         val: Pairs | None = None,
         test: Pairs | None = None,
-        tokenizer: str = "scenes",
+        tokenizer: str | None = None,
         batch_size: int = 64,
         seed: int = 0,
         mirror: bool = False,
@@ -349,16 +350,25 @@ class PairData(pl.LightningDataModule):
             if isinstance(pairs, Listed):
                 pairs.require_files()
 
-    def bind(self, config: ModelConfig, backbone: Any, language_captioner: Any = None) -> Processor:
+    def bind(
+        self, config: ModelConfig, backbone: Any, language_captioner: Any = None, start: Processor | None = None
+    ) -> Processor:
         """Fit the preprocessing to a model, and open (or build) the feature caches of its towers.
 
         Args:
             config: the model's.
             backbone: the model's.
             language_captioner: the model's head that writes by a language model (`unimodal.heads.LanguageModelCaptioner`), if it has one.
+            start: the processor of the checkpoint that the model comes from.
+
+        Raises:
+            ValueError: `tokenizer` is another one than that of `start`.
         """
-        self.processor = self._processor(config, backbone)
-        if language_captioner is not None and config.captioning and (named := config.captioning.language_model):
+        if start is not None:
+            self._require_tokenizer(start)
+        self.processor = self._processor(config, backbone) if start is None else start
+        needs_writer = language_captioner is not None and self.processor.writer is None
+        if needs_writer and config.captioning and (named := config.captioning.language_model):
             if named.source is None:
                 raise ValueError(
                     "captioning.language_model.source: training needs the folder or Hub id of its tokenizer, got None"
@@ -411,12 +421,23 @@ class PairData(pl.LightningDataModule):
                 )
             return open_processor(find_published(published.source, published.revision), backbone)
         return Processor(
-            scenes_tokenizer() if self.tokenizer == "scenes" else AutoTokenizer.from_pretrained(self.tokenizer),
+            self._tokenizer(),
             image_size=vision.image_size,
             mean=vision.mean,
             std=vision.std,
             max_length=config.backbone.text.max_length,
         )
+
+    def _tokenizer(self) -> Any:
+        named = self.tokenizer or "scenes"
+        return scenes_tokenizer() if named == "scenes" else AutoTokenizer.from_pretrained(named)
+
+    def _require_tokenizer(self, start: Processor) -> None:
+        if self.tokenizer is not None and self._tokenizer().get_vocab() != start.tokenizer.get_vocab():
+            raise ValueError(
+                f"data.tokenizer is {self.tokenizer!r}, and the checkpoint that the training starts from has learned the ids of another "
+                "tokenizer; leave data.tokenizer out, and the checkpoint's own is taken"
+            )
 
     def targets(self, count: int, size: int) -> Tensor:
         """The first `count` training pictures as targets [count, 3, size, size] in [-1, 1]."""

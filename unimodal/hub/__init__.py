@@ -4,6 +4,7 @@ from unimodal.hub.card import Card
 from unimodal.hub.checkpoint import (
     find_calibration,
     find_checkpoint,
+    find_config,
     find_prompts,
     keep_calibration,
     load_adapter,
@@ -22,6 +23,7 @@ __all__ = [
     "CheckpointMismatch",
     "find_calibration",
     "find_checkpoint",
+    "find_config",
     "find_prompts",
     "keep_calibration",
     "load_adapter",

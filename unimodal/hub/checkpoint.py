@@ -377,6 +377,12 @@ def find_prompts(
     return read_contents(folder).prompts if is_ours(folder) else {}
 
 
+def find_config(path_or_id: str | Path) -> ModelConfig:
+    """What a checkpoint, or a published model, is; path and errors as in `load_checkpoint`. A published model is opened for that."""
+    folder = find_checkpoint(path_or_id)
+    return load_checkpoint(path_or_id)[0].config if is_published(folder) else read_contents(folder).model
+
+
 def verify_checkpoint(
     folder: str | Path, *, tolerance: float = 1e-5, backbone_sources: dict[str, str] | None = None
 ) -> dict[str, float]:

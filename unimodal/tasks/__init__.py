@@ -10,6 +10,7 @@ from unimodal.tasks.matching import ITM, LCE, Matching
 from unimodal.tasks.optimizer import OptimizerSettings
 from unimodal.tasks.resume import Interrupted, LocalCheckpoints, Resume
 from unimodal.tasks.retrieval import ITC, Distillation, EmbeddingObjective, MaskedITC, Retrieval, SigmoidITC
+from unimodal.tasks.start import StartError
 from unimodal.tasks.strategy import FSDP2
 
 __all__ = [
@@ -40,6 +41,7 @@ __all__ = [
     "Retrieval",
     "SigmoidITC",
     "StageProof",
+    "StartError",
     "Step",
     "Task",
 ]

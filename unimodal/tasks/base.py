@@ -28,18 +28,17 @@ from unimodal.data.batch import Batch, check_batch, image_inputs, text_inputs
 from unimodal.data.pairs import Pairs
 from unimodal.data.processor import Processor
 from unimodal.distributed import sum_over_ranks, world_size
-from unimodal.hub import load_checkpoint
 from unimodal.losses import Wrong
 from unimodal.model import ImageState, TextState, UnimodalModel
 from unimodal.sharding import clip_gradients, is_sharded, shard, whole_state
 from unimodal.tasks.evaluation import Evaluation, EvaluationSettings
 from unimodal.tasks.mining import mine_neighbours
 from unimodal.tasks.optimizer import OptimizerSettings, build_optimizer
+from unimodal.tasks.start import Start, StartError
 from unimodal.tuning import adapter_of, base_name
 
 Losses = dict[str, Tensor]
 Report = dict[str, Tensor]
-SAME = "give the same model configuration"
 # What reads a sharded model: the parameters of no block are whole in these methods of a task.
 WHOLE_IN = ("training_step", "validation_step", "test_step", "predict_step", "_end", "probe")
 
@@ -205,25 +204,30 @@ class Task(pl.LightningModule):
     """A model in training.
 
     Args:
-        config: the model to build.
+        config: the model to build; with `init_from` only what differs from the checkpoint there, and None for the same model.
         objectives: losses by name; their weighted sum is minimised.
         trainable: learning-rate factor by parameter name pattern (last match decides); everything unmatched is frozen. `adapters.NAME`
             means the parameters of an adapter.
         optimizer: optimizer settings.
         evaluation: what validation measures.
-        init_from: a checkpoint folder or Hub id whose weights the stage starts from. Not for resuming: that is `--ckpt_path`.
+        init_from: a checkpoint, or a published model, that the stage starts from: a folder or Hub id. It brings its weights, its
+            configuration, its processor and its prompts. Not for resuming: that is `--ckpt_path`.
         pretrained: without `init_from`, start the towers from the sources that `config` names.
         seed: what the randomness of every step follows from.
         mini_batch_size: rows read at a time, so that the memory of a large batch is that of a small one (GradCache,
             arXiv 2101.06983) at the price of a second reading. None reads the whole batch at once.
         gradient_checkpointing: keep only the inputs of every block and run it once more in the backward: less memory, more time.
         compile: let `torch.compile` fuse the blocks of bridge and heads in training; the first steps are slow.
+
+    Raises:
+        StartError: `config` differs from the checkpoint in `init_from` in what cannot differ.
+        ValueError: there is no objective, or neither a configuration nor a checkpoint.
     """
 
     def __init__(
         self,
-        config: ModelConfig,
-        objectives: dict[str, Objective],
+        config: ModelConfig | None = None,
+        objectives: dict[str, Objective] | None = None,
         trainable: dict[str, float] | None = None,
         optimizer: OptimizerSettings = OptimizerSettings(),
         evaluation: EvaluationSettings = EvaluationSettings(),
@@ -239,31 +243,30 @@ class Task(pl.LightningModule):
             raise ValueError(
                 f"mini_batch_size: expected at least 1, or None for the whole batch, got {mini_batch_size}"
             )
+        if not objectives:
+            raise ValueError(
+                "a task minimises losses and has none; give objectives, for example itc: {class_path: unimodal.tasks.ITC}"
+            )
         self.mini_batch_size, self.gradient_checkpointing = mini_batch_size, gradient_checkpointing
-        source = None if init_from is None else load_checkpoint(init_from)[0]
+        start = None if init_from is None else Start.open(init_from)
+        if start is not None:
+            config = start.configuration(config)
+        if config is None:
+            raise ValueError("a task needs a model: give config, or the checkpoint to start from in init_from")
         torch.manual_seed(seed)  # the first weights, too, follow from the seed
         self.config, self.objectives, self.trainable = config, objectives, trainable or {"*": 1.0}
         self.optimizer, self.settings, self.init_from, self.seed = optimizer, evaluation, init_from, seed
-        known = {
-            name: adapter for name, adapter in config.adapters.items() if source and name in source.config.adapters
-        }
-        self.model = UnimodalModel(replace(config, adapters=known), pretrained=pretrained and source is None)
-        missing = [] if source is None else self._start_from(source)
-        for name, adapter in config.adapters.items():
-            if name not in known:
-                self.model.add_adapter(name, adapter)  # now, since some start from the weights that they are put on
-        self.model.set_adapter([name for name, adapter in config.adapters.items() if adapter.active])
+        self.prompts = {} if start is None else start.prompts
+        self.start_processor = None if start is None else start.processor_of(config)
+        missing = self._build(config, start, pretrained)
         self.factors = stages.rates(self.model, self.trainable)
         if idle := {adapter_of(name) for name, factor in self.factors.items() if factor} - {None, *self.model.active}:
             raise ValueError(
                 f"this stage trains adapters that are not in use: {', '.join(map(str, sorted(idle, key=str)))}; make them active in "
                 "model.adapters, or give adapters.NAME the factor 0 in trainable"
             )
-        trained = {base_name(name) for name, factor in self.factors.items() if factor}
-        if untrained := [name for name in missing if base_name(name) not in trained]:
-            raise ValueError(
-                f"init_from {init_from}: tensors missing there that this stage does not train: {untrained}; {SAME}"
-            )
+        if start is not None:
+            self._require_trained(missing)
         stages.freeze(self.model, self.factors)
         if compile:
             for part in (self.model.bridge, self.model.heads):
@@ -275,20 +278,36 @@ class Task(pl.LightningModule):
         self.evaluation: Evaluation | None = None
         self.results: dict[str, Any] = {}
 
-    def _start_from(self, source: UnimodalModel) -> list[str]:
-        """Take the weights of another model; returns the names of those that it lacks."""
-        result = self.model.load_state_dict(source.state_dict(), strict=False)
-        if adapters := [name for name in source.config.adapters if name not in self.config.adapters]:
-            raise ValueError(
-                f"init_from {self.init_from}: it has adapters that this stage's model.adapters lacks: {', '.join(adapters)}; name them "
-                "there, or fold them into the weights first (UnimodalModel.merge_adapters, in a schedule a stage `merge: {STAGE: 1}`)"
+    def _build(self, config: ModelConfig, start: Start | None, pretrained: bool) -> list[str]:
+        """Build the model with the weights that it starts from; returns the names of the tensors that the start lacks."""
+        known = {name: one for name, one in config.adapters.items() if start and name in start.model.config.adapters}
+        self.model = UnimodalModel(replace(config, adapters=known), pretrained=pretrained and start is None)
+        missing = list(self.model.state_dict()) if start is None else start.fill(self.model)
+        self.new_heads = {name.split(".")[1] for name in missing if name.startswith("heads.")}
+        for name, adapter in config.adapters.items():
+            if name not in known:
+                self.model.add_adapter(name, adapter)  # now, since some start from the weights that they are put on
+        self.model.set_adapter([name for name, adapter in config.adapters.items() if adapter.active])
+        return missing
+
+    def _require_trained(self, missing: list[str]) -> None:
+        """Refuse random numbers that no step of this stage changes."""
+        trained = {base_name(name) for name, factor in self.factors.items() if factor}
+        untrained = [name for name in missing if name in self.factors and base_name(name) not in trained]
+        if untrained:
+            parts = list(dict.fromkeys(".".join(name.split(".")[:2]) for name in untrained))
+            raise StartError(
+                f"init_from {self.init_from}: it lacks {', '.join(parts)} ({len(untrained)} parameters, for example {untrained[0]}), which "
+                f"this stage does not train, so they would stay random; give them a factor in trainable ({parts[0] + '*'!r}: 1.0), or "
+                "leave them out of config"
             )
-        if result.unexpected_keys:
-            raise ValueError(
-                f"init_from {self.init_from}: tensors there that this model lacks: {list(result.unexpected_keys)}; {SAME}"
-            )
-        self.model.sources = source.sources
-        return list(result.missing_keys)
+
+    def bind(self, data: Any) -> Processor:
+        """Fit the preprocessing of a data module to the model; returns it."""
+        self.processor = data.bind(
+            self.config, self.model.backbone, self.model.language_captioner, self.start_processor
+        )
+        return self.processor
 
     # Several devices.
 
@@ -430,10 +449,11 @@ class Task(pl.LightningModule):
         data = self.data
         if stage == "fit":
             data.require_frozen(self.model.backbone)
-        self.processor = data.bind(self.config, self.model.backbone, self.model.language_captioner)
+        self.bind(data)
         if stage == "fit":
             self.prepare_objectives(data.train)
-        if stage == "fit" and self.init_from is None and self.config.captioning and self.config.captioning.vocabulary:
+        is_new = "captioning" in self.new_heads
+        if stage == "fit" and is_new and self.config.captioning and self.config.captioning.vocabulary:
             self.model.head("captioning").set_vocabulary(
                 self._frequent_tokens(data.train, self.config.captioning.vocabulary)
             )

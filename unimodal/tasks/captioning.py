@@ -109,5 +109,5 @@ class SCST(Objective):
 class Captioning(Task):
     """Trains captions alone."""
 
-    def __init__(self, config: ModelConfig, itg: ITG | SCST | None = None, **settings: Any) -> None:
+    def __init__(self, config: ModelConfig | None = None, itg: ITG | SCST | None = None, **settings: Any) -> None:
         super().__init__(config, {"itg": itg or ITG()}, **settings)

@@ -66,5 +66,5 @@ class Conditioning(Objective):
 class Generation(Task):
     """Trains picture generation alone."""
 
-    def __init__(self, config: ModelConfig, flow: Flow | None = None, **settings: Any) -> None:
+    def __init__(self, config: ModelConfig | None = None, flow: Flow | None = None, **settings: Any) -> None:
         super().__init__(config, {"flow": flow or Flow()}, **settings)

@@ -110,5 +110,5 @@ class LCE(Objective):
 class Matching(Task):
     """Trains the match score alone."""
 
-    def __init__(self, config: ModelConfig, itm: ITM | LCE | None = None, **settings: Any) -> None:
+    def __init__(self, config: ModelConfig | None = None, itm: ITM | LCE | None = None, **settings: Any) -> None:
         super().__init__(config, {"itm": itm or ITM()}, **settings)

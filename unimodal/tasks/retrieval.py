@@ -231,5 +231,7 @@ class Distillation(EmbeddingObjective):
 class Retrieval(Task):
     """Trains the retrieval embedding alone."""
 
-    def __init__(self, config: ModelConfig, itc: EmbeddingObjective | None = None, **settings: Any) -> None:
+    def __init__(
+        self, config: ModelConfig | None = None, itc: EmbeddingObjective | None = None, **settings: Any
+    ) -> None:
         super().__init__(config, {"itc": itc or ITC()}, **settings)
