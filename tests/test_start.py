@@ -20,7 +20,8 @@ from unimodal.config import AdapterConfig, MatchingConfig, ModelConfig, from_dic
 from unimodal.data import Processor
 from unimodal.data.module import PairData
 from unimodal.hub import find_prompts, load_checkpoint, save_checkpoint
-from unimodal.tasks import ITC, Joint, StartError
+from unimodal.tasks import ITC, Joint
+from unimodal.tasks.start import StartError
 from unimodal.tuning import base_name
 
 STEPS = {"accelerator": "cpu", "max_steps": 2, "max_epochs": -1, "limit_val_batches": 0, "enable_progress_bar": False}

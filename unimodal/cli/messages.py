@@ -16,7 +16,8 @@ class ConfigError(ValueError):
 
 
 NOISE = re.compile(
-    r"Given value( type)?:|Subtypes:|Errors:|Does not validate against any of the Union|- Expected a <class 'NoneType'>|- None\b"
+    r"Given value( type)?:|Subtypes:|Errors:|Does not validate against any of the Union|- Expected a <class 'NoneType'>|- None\b|"
+    r"Problem with given class_path 'unimodal\.(config\.)?\w+Config':"  # nobody names these classes
 )
 
 

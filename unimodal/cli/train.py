@@ -30,7 +30,8 @@ from unimodal.cli.typed import TYPES, typed
 from unimodal.data.module import PairData
 from unimodal.hub.training import check_training_checkpoint
 from unimodal.recipes import recipe
-from unimodal.tasks import Interrupted, LossLog, Resume, StageProof, StartError, Task
+from unimodal.tasks import Interrupted, LossLog, Resume, StageProof, Task
+from unimodal.tasks.start import StartError
 
 TRAINER_DEFAULTS = {
     "logger": False,

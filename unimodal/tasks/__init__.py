@@ -10,7 +10,6 @@ from unimodal.tasks.matching import ITM, LCE, Matching
 from unimodal.tasks.optimizer import OptimizerSettings
 from unimodal.tasks.resume import Interrupted, LocalCheckpoints, Resume
 from unimodal.tasks.retrieval import ITC, Distillation, EmbeddingObjective, MaskedITC, Retrieval, SigmoidITC
-from unimodal.tasks.start import StartError
 from unimodal.tasks.strategy import FSDP2
 
 __all__ = [
@@ -41,7 +40,6 @@ __all__ = [
     "Retrieval",
     "SigmoidITC",
     "StageProof",
-    "StartError",
     "Step",
     "Task",
 ]
