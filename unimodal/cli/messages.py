@@ -17,13 +17,15 @@ class ConfigError(ValueError):
 
 NOISE = re.compile(
     r"Given value( type)?:|Subtypes:|Errors:|Does not validate against any of the Union|- Expected a <class 'NoneType'>|- None\b|"
-    r"Problem with given class_path 'unimodal\.(config\.)?\w+Config':"  # nobody names these classes
+    r"(- )?Problem with given class_path 'unimodal\.(config\.)?\w+Config':"  # nobody names these classes
 )
+NESTED = re.compile(r'Parser key "([^"]*)":\nParser key "')
 
 
 def short(message: str) -> str:
     """The message without noise, with the nearest known name where a key or a class is unknown."""
     lines = [line.strip().removeprefix("- ") for line in message.splitlines() if not NOISE.match(line.strip())]
+    lines = NESTED.sub(r'Parser key "\1.', "\n".join(lines)).splitlines()
     unknown = re.search(r"(?:does not accept option|has no attribute|Option) '([^']*)'", message)
     if unknown and (near := difflib.get_close_matches(unknown[1].rpartition(".")[2], _known_names(), n=1)):
         lines.append(f"did you mean {near[0]!r}?")
