@@ -69,7 +69,10 @@ ROOMS: dict[str, tuple[set[str], str]] = {
         "a stage sees a model's parameters, no losses and no data",
     ),
     "hub": ({"model", "backbones", "config", "data", "tuning"}, "the hub saves and loads a model"),
-    "candidates": ({"model", "data", "retrieval"}, "choosing among candidates uses a model, it does not train one"),
+    "candidates": (
+        {"model", "backbones", "data", "retrieval"},
+        "choosing among candidates uses a model, it does not train one",
+    ),
     "tasks": (
         {
             "model",

@@ -313,6 +313,29 @@ def test_the_caption_that_agrees_most_is_chosen(model: Unimodal) -> None:
         write(IMAGES[:1], 0)
 
 
+def test_the_picture_that_agrees_most_is_chosen(model: Unimodal) -> None:
+    def draw(prompts, candidates=1, generator=None, **options):
+        generator = generator or torch.Generator().manual_seed(3)
+        options |= {"num_inference_steps": 2, "candidates": candidates, "generator": generator}
+        return [np.asarray(image) for image in model.generate_image(prompts, **options).images]
+
+    own = own_generators(torch.Generator().manual_seed(3), 1)[0]
+    pool = [draw(TEXTS[0], generator=own)[0] for _ in range(6)]
+    chosen = set()
+    for scale in (-3.0, 0.0, 3.0):
+        cosine = model.similarity(model.encode(TEXTS[:1]), model.encode(pool))[0]
+        logit = torch.as_tensor(model.predict([(picture, TEXTS[0]) for picture in pool], activation_fn=lambda x: x))
+        best = int((cosine + scale * logit).argmax())
+        assert (draw(TEXTS[0], 6, match_scale=scale)[0] == pool[best]).all()
+        chosen.add(best)
+    assert len(chosen) > 1  # or the heads had no say
+    together = draw(TEXTS[:3], 4)
+    for size in (1, 2):
+        assert all((a == b).all() for a, b in zip(draw(TEXTS[:3], 4, batch_size=size), together))
+    with pytest.raises(ValueError, match="candidates: expected 1 to 1000, got 0"):
+        draw(TEXTS[0], 0)
+
+
 def test_generated_images(model: Unimodal) -> None:
     def draw(prompt, **options):
         generator = torch.Generator().manual_seed(3)

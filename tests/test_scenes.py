@@ -56,6 +56,18 @@ def test_a_longer_split_begins_with_the_shorter(data, split: str, objects: int) 
     assert short.fingerprint() != long.fingerprint() == Scenes(split, count=150, objects=objects).fingerprint()
 
 
+@pytest.mark.parametrize(("split", "objects"), CASES)
+def test_later_scenes_are_those_that_a_longer_split_goes_on_with(data, split: str, objects: int) -> None:
+    long, short = data[split, objects], Scenes(split, count=20, objects=objects)
+    later = short.later(30)
+    assert len(later) == 30 and len(later.later(5)) == 5
+    for i, place in enumerate(range(20, 50)):
+        assert later.scenes[i] == long.scenes[place] and later.captions(i) == long.captions(place)
+        assert (later.array(i) == long.array(place)).all() and later.swaps(i) == long.swaps(place)
+        assert later.key(i) == long.key(place)
+    assert later.later(5).scenes == long.scenes[50:55]
+
+
 def test_the_stream_never_changes() -> None:
     """A data set that a checkpoint was trained on must be the same in every version."""
     assert Scenes("train", count=1).captions(0)[0] == "a little striped blue cross is over a big plain orange square."
@@ -246,6 +258,7 @@ def test_every_picture_is_different(data) -> None:
         (dict(objects=4), "a scene has 2 or 3 objects, got objects=4"),
         (dict(size=16), "scenes need at least 32 pixels to show their objects, got size=16"),
         (dict(count=0), "count=0: a split needs at least one scene"),
+        (dict(first=-1), "first=-1: a split is read from its start on, so give 0 or more"),
     ],
 )
 def test_bad_arguments_are_named(arguments: dict, message: str) -> None:

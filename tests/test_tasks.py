@@ -2,6 +2,7 @@
 nothing from the batch to the loss, and evaluation names its numbers and protocols."""
 
 import math
+from dataclasses import replace
 from itertools import cycle
 from pathlib import Path
 from typing import Any
@@ -14,9 +15,13 @@ from torch import nn
 from toy import toy_config, toy_model
 
 from unimodal import stages
+from unimodal.candidates import draw_candidates
+from unimodal.cli.finish import protocols
+from unimodal.cli.stage import evaluate
 from unimodal.data.module import PairData
 from unimodal.data.scenes import Scenes
 from unimodal.heads import LanguageModelCaptioner
+from unimodal.losses import caption_loss
 from unimodal.metrics import cider_d
 from unimodal.tasks import (
     ITC,
@@ -369,6 +374,63 @@ def test_fingerprints_cover_running_statistics_of_frozen_towers() -> None:
 # Evaluation.
 
 
+def test_pictures_are_judged_by_the_first_one_the_chosen_one_and_on_known_combinations() -> None:
+    one, module = task(["flow"]), data()
+    one.processor = module.bind(one.config, one.model.backbone)
+    settings = replace(SMALL, captions=0, drawings=5)
+    evaluation = evaluate(one.model, one.processor, module, settings, torch.device("cpu"), final=True)
+    results = evaluation.results()
+    numbers, lines = evaluation.numbers(results), protocols(evaluation, results)
+    first, chosen, known = results["drawn"], results["chosen"], results["known"]
+    assert first.prompts == chosen.prompts == [module.test.captions(i)[0] for i in range(2)]
+    assert known.prompts == [Scenes("train", count=10).captions(i)[0] for i in (8, 9)]
+    pool = draw_candidates(
+        one.model,
+        one.processor,
+        one.model.encode_text(*one.processor.texts(first.prompts)),
+        5,
+        match_scale=settings.match_scale,
+        num_inference_steps=2,
+        guidance_scale=2.0,
+        generator=torch.Generator().manual_seed(0),
+    )
+    assert torch.equal(first.pictures, pool[0][0])
+    assert torch.equal(chosen.pictures, pool[0][pool[1].argmax(0), [0, 1]]) and not torch.equal(
+        chosen.pictures, first.pictures
+    )
+    for suffix in ("", "_chosen", "_known"):
+        assert 0 <= numbers[f"generation_attribute_accuracy{suffix}"] <= 1
+    assert (
+        "the best of 5 pictures by the model's own cosine + 1 match logit"
+        in lines["generation_attribute_accuracy_chosen"]
+    )
+    assert "scenes that no stage trained on" in lines["generation_attribute_accuracy_known"]
+    assert module.train.later(2).fingerprint() in lines["generation_attribute_accuracy_known"]
+
+
+def test_dropped_words_are_read_as_unknown_and_still_written() -> None:
+    one = task(["itg"])
+    batch = batch_of(one)
+    one.model.eval()
+    step, read = Step(one.model, batch, 0.0), []
+    logits = one.model.caption_logits
+    one.model.caption_logits = lambda image, ids, mask: read.append(ids) or logits(image, ids, mask)
+    whole, _ = ITG(label_smoothing=0.0)(step)
+    torch.manual_seed(0)
+    dropped, _ = ITG(label_smoothing=0.0, word_dropout=0.5)(step)
+    plain, hidden = read
+    changed = plain != hidden
+    unknown = one.model.head("captioning").unk_id
+    assert (hidden[changed] == unknown).all() and not changed[:, 0].any()
+    assert 0.2 < changed[:, 1:].float().mean() < 0.8
+    targets, mask = one.model.caption_targets(plain), batch["text_mask"]
+    expected = caption_loss(logits(step.image, hidden, mask), targets, mask, label_smoothing=0.0)
+    assert torch.equal(dropped, expected) and dropped != whole
+    for share in (-0.1, 1.0):
+        with pytest.raises(ValueError, match=f"word_dropout is a share of words, at least 0 and below 1, got {share}"):
+            ITG(word_dropout=share)
+
+
 def test_evaluation_names_numbers_and_protocols(tmp_path: Path) -> None:
     one, module = task(["itc"]), data()
     trainer(tmp_path).validate(one, datamodule=module, verbose=False)
@@ -383,7 +445,12 @@ def test_evaluation_names_numbers_and_protocols(tmp_path: Path) -> None:
     )
     assert (first.stage, reranked.stage, reranked.k) == ("first", "reranked", 3)
     assert first.fingerprint == module.val.fingerprint()
-    assert len(results["written"]) == 4 and len(results["pictures"]) == 2 and results["captions"].protocol.images == 4
+    assert (
+        len(results["written"]) == 4
+        and len(results["drawn"].pictures) == 2
+        and results["captions"].protocol.images == 4
+    )
+    assert not {"chosen", "known"} & results.keys()  # one picture of each caption, and nobody asked for other scenes
     with pytest.raises(ValueError, match="which is not configured; name a reader for it"):
         PairData(val=module.val).test_dataloader()
     logged = trainer(tmp_path)

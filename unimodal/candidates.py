@@ -3,15 +3,17 @@
 DALL-E ranked its drawings by a second model, CLIP (Ramesh et al. 2021, arXiv 2102.12092, section 2.6), and BLIP filtered
 captions by its image-text match (Li et al. 2022, arXiv 2201.12086, section 3.3). Here writer and judge share one checkpoint.
 
-Legend: B images, K candidates, E embedding width.
+Legend: B images or texts, K candidates, S side of a picture, E embedding width.
 """
 
 from collections.abc import Sequence
 from typing import Any
 
 import torch
+from PIL import Image
 from torch import Tensor
 
+from unimodal.backbones.base import move_pixels
 from unimodal.data.processor import Processor
 from unimodal.draws import SAMPLING, Generators, own_generators
 from unimodal.model import ImageState, TextState, UnimodalModel
@@ -81,3 +83,52 @@ def best_captions(
         scores.append(agreement(model, image, text, match_scale).masked_fill(empty, -torch.inf))
     best = torch.stack(scores).argmax(0).tolist()  # [B]
     return [written[k][i] for i, k in enumerate(best)]
+
+
+@torch.no_grad()
+def draw_candidates(
+    model: UnimodalModel,
+    processor: Processor,
+    text: TextState,
+    candidates: int,
+    *,
+    match_scale: float,
+    generator: Generators = None,
+    **settings: Any,
+) -> tuple[Tensor, Tensor]:
+    """K pictures of each of B texts, and how well the model's other heads find that each shows its text.
+
+    Args:
+        text: the texts.
+        candidates: K; of several, each text draws its own from a generator of its own, so that they do not depend on the other texts.
+        match_scale: see `agreement`.
+        generator: source of the noise: one for all texts, or one for each, see `unimodal.draws`.
+        settings: see `sample` of the model's generation head.
+
+    Returns:
+        Pictures [K, B, 3, S, S] in [0, 1], and their agreement [K, B], zeros where K = 1 leaves nothing to choose.
+
+    Raises:
+        ValueError: K > 1 and the model has no embedding, the settings do not suit the head.
+    """
+    condition = model.generation_condition(text)
+    sources = own_generators(generator, len(condition)) if candidates > 1 else generator
+    pictures, scores = [], []
+    for _ in range(candidates):
+        # The sampler walks in float32; autocast lets it call a network of lower precision.
+        lower = condition.dtype != torch.float32
+        with torch.autocast(condition.device.type, condition.dtype, enabled=lower):
+            drawn = model.head("generation").sample(condition, generator=sources, **settings)
+        pictures.append(drawn)
+        if candidates > 1:
+            pixels = processor.images(as_images(drawn))
+            image = model.encode_image(move_pixels(pixels, condition.device, model.log_scale.dtype))
+            scores.append(agreement(model, image, text, match_scale))
+    drawn = torch.stack(pictures)
+    return drawn, torch.stack(scores) if scores else drawn.new_zeros(1, len(condition))
+
+
+def as_images(pictures: Tensor) -> list[Image.Image]:
+    """Pictures [B, 3, S, S] in [0, 1] as PIL images."""
+    pixels = (255 * pictures.float()).round().byte().permute(0, 2, 3, 1).cpu().numpy()
+    return [Image.fromarray(picture) for picture in pixels]

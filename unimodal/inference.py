@@ -20,7 +20,7 @@ from PIL import Image
 from torch import Tensor
 
 from unimodal import arguments, hub
-from unimodal.candidates import best_captions
+from unimodal.candidates import as_images, best_captions, draw_candidates
 from unimodal.config import nearest
 from unimodal.data.items import Item, as_item, as_items, is_single, picture_key
 from unimodal.data.processor import Processor
@@ -490,6 +490,8 @@ class Unimodal:
         num_images_per_prompt: int = 1,
         batch_size: int = 16,
         show_progress_bar: bool | None = None,
+        candidates: int = 1,
+        match_scale: float = 0.02,
     ) -> GeneratedImages:
         """Pictures of texts.
 
@@ -502,6 +504,8 @@ class Unimodal:
             num_images_per_prompt: pictures of each text.
             batch_size: pictures at a time.
             show_progress_bar: None shows one for several batches on a terminal.
+            candidates: pictures drawn for each one that is returned; the embedding and matching heads choose it among them.
+            match_scale: weight of the match logit beside the cosine when they choose.
 
         Returns:
             An object whose `images` are PIL images, those of the first prompt first.
@@ -510,27 +514,35 @@ class Unimodal:
             TypeError, ValueError: a prompt is no text or empty, a setting is out of range, the model has no generation
                 head.
         """
-        head = self.model.head("generation")
+        self.model.head("generation")
         settings: dict[str, Any] = {
             "num_inference_steps": arguments.integer(num_inference_steps, "num_inference_steps", most=MOST),
             "guidance_scale": arguments.number(guidance_scale, "guidance_scale", least=0),
         }
+        candidates = arguments.integer(candidates, "candidates", most=MOST)
+        match_scale = arguments.number(match_scale, "match_scale")
         each = arguments.integer(num_images_per_prompt, "num_images_per_prompt", most=MOST)
         asked = [prompt] if isinstance(prompt, str) else arguments.listed(prompt, "prompt", "texts")
         texts = [arguments.text(text, f"prompt {i}") for i, text in enumerate(asked) for _ in range(each)]
         sources = one_each(arguments.optional(arguments.generators, generator, len(texts)), len(texts))
         images: list[Image.Image] = []
         for rows in progress(batches(len(texts), batch_size), "Drawing", show_progress_bar):
-            condition = self.model.generation_condition(self.encoder.texts(texts[rows]))
-            # The sampler walks in float32; autocast lets it call a network of lower precision.
-            with torch.autocast(self.device.type, condition.dtype, enabled=condition.dtype != torch.float32):
-                pictures = head.sample(condition, generator=sources[rows], **settings)  # [B, 3, S, S] in [0, 1]
+            pictures, scores = draw_candidates(  # [K, B, 3, S, S] in [0, 1]
+                self.model,
+                self.processor,
+                self.encoder.texts(texts[rows]),
+                candidates,
+                match_scale=match_scale,
+                generator=sources[rows],
+                **settings,
+            )
             if not pictures.isfinite().all():
                 raise ValueError(
-                    f"guidance_scale={guidance_scale}: the pictures have numbers beyond {condition.dtype}; give a scale nearer to 1"
+                    f"guidance_scale={guidance_scale}: the pictures have numbers beyond {self.model.log_scale.dtype}; give a scale nearer "
+                    "to 1"
                 )
-            pixels = (255 * pictures.float()).round().byte().permute(0, 2, 3, 1).cpu().numpy()
-            images += [Image.fromarray(picture) for picture in pixels]
+            best = scores.argmax(0)  # [B]
+            images += as_images(pictures[best, torch.arange(len(best), device=best.device)])
         return GeneratedImages(images)
 
     # Search.

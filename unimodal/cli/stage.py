@@ -27,6 +27,7 @@ from unimodal.cli import between, settings
 from unimodal.cli.messages import ConfigError
 from unimodal.data.module import PairData
 from unimodal.data.processor import Processor
+from unimodal.data.scenes import Scenes
 from unimodal.hub import CheckpointError, save_adapter, save_checkpoint
 from unimodal.model import UnimodalModel
 from unimodal.tasks import Evaluation, EvaluationSettings
@@ -228,7 +229,9 @@ def evaluate(
     test = final and data.test is not None
     pairs, loader = (data.test, data.test_dataloader()) if test else (data.val, data.val_dataloader())
     assert pairs is not None
-    evaluation = Evaluation(model.to(device).eval(), processor, pairs, settings)
+    train = data.train
+    known = train.later(settings.pictures) if final and settings.pictures and isinstance(train, Scenes) else None
+    evaluation = Evaluation(model.to(device).eval(), processor, pairs, settings, known)
     for batch in track(loader, description=f"reading the {pairs.split} split", disable=not final):
         evaluation.add(data.transfer_batch_to_device(batch, device, 0))
     return evaluation

@@ -78,6 +78,12 @@ def parser() -> argparse.ArgumentParser:
     verb.add_argument(
         "--guidance_scale", type=number(), default=2.0, help="1 follows the text as learned, more overdoes it"
     )
+    verb.add_argument(
+        "--candidates",
+        type=whole(1, 1000),
+        default=1,
+        help="pictures drawn, of which the model's other heads choose one",
+    )
     add_overwrite(verb)
     add_json(verb)
 
@@ -204,6 +210,7 @@ def generate(options: argparse.Namespace) -> None:
         options.text,
         num_inference_steps=options.num_inference_steps,
         guidance_scale=options.guidance_scale,
+        candidates=options.candidates,
         generator=torch.Generator(model.device).manual_seed(options.seed),
     )
     options.out.parent.mkdir(parents=True, exist_ok=True)

@@ -21,16 +21,22 @@ class ITG(Objective):
 
     A language model reads `caption`, in its own tokens, in place of `text`; BLIP-2 trains it without label smoothing.
 
+    A decoder learns from its own last words which word is likely next, whatever the image shows. Word dropout (Bowman et al. 2016, arXiv
+    1511.06349) hides a share of the words that it reads, so that it has to look them up in the image.
+
     Args:
         weight: weight in the sum of losses.
         label_smoothing: share of each target spread over the vocabulary.
+        word_dropout: share of the words that the decoder reads as its unknown word; what it has to write stays.
     """
 
     keys = ("image",)
 
-    def __init__(self, weight: float = 1.0, label_smoothing: float = 0.1) -> None:
+    def __init__(self, weight: float = 1.0, label_smoothing: float = 0.1, word_dropout: float = 0.0) -> None:
         super().__init__(weight)
-        self.label_smoothing = label_smoothing
+        if not 0 <= word_dropout < 1:
+            raise ValueError(f"ITG: word_dropout is a share of words, at least 0 and below 1, got {word_dropout}")
+        self.label_smoothing, self.word_dropout = label_smoothing, word_dropout
 
     def __call__(self, step: Step) -> tuple[Tensor, Report]:
         own = step.model.language_captioner is not None
@@ -38,8 +44,16 @@ class ITG(Objective):
         check_batch(step.batch, (key, f"{key}_mask"), "objective ITG")
         ids = step.batch["caption"] if own else step.model.start_caption(step.batch["text"])
         mask = step.batch[f"{key}_mask"]
-        logits = step.model.caption_logits(step.image, ids, mask)
         targets = step.model.caption_targets(ids)
+        if self.word_dropout:
+            if own:
+                raise ValueError(
+                    "ITG: a language model has no unknown word that could stand for a dropped one; set word_dropout to 0"
+                )
+            hidden = torch.rand(ids.shape, device=ids.device) < self.word_dropout
+            hidden[:, 0] = False  # the start says that a caption begins
+            ids = ids.masked_fill(hidden, step.model.head("captioning").unk_id)
+        logits = step.model.caption_logits(step.image, ids, mask)
         return caption_loss(logits, targets, mask, label_smoothing=self.label_smoothing), {}
 
 

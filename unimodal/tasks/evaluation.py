@@ -16,7 +16,7 @@ from unimodal.data.batch import Batch, image_inputs, text_inputs
 from unimodal.data.pairs import Pairs
 from unimodal.data.processor import Processor
 from unimodal.data.readers import Listed
-from unimodal.data.scenes import Scenes, caption_matches, checker_arguments, parse_caption
+from unimodal.data.scenes import Scenes, caption_matches
 from unimodal.metrics import (
     Candidates,
     DirectionMetrics,
@@ -31,10 +31,10 @@ from unimodal.metrics import (
     summarise,
     text_to_text,
 )
-from unimodal.metrics.generation import check_picture
 from unimodal.model import ImageState, TextState, UnimodalModel
 from unimodal.onednn import inference
 from unimodal.retrieval import row_similarity
+from unimodal.tasks.drawing import Drawn, draw_scenes
 
 # Every headline number, with the heads that it needs.
 MEASURES: dict[str, tuple[str, ...]] = {
@@ -48,6 +48,8 @@ MEASURES: dict[str, tuple[str, ...]] = {
     "swap_accuracy_match": ("embedding", "matching"),
     "caption_exact_attributes": ("captioning",),
     "generation_attribute_accuracy": ("generation",),
+    "generation_attribute_accuracy_chosen": ("generation", "embedding"),
+    "generation_attribute_accuracy_known": ("generation",),
 }
 
 
@@ -65,6 +67,8 @@ class EvaluationSettings:
         num_beams: beams of the captions.
         candidates: captions written per image, of which the embedding and matching heads choose one; see `unimodal.candidates`.
         pictures: pictures to generate, for the first caption of as many images; 0 for none.
+        drawings: pictures drawn for each such caption; the first one is judged, and of several also the one that the embedding and matching
+            heads choose.
         steps: sampling steps of a picture.
         guidance_scale: classifier-free guidance of a picture.
         pairs_per_batch: pairs that the matching head scores at a time.
@@ -79,6 +83,7 @@ class EvaluationSettings:
     num_beams: int = 1
     candidates: int = 1
     pictures: int = 64
+    drawings: int = 1
     steps: int = 20
     guidance_scale: float = 2.0
     pairs_per_batch: int = 1024
@@ -117,10 +122,25 @@ def beginning(pairs: Pairs, count: int) -> Pairs:
 
 
 class Evaluation:
-    """Collects a split batch by batch (`add`), then scores it (`results`)."""
+    """Collects a split batch by batch (`add`), then scores it (`results`).
 
-    def __init__(self, model: UnimodalModel, processor: Processor, pairs: Pairs, settings: EvaluationSettings) -> None:
-        self.model, self.processor, self.pairs, self.settings = model, processor, pairs, settings
+    Args:
+        model: what is scored.
+        processor: its preprocessing.
+        pairs: the split.
+        settings: how much is measured, and how.
+        known: scenes that training did not show, of combinations of attributes that it did show: pictures are drawn for them, too.
+    """
+
+    def __init__(
+        self,
+        model: UnimodalModel,
+        processor: Processor,
+        pairs: Pairs,
+        settings: EvaluationSettings,
+        known: Scenes | None = None,
+    ) -> None:
+        self.model, self.processor, self.pairs, self.settings, self.known = model, processor, pairs, settings, known
         self.embeds = "embedding" in model.jobs
         self.images: list[ImageState] = []
         self.texts: list[TextState] = []
@@ -192,6 +212,8 @@ class Evaluation:
             "swap_accuracy_match",
             "caption_exact_attributes",
             "generation_attribute_accuracy",
+            "generation_attribute_accuracy_chosen",
+            "generation_attribute_accuracy_known",
         )
         return out | {name: results[name] for name in names if name in results}
 
@@ -356,33 +378,24 @@ class Evaluation:
     # Scenes: generated pictures.
 
     def _pictures(self, pairs: Scenes) -> dict[str, Any]:
-        count = min(self.settings.pictures, len(pairs))
-        device = self.images[0].bridged.device
-        prompts = [pairs.captions(i)[0] for i in range(count)]
-        pictures = []
-        for start in range(0, count, 64):
-            ids, mask = self.processor.texts(prompts[start : start + 64])
-            condition = self.model.generation_condition(self.model.encode_text(ids.to(device), mask.to(device)))
-            pictures.append(
-                self.model.head("generation").sample(
-                    condition,
-                    num_inference_steps=self.settings.steps,
-                    guidance_scale=self.settings.guidance_scale,
-                    generator=torch.Generator(device).manual_seed(start),
-                )
-            )
-        images = torch.cat(pictures).float().cpu()
-        # Asked is what the caption says, so a background that it leaves out may be any.
-        asked = [parse_caption(prompt) for prompt in prompts]
-        known = checker_arguments()
-        checks = [
-            check_picture(picture.permute(1, 2, 0).numpy(), scene, **known)
-            for picture, scene in zip(images, asked, strict=True)
-        ]
-        right = [check.all_right for check in checks]
-        return {
-            "prompts": prompts,
-            "pictures": images,
-            "checks": checks,
-            "generation_attribute_accuracy": sum(right) / count,
-        }
+        drawn, chosen = self._draw(pairs, self.settings.drawings)
+        out: dict[str, Any] = {"drawn": drawn, "generation_attribute_accuracy": drawn.accuracy}
+        if self.settings.drawings > 1:
+            out |= {"chosen": chosen, "generation_attribute_accuracy_chosen": chosen.accuracy}
+        if self.known is not None:
+            known, _ = self._draw(self.known, 1)
+            out |= {"known": known, "generation_attribute_accuracy_known": known.accuracy}
+        return out
+
+    def _draw(self, pairs: Scenes, candidates: int) -> tuple[Drawn, Drawn]:
+        settings = self.settings
+        return draw_scenes(
+            self.model,
+            self.processor,
+            pairs,
+            settings.pictures,
+            candidates=candidates,
+            match_scale=settings.match_scale,
+            num_inference_steps=settings.steps,
+            guidance_scale=settings.guidance_scale,
+        )

@@ -36,11 +36,15 @@ class Scenes:
         count: number of scenes; by default 6000, 500 and 500.
         seed: another seed gives another data set.
         objects: 2 or 3.
+        first: scenes of the split that are left out at its start; what follows those of a training was not in it, and its combinations of
+            attributes were.
     """
 
     name = "scenes"
 
-    def __init__(self, split: str, *, size: int = 32, count: int | None = None, seed: int = 0, objects: int = 2):
+    def __init__(
+        self, split: str, *, size: int = 32, count: int | None = None, seed: int = 0, objects: int = 2, first: int = 0
+    ):
         if split not in SPLITS:
             raise ValueError(f"split {split!r} is unknown; choose one of {', '.join(SPLITS)}")
         if objects not in (2, 3):
@@ -49,12 +53,14 @@ class Scenes:
             raise ValueError(f"scenes need at least 32 pixels to show their objects, got size={size}")
         if count is not None and count < 1:
             raise ValueError(f"count={count}: a split needs at least one scene")
-        self.split, self.size, self.seed, self.objects = split, size, seed, objects
+        if first < 0:
+            raise ValueError(f"first={first}: a split is read from its start on, so give 0 or more")
+        self.split, self.size, self.seed, self.objects, self.first = split, size, seed, objects, first
         self.scenes: list[Scene] = []
         self._forms: list[list[Form]] = []
         seen: set[tuple] = set()
-        for i in range(SPLITS[split] if count is None else count):
-            rng = self._rng("scene", i)
+        for i in range(first + (SPLITS[split] if count is None else count)):
+            rng = self._rng("scene", i - first)
             tries = (sample_scene(rng, split, objects) for _ in range(2000))
             scene = next((s for s in tries if s.key() not in seen), None)
             if scene is None:
@@ -62,8 +68,9 @@ class Scenes:
                     f"count={count}: the {split} split has few more than {i} different scenes; ask for fewer"
                 )
             seen.add(scene.key())
-            self.scenes.append(scene)
-            self._forms.append(sample_forms(rng, objects))
+            if i >= first:
+                self.scenes.append(scene)
+                self._forms.append(sample_forms(rng, objects))
 
     def __len__(self) -> int:
         return len(self.scenes)
@@ -82,13 +89,18 @@ class Scenes:
         return frozenset()
 
     def key(self, i: int) -> str:
-        return f"scenes/{self.split}/{i:06d}"
+        return f"scenes/{self.split}/{self.first + i:06d}"
 
     def image_id(self, i: int) -> int:
         return i
 
     def fingerprint(self) -> str:
         return fingerprint((self.key(i), self.captions(i)) for i in range(len(self)))
+
+    def later(self, count: int) -> Scenes:
+        """The `count` scenes of the same split that follow these: new scenes of the same combinations of attributes."""
+        first = self.first + len(self)
+        return Scenes(self.split, size=self.size, count=count, seed=self.seed, objects=self.objects, first=first)
 
     def swaps(self, i: int) -> list[Swap]:
         """One swap of each kind that the scene allows, its captions taken in turn."""
@@ -115,4 +127,4 @@ class Scenes:
         return swaps
 
     def _rng(self, purpose: str, i: int) -> random.Random:
-        return random.Random(f"{purpose}/{self.seed}/{self.split}/{self.objects}/{i}")
+        return random.Random(f"{purpose}/{self.seed}/{self.split}/{self.objects}/{self.first + i}")
