@@ -622,13 +622,9 @@ class Doors:
                 metrics.candidates_from_scores,
                 {"scores": lambda: np.eye(2), "relevant": lambda: np.eye(2, dtype=bool), "k": lambda: 1},
             ),
-            "rerank": Door(
-                metrics.rerank,
-                {
-                    "candidates": lambda: self.candidates,
-                    "pair_scores": lambda: np.ones((2, 2)),
-                    "combine": lambda: "sum",
-                },
+            "second_stage": Door(
+                metrics.second_stage,
+                {"candidates": lambda: self.candidates, "scores": lambda: np.ones((2, 2))},
             ),
             "summarise": Door(
                 metrics.summarise,

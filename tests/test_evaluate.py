@@ -154,7 +154,7 @@ def shell(capsys: pytest.CaptureFixture[str], *arguments: object) -> tuple[int, 
 
 def test_evaluate_writes_and_compare_reads(tmp_path: Path, capsys, monkeypatch) -> None:
     monkeypatch.setenv("COLUMNS", "200")
-    save_checkpoint(toy_model(), toy_processor(), tmp_path / "model")
+    save_checkpoint(toy_model(scoring={"combine": "sum", "scale": 0.5}), toy_processor(), tmp_path / "model")
     data = write_karpathy({"test": Scenes("test", count=IMAGES)}, tmp_path / "data")
     ask = ("evaluate", "--model", tmp_path / "model", "--data", data, "--rerank_top_k", 4, "--captions_per_image", 3)
     status, output, error = shell(
@@ -162,9 +162,7 @@ def test_evaluate_writes_and_compare_reads(tmp_path: Path, capsys, monkeypatch) 
     )
     assert status == 0, error
     assert (
-        "mean of 2 folds; reranked top 4 (sum, match x 0.02)" in output
-        and "t2t_r1" in output
-        and "i2t_map_10" in output
+        "mean of 2 folds; reranked top 4 (sum, match x 0.5)" in output and "t2t_r1" in output and "i2t_map_10" in output
     )
     results = json.loads((tmp_path / "a" / "results.json").read_text())
     assert results["first"]["protocol"]["captions"] == 18 and results["reranked"]["protocol"]["folds"] == 2

@@ -260,7 +260,7 @@ def index_to(name: str) -> Callable[[Path], None]:
             lambda f: (f / "config.json").write_text('{"model_type": "instructblip"}'),
             ["a checkpoint of instructblip, expected one of unimodal", "load it with the library"],
         ),
-        (config_edit("format", value=99), ["has format 99", "reads formats up to 2", "upgrade unimodal"]),
+        (config_edit("format", value=99), ["has format 99", "reads formats up to 3", "upgrade unimodal"]),
         (config_edit("modle", value=1), ["unknown key 'modle'; did you mean 'model'"]),
         (
             config_edit("model", "bridge", "widht", value=8),

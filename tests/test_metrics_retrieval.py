@@ -16,8 +16,8 @@ from unimodal.metrics import (
     first_stage,
     mean_of_folds,
     ranks_from_scores,
-    rerank,
     retrieval_metrics,
+    second_stage,
     summarise,
 )
 
@@ -158,16 +158,17 @@ def test_rerank_equals_a_plain_loop(data, combine, k) -> None:
     candidates = candidates_from_scores(scores, relevant, k)
     pair = torch.randint(-3, 4, candidates.scores.shape).float()
     rows = zip(scores.tolist(), relevant.tolist(), candidates.index.tolist(), pair.tolist())
-    assert rerank(candidates, pair, combine).tolist() == [plain_rerank(*row, add=combine == "sum") for row in rows]
+    scores = pair + candidates.scores if combine == "sum" else pair
+    assert second_stage(candidates, scores).tolist() == [plain_rerank(*row, add=combine == "sum") for row in rows]
 
 
 def test_rerank_by_the_first_scores_changes_nothing_and_by_the_truth_lifts_what_was_found() -> None:
     image, text = torch.randn(30, 4), torch.randn(30, 4)
     t2i, _ = first_stage(image, text, torch.arange(30), k=8)
-    assert torch.equal(rerank(t2i, t2i.scores, "replace"), t2i.rank)
+    assert torch.equal(second_stage(t2i, t2i.scores), t2i.rank)
     found = t2i.rank <= 8
     assert found.any() and not found.all()
-    perfect = rerank(t2i, t2i.relevant.float(), "replace")
+    perfect = second_stage(t2i, t2i.relevant.float())
     assert (perfect[found] == 1).all()
     assert torch.equal(perfect[~found], t2i.rank[~found])  # so R@K means something for K > k as well
 
@@ -176,7 +177,7 @@ def test_an_answer_that_ties_at_the_border_is_outside() -> None:
     first = torch.tensor([[0.0, 0.0, 0.0]])
     for answer in range(3):
         candidates = candidates_from_scores(first, torch.arange(3)[None] == answer, 2)
-        assert rerank(candidates, candidates.relevant.float(), "replace").tolist() == [3]
+        assert second_stage(candidates, candidates.relevant.float()).tolist() == [3]
 
 
 def test_mean_of_folds_averages_and_says_so() -> None:
@@ -246,14 +247,12 @@ def test_scores_that_cannot_be_ranked_are_refused() -> None:
 def test_pair_scores_that_cannot_rerank_are_refused() -> None:
     candidates = candidates_from_scores(torch.ones(2, 2), torch.eye(2, dtype=torch.bool), 2)
     with pytest.raises(ValueError, match="contain NaN"):
-        rerank(candidates, NAN, "replace")
-    with pytest.raises(ValueError, match=r"pair scores \[2, 1\] for candidates \[2, 2\]"):
-        rerank(candidates, torch.ones(2, 1), "sum")
-    with pytest.raises(ValueError, match="combine: expected one of replace, sum, got 'mean'"):
-        rerank(candidates, torch.ones(2, 2), "mean")  # type: ignore[arg-type]
+        second_stage(candidates, NAN)
+    with pytest.raises(ValueError, match=r"scores \[2, 1\] for candidates \[2, 2\]"):
+        second_stage(candidates, torch.ones(2, 1))
     empty = Candidates(candidates.rank, *(x[:, :0] for x in (candidates.index, candidates.scores, candidates.relevant)))
     with pytest.raises(ValueError, match="at least one candidate"):
-        rerank(empty, torch.ones(2, 0), "replace")
+        second_stage(empty, torch.ones(2, 0))
 
 
 def test_a_protocol_that_describes_other_data_is_refused() -> None:

@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from unimodal.retrieval import row_similarity, similarity
+from unimodal.retrieval import Combine, ScoringRule, rerank, row_similarity, similarity
 
 # How many vectors the items of either side have; None is one, without a dimension for it.
 SETS = [(None, None), (3, None), (None, 2), (3, 2)]
@@ -53,3 +53,45 @@ def test_similarity_is_float32_under_autocast() -> None:
     assert torch.equal(inside[0], similarity(a, b)) and torch.equal(inside[1], row_similarity(a, b[:, None]))
     half = a.bfloat16(), b.bfloat16()
     assert torch.equal(similarity(*half), similarity(half[0].float(), half[1].float()))
+
+
+# The second stage.
+
+
+def nearest(queries: torch.Tensor, gallery: torch.Tensor, k: int) -> list[list[tuple[int, float]]]:
+    top = similarity(queries, gallery).topk(k)
+    return [list(zip(rows, scores)) for rows, scores in zip(top.indices.tolist(), top.values.tolist())]
+
+
+@pytest.mark.parametrize("combine", ["replace", "sum"])
+def test_two_stages_equal_a_plain_loop(combine: Combine) -> None:
+    queries, gallery, logits = items(4, None).float(), items(20, None).float(), torch.randn(4, 20)
+    found = rerank(
+        nearest(queries, gallery, 9),
+        lambda pairs: torch.stack([logits[pair] for pair in pairs]),
+        ScoringRule(k=6, combine=combine, scale=0.5),
+        top_k=9,
+    )
+    for q, hits in enumerate(found):
+        first = {row: float(queries[q] @ gallery[row]) for row in range(20)}
+        by_first = sorted(first, key=lambda row: -first[row])
+        key = {row: float(logits[q, row]) * (0.5 if combine == "sum" else 1) for row in by_first[:6]}
+        if combine == "sum":
+            key = {row: first[row] + key[row] for row in key}
+        assert [hit.row for hit in hits] == sorted(key, key=lambda row: -key[row]) + by_first[6:9]
+        assert [hit.first_score for hit in hits] == pytest.approx([first[hit.row] for hit in hits], abs=1e-6)
+        for hit in hits[:6]:
+            assert hit.rerank_score == pytest.approx(float(logits[q, hit.row].sigmoid()))
+            assert hit.score == pytest.approx(key[hit.row] if combine == "sum" else hit.rerank_score, abs=1e-6)
+        assert all(hit.rerank_score is None and hit.score == hit.first_score for hit in hits[6:])
+
+
+def test_order_holds_where_probabilities_saturate() -> None:
+    logits = {0: 40.0, 1: 60.0, 2: 50.0}
+    found = rerank(
+        [[(0, 0.3), (1, 0.2), (2, 0.1)]],
+        lambda pairs: torch.tensor([logits[row] for _, row in pairs]),
+        ScoringRule(k=3),
+        top_k=3,
+    )
+    assert [hit.row for hit in found[0]] == [1, 2, 0]

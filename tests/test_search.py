@@ -14,7 +14,6 @@ from unimodal.data.items import Item, as_items
 from unimodal.retrieval import similarity
 from unimodal.search import Encoder, Index, build_index, dequantise, quantise, store
 from unimodal.search.quantise import int8_rows
-from unimodal.search.twostage import rerank
 
 TEXTS = [
     "a red circle",
@@ -48,55 +47,6 @@ def photos(tmp_path: Path) -> list[str]:
 
 def unit(*shape: int) -> torch.Tensor:
     return torch.nn.functional.normalize(torch.randn(*shape), dim=-1)
-
-
-def first_stage(queries: torch.Tensor, gallery: torch.Tensor, k: int) -> list[list[tuple[int, float]]]:
-    top = similarity(queries, gallery).topk(k)
-    return [list(zip(rows, scores)) for rows, scores in zip(top.indices.tolist(), top.values.tolist())]
-
-
-@pytest.mark.parametrize("combine", ["replace", "sum"])
-def test_two_stages_equal_a_plain_loop(combine: str) -> None:
-    queries, gallery, logits = unit(4, 8), unit(20, 8), torch.randn(4, 20)
-    found = rerank(
-        first_stage(queries, gallery, 9),
-        lambda pairs: torch.stack([logits[pair] for pair in pairs]),
-        top_k=9,
-        rerank_top_k=6,
-        combine=combine,  # type: ignore[arg-type]
-        match_scale=0.5,
-    )
-    for q, hits in enumerate(found):
-        first = {row: float(queries[q] @ gallery[row]) for row in range(20)}
-        by_first = sorted(first, key=lambda row: -first[row])
-        key = {row: float(logits[q, row]) * (0.5 if combine == "sum" else 1) for row in by_first[:6]}
-        if combine == "sum":
-            key = {row: first[row] + key[row] for row in key}
-        assert [hit.row for hit in hits] == sorted(key, key=lambda row: -key[row]) + by_first[6:9]
-        assert [hit.first_score for hit in hits] == pytest.approx([first[hit.row] for hit in hits], abs=1e-6)
-        for hit in hits[:6]:
-            assert hit.rerank_score == pytest.approx(float(logits[q, hit.row].sigmoid()))
-            assert hit.score == pytest.approx(key[hit.row] if combine == "sum" else hit.rerank_score, abs=1e-6)
-        assert all(hit.rerank_score is None and hit.score == hit.first_score for hit in hits[6:])
-
-
-def test_order_holds_where_probabilities_saturate() -> None:
-    logits = {0: 40.0, 1: 60.0, 2: 50.0}
-    found = rerank(
-        [[(0, 0.3), (1, 0.2), (2, 0.1)]],
-        lambda pairs: torch.tensor([logits[row] for _, row in pairs]),
-        top_k=3,
-        rerank_top_k=3,
-    )
-    assert [hit.row for hit in found[0]] == [1, 2, 0]
-
-
-def test_bad_depths_are_refused() -> None:
-    for top_k, depth in ((0, 5), (3, -1)):
-        with pytest.raises(ValueError, match=f"expected top_k >= 1 and rerank_top_k >= 0, got {top_k} and {depth}"):
-            rerank([[(0, 0.5)]], None, top_k=top_k, rerank_top_k=depth)
-    with pytest.raises(ValueError, match="expected 'replace' or 'sum', got 'mean'"):
-        rerank([[(0, 0.5)]], None, top_k=1, rerank_top_k=1, combine="mean")  # type: ignore[arg-type]
 
 
 # Few bits.
@@ -387,7 +337,7 @@ def test_bad_items_are_named(value, error: type[Exception], message: str) -> Non
 
 
 def test_a_search_counts_the_match_score_as_the_model_says() -> None:
-    summing = toy_model(matching={"hidden": 32, "layers": 1, "heads": 2, "combine": "sum", "scale": 0.5})
+    summing = toy_model(matching={"hidden": 32, "layers": 1, "heads": 2}, scoring={"combine": "sum", "scale": 0.5})
     encoder = Encoder(summing, toy_processor())
     pictures = [Scenes("test", count=4).image(i) for i in range(4)]
     index = build_index(encoder, pictures)

@@ -13,7 +13,7 @@ from toy import toy_model, toy_processor
 from unimodal.cli import main
 from unimodal.data.readers import KarpathyJson
 from unimodal.inference import Unimodal
-from unimodal.metrics import first_stage, rerank
+from unimodal.metrics import first_stage, second_stage
 from unimodal.search import Calibration, Encoder, build_index, calibrate
 from unimodal.search.calibrate import expected_calibration_error, held_out_check
 from unimodal.search.tune import Pairing, Setting, cheapest, cost_curve, held_out_pairs
@@ -186,8 +186,8 @@ def test_recall_is_that_of_the_metrics(pairing: Pairing, combine) -> None:
             rank = found.rank
             if k:
                 pairs = [(q, int(r)) for q, rows in enumerate(found.index) for r in rows]
-                scores = pairing.match(side, pairs).view_as(found.scores) * (0.1 if combine == "sum" else 1)
-                rank = rerank(found, scores, combine)
+                scores = pairing.match(side, pairs).view_as(found.scores)
+                rank = second_stage(found, found.scores + 0.1 * scores if combine == "sum" else scores)
             expected.append(float((rank == 1).float().mean()))
         some = [one for one in settings if one.k == k]
         assert [(one.precision, one.width) for one in some] == [

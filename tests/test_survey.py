@@ -533,4 +533,4 @@ def test_scoring_that_cannot_be() -> None:
     with pytest.raises(ValueError, match="scoring.k: expected 0 or more"):
         Scoring(k=-1)
     with pytest.raises(ValueError, match="another system, whose first candidates this one scores again: set scoring.k"):
-        Scoring(first="cca")
+        Scoring(shortlist="cca", k=0)

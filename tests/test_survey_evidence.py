@@ -57,7 +57,7 @@ def scores(spec: Spec, system: System, data: SurveyData) -> dict[str, Tensor]:
     found = {}
     if spec.scoring.first == "embed":
         found["image"], found["text"] = embeddings(system, images, texts)
-    if spec.scoring.first == "pairs" or spec.scoring.k:
+    if system.scores_pairs:
         found["pairs"] = all_pairs(system, *states(system, images, texts))
     return found
 

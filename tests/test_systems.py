@@ -57,9 +57,9 @@ def known_by_heart(spec: Spec, system: System) -> float:
         image, text = score.embeddings(system, pairs.images, pairs.texts)
         best = (text @ image.T).topk(8).indices
         return float((best % 4 == torch.arange(64)[:, None] % 4).float().mean())
-    if scoring.first not in ("embed", "pairs"):  # it scores a shortlist of another: here of the whole gallery
+    if scoring.shortlist is not None:  # it scores a shortlist of another: here of the whole gallery
         shortlist = (torch.ones(64, 1), torch.ones(64, 1))
-    if scoring.k:
+    if scoring.first == "embed":
         scoring = dataclasses.replace(scoring, k=64)
     found = score.rank(system, scoring, pairs.images, pairs.texts, pairs.image_id, pairs.image_id, shortlist=shortlist)
     t2i, i2t = (found.t2i, found.i2t) if found.t2i_reranked is None else (found.t2i_reranked, found.i2t_reranked)
@@ -112,7 +112,7 @@ def test_chunks_change_no_score(learned: Any, monkeypatch: pytest.MonkeyPatch) -
         found = {}
         if spec.scoring.first == "embed":
             found["image"], found["text"] = score.embeddings(system, pairs.images, pairs.texts)
-        if spec.scoring.first == "pairs" or spec.scoring.k:
+        if system.scores_pairs:
             state = score.states(system, pairs.images, pairs.texts)
             found["matrix"] = score.all_pairs(system, *state, size=size)
             found["pairs"] = score.pair_scores(system, *state, *torch.ones(10, 10).nonzero().T, size=size).view(10, 10)

@@ -197,7 +197,7 @@ def test_noun_tags_refuse_what_the_text_encoder_cannot_read() -> None:
 
 def test_oscar_reranks_candidates_of_cca() -> None:
     scoring = spec_of("oscar").scoring
-    assert (scoring.first, scoring.k, scoring.combine) == ("cca", 32, "replace")
+    assert (scoring.first, scoring.shortlist, scoring.k, scoring.combine) == ("embed", "cca", 32, "replace")
 
 
 # ELIP

@@ -151,7 +151,7 @@ def test_the_row_of_the_answer_is_the_difference_of_two_logits() -> None:
         torch.testing.assert_close(system.score_pairs(*state).sigmoid(), two)
         swapped = system.answer(system.reader("rerank", state[0], state[1]))[:, 0]
         assert not torch.allclose(swapped, system.score_pairs(*state))
-    assert read_spec(CONFIGS / "qwen_reranker.yaml").scoring.first == "qwen_embedding"
+    assert read_spec(CONFIGS / "qwen_reranker.yaml").scoring.shortlist == "qwen_embedding"
 
 
 def test_stages_differ_by_what_is_pushed_apart() -> None:

@@ -20,8 +20,10 @@ FROM_ZERO = (
     "bos_id",
     "eos_id",
     "unk_id",
-)  # places and token ids; other whole numbers are sizes and counts
+    "scoring.k",
+)  # places, token ids and a depth that may be nothing; other whole numbers are sizes and counts
 LARGEST = 2**63
+Combine = Literal["replace", "sum"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -233,9 +235,6 @@ class MatchingConfig:
         layers: blocks of the cached matcher.
         heads: attention heads of the cached matcher.
         dropout: dropout of the cached matcher.
-        combine: how a search counts the match score unless it is told otherwise: `replace` orders by it alone, `sum` by cosine + scale *
-            logit. Which is better is measured on validation data.
-        scale: weight of the logit under `sum`.
     """
 
     kind: Literal["cached", "bridge", "backbone"] = "cached"
@@ -243,8 +242,41 @@ class MatchingConfig:
     layers: int = 2
     heads: int = 4
     dropout: float = 0.1
-    combine: Literal["replace", "sum"] = "replace"
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScoringRule:
+    """How a model ranks: search, evaluation, tuning and calibration follow this rule unless a call asks for another.
+
+    Args:
+        first: what ranks the whole gallery: `embed` compares embeddings, `pair` scores every item with the query as a pair.
+        k: how many of the first are scored again as pairs, by the matching head where there is one; 0 scores none again. Under `pair`
+            all are.
+        combine: whether the pair score replaces the first score (ALBEF, arXiv 2107.07651) or is added to it (BLIP-2, arXiv 2301.12597).
+            Which is better is measured on validation data.
+        scale: weight of the pair score under `sum`: first score + scale * pair score.
+        directions: `both`, or `text_to_image` alone for a system that reads images anew for each text (ELIP, arXiv 2502.15682).
+
+    Raises:
+        ValueError: a negative k, or a sum without a first score.
+    """
+
+    first: Literal["embed", "pair"] = "embed"
+    k: int = 32
+    combine: Combine = "replace"
     scale: float = 1.0
+    directions: Literal["both", "text_to_image"] = "both"
+
+    def __post_init__(self) -> None:
+        if self.k < 0:
+            raise ValueError(f"scoring.k: expected 0 or more candidates to score again, got {self.k}")
+        if self.combine not in typing.get_args(Combine):
+            raise ValueError(f"scoring.combine: expected 'replace' or 'sum', got {self.combine!r}")
+        if self.first == "pair" and self.combine == "sum":
+            raise ValueError(
+                "scoring.first is 'pair' and scoring.combine is 'sum', but pairs that are scored first have no score to add to; set "
+                "combine to 'replace', or first to 'embed'"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -333,7 +365,7 @@ class AdapterConfig:
 @dataclass(frozen=True, kw_only=True)
 class ModelConfig:
     """One backbone, one bridge and the heads a model has; what is None is absent. Only a published model does without a bridge.
-    `adapters` are what parameter-efficient tuning adds to them, by name."""
+    `adapters` are what parameter-efficient tuning adds to them, by name. `scoring` is how the model ranks."""
 
     backbone: BackboneConfig = field(default_factory=BackboneConfig)
     bridge: BridgeConfig | None = field(default_factory=BridgeConfig)
@@ -341,6 +373,7 @@ class ModelConfig:
     matching: MatchingConfig | None = None
     captioning: CaptioningConfig | None = None
     generation: GenerationConfig | None = None
+    scoring: ScoringRule = field(default_factory=ScoringRule)
     adapters: dict[str, AdapterConfig] = field(default_factory=dict)
 
 

@@ -359,7 +359,7 @@ class Unimodal:
         max_new_tokens: int | None = None,
         num_beams: int | None = None,
         candidates: int = 1,
-        match_scale: float = 0.02,
+        match_scale: float | None = None,
         batch_size: int = 32,
         show_progress_bar: bool | None = None,
         *,
@@ -374,7 +374,7 @@ class Unimodal:
             num_beams: hypotheses kept; 1 is greedy. By default 3, or 1 of a vision-language model and where words are drawn.
             candidates: captions written per image, of which the embedding and matching heads choose one: the decoder's own choice and
                 others drawn by their probability. 1 keeps the decoder's choice; more costs as many times the work.
-            match_scale: weight of the match logit beside the cosine when they choose.
+            match_scale: weight of the match logit beside the cosine when they choose; None is that of the model's scoring rule.
             batch_size: images at a time.
             show_progress_bar: None shows one for several batches on a terminal.
             prompt: where a language model writes, the text that it continues, or to a vision-language model a question or instruction:
@@ -394,7 +394,7 @@ class Unimodal:
         """
         items = as_items(images)
         candidates = arguments.integer(candidates, "candidates", most=MOST)
-        match_scale = arguments.number(match_scale, "match_scale")
+        match_scale = arguments.optional(arguments.number, match_scale, "match_scale")
         max_new_tokens = arguments.optional(arguments.integer, max_new_tokens, "max_new_tokens")
         num_beams = arguments.optional(arguments.integer, num_beams, "num_beams", most=MOST)
         generator = arguments.optional(arguments.generators, options.pop("generator", None), len(items))
@@ -429,7 +429,7 @@ class Unimodal:
                 self.processor,
                 state,
                 candidates,
-                match_scale=match_scale,
+                match_scale=self.model.config.scoring.scale if match_scale is None else match_scale,
                 prompts=None if prompts is None else prompts[rows],
                 max_new_tokens=30 if max_new_tokens is None else max_new_tokens,
                 num_beams=(1 if draws else 3) if num_beams is None else num_beams,
@@ -566,7 +566,9 @@ class Unimodal:
         """Open an index that this model made; arguments as in `Index.load`."""
         return Index.load(folder, self.encoder, uri)
 
-    def search(self, queries: Any, index: Index, top_k: int = 10, rerank_top_k: int = 100, **options: Any) -> Any:
+    def search(
+        self, queries: Any, index: Index, top_k: int = 10, rerank_top_k: int | None = None, **options: Any
+    ) -> Any:
         """Hits of each query; arguments and hits as in `Index.search`.
 
         Raises:

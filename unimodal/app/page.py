@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from PIL import Image
 
+from unimodal import retrieval
 from unimodal.app.door import HOST, UPLOAD, Door
 from unimodal.data.images import load_image
 from unimodal.data.items import as_item
@@ -178,7 +179,7 @@ def search_tab(gradio: Any, model: Unimodal, index: Index, options: dict[str, An
         depth = gradio.Slider(
             0,
             min(500, len(index)),
-            min(50, len(index)),
+            retrieval.depth(retrieval.rule_for(model.model.config), min(500, len(index))),
             step=1,
             label="Rerank depth: how many the matching head judges",
             min_width=280,

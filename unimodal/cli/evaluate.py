@@ -16,7 +16,7 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
-from unimodal.cli.options import Parser, add_model, number, whole
+from unimodal.cli.options import RULE, Parser, add_model, number, whole
 from unimodal.cli.output import add_json, add_overwrite, print_json, require_free_folder
 from unimodal.data.guess import open_split
 from unimodal.data.labelled import label_matrix
@@ -59,11 +59,10 @@ def parser() -> argparse.ArgumentParser:
     verb.add_argument(
         "--rerank_top_k",
         type=whole(0),
-        default=16,
-        help="candidates that the matching head judges; 0 for none, and for no finds in errors.jsonl",
+        help=f"candidates that the matching head judges, {RULE}; 0 for none",
     )
-    verb.add_argument("--combine", choices=("replace", "sum"), default="sum", help="what its score does to the cosine")
-    verb.add_argument("--match_scale", type=number(), default=0.02, help="weight of its score under sum")
+    verb.add_argument("--combine", choices=("replace", "sum"), help=f"what its score does to the cosine, {RULE}")
+    verb.add_argument("--match_scale", type=number(), help=f"weight of its score under sum, {RULE}")
     verb.add_argument("--text_to_text", action="store_true", help="also search captions by captions")
     verb.add_argument(
         "--every_relevant",

@@ -9,6 +9,7 @@ from unimodal import arguments
 from unimodal.recipes import CHECKPOINT
 
 LARGEST = 2**63 - 1  # of the whole numbers that torch and SQLite take
+RULE = "by default as the model's scoring rule says"
 
 
 class Parser(argparse.ArgumentParser):

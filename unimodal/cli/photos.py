@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from unimodal.app import require_gradio, serve
-from unimodal.cli.options import Parser, whole
+from unimodal.cli.options import RULE, Parser, whole
 from unimodal.cli.output import add_json, add_overwrite, require_free_file, say
 from unimodal.data.folders import pictures_in, require_unicode
 from unimodal.data.images import load_image
@@ -25,6 +25,7 @@ from unimodal.data.items import as_item
 from unimodal.files import replacing
 from unimodal.inference import Unimodal
 from unimodal.report import Found, write_search
+from unimodal.retrieval import depth, rule_for
 from unimodal.search import FolderIndex, Hit, cache_folder, index_folder
 from unimodal.search.encoder import batches, progress
 
@@ -46,9 +47,7 @@ def add_parsers(verbs: Any, model: argparse.ArgumentParser, prompt: argparse.Arg
     verb.add_argument("folder", type=Path, help="where the pictures are; folders in it are searched too")
     verb.add_argument("query", help="a text, or the path of a picture")
     verb.add_argument("--top_k", type=whole(1), default=5, help="how many to show, by default 5")
-    verb.add_argument(
-        "--rerank_top_k", type=whole(0), default=50, help="how many the matching head judges, by default 50; 0 for none"
-    )
+    verb.add_argument("--rerank_top_k", type=whole(0), help=f"how many the matching head judges, {RULE}; 0 for none")
     verb.add_argument(
         "--out", type=Path, help=f"the page of results, .html; by default a new one in ~/.cache, where {PAGES} are kept"
     )
@@ -106,7 +105,8 @@ def search(model: Unimodal, options: argparse.Namespace, page: Path) -> dict[str
     told = [str(warning.message) for warning in caught]
     for message in told:
         say(message)
-    judged = 0 if hits[0]["rerank_score"] is None else min(options.rerank_top_k, len(folder.index))
+    rule = rule_for(model.model.config, k=options.rerank_top_k)
+    judged = 0 if hits[0]["rerank_score"] is None else depth(rule, len(folder.index))
     item = as_item(options.query)
     text = None if item.text is None else (options.prompt or "") + item.text
     order = " ".join([*(f"{message[0].upper()}{message[1:]}." for message in told), order_of(model, judged=judged > 0)])
@@ -143,12 +143,12 @@ def search(model: Unimodal, options: argparse.Namespace, page: Path) -> dict[str
 
 def order_of(model: Unimodal, *, judged: bool) -> str:
     """By which score results are ordered, and what a match score is worth."""
-    matching = model.model.config.matching
-    if not judged or matching is None:
+    scoring = model.model.config.scoring
+    if not judged:
         return "Ordered by the cosine of the embeddings."
     rule = (
-        f"both scores together: the cosine plus {matching.scale:g} times the match logit"
-        if matching.combine == "sum"
+        f"both scores together: the cosine plus {scoring.scale:g} times the match logit"
+        if scoring.combine == "sum"
         else "the match score"
     )
     worth = (

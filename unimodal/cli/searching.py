@@ -11,13 +11,14 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from unimodal.cli.options import Parser, number, whole
+from unimodal.cli.options import RULE, Parser, number, whole
 from unimodal.cli.output import add_json, add_overwrite, print_json, require_free_file, require_free_folder
 from unimodal.data.guess import open_split
 from unimodal.files import write_json, write_text
 from unimodal.hub import keep_calibration
 from unimodal.hub.folder import CALIBRATION
 from unimodal.inference import Unimodal
+from unimodal.retrieval import rule_for
 from unimodal.search.calibrate import Calibration, held_out_check
 from unimodal.search.calibrate import calibrate as fit
 from unimodal.search.tune import Pairing, Setting, cheapest, cost_curve, held_out_pairs
@@ -40,14 +41,14 @@ def add_parsers(verbs: Any, model: argparse.ArgumentParser) -> None:
 
     verb = verbs.add_parser("search tune", parents=[model, data], help="measure the cost curve on your own data")
     verb.add_argument("--recall", type=number(), required=True, help="the R@1 to reach, text to image, between 0 and 1")
-    verb.add_argument("--combine", choices=("replace", "sum"), default="replace", help="how the match score counts")
-    verb.add_argument("--match_scale", type=number(), default=1.0, help="weight of the match logit under sum")
+    verb.add_argument("--combine", choices=("replace", "sum"), help=f"how the match score counts; {RULE}")
+    verb.add_argument("--match_scale", type=number(), help=f"weight of the match logit under sum; {RULE}")
     verb.add_argument("--out", type=Path, help="a folder for cost_curve.json and cost_curve.svg")
     add_overwrite(verb)
     add_json(verb)
 
     verb = verbs.add_parser("search calibrate", parents=[model, data], help="let match scores mean probabilities")
-    verb.add_argument("--depth", type=whole(1), default=16, help="candidates per query, as many as searches rerank")
+    verb.add_argument("--depth", type=whole(1), help=f"candidates per query, as many as searches rerank; {RULE}")
     verb.add_argument("--out", type=Path, help="the .json file; by default calibration.json in the model's folder")
     add_overwrite(verb)
     add_json(verb)
@@ -66,7 +67,8 @@ def tune(load: Callable[[], Unimodal], options: argparse.Namespace) -> None:
         match_scale=options.match_scale,
     )
     asked = f"{len(pairing.rows['text'])} captions and {len(pairing.rows['image'])} pictures asked; rule: hit"
-    how = "replace" if options.combine == "replace" else f"sum, match x {options.match_scale:g}"
+    rule = rule_for(pairing.encoder.model.config, combine=options.combine, scale=options.match_scale)
+    how = "replace" if rule.combine == "replace" else f"sum, match x {rule.scale:g}"
     title = f"{pairs.name} {pairs.split} [{pairs.fingerprint()}]; {len(pairs)} images, {len(pairing.texts)} captions; {asked}; {how}"
     best = cheapest(settings, options.recall)
     report = {
@@ -75,8 +77,8 @@ def tune(load: Callable[[], Unimodal], options: argparse.Namespace) -> None:
         "fingerprint": pairs.fingerprint(),
         "images": len(pairs),
         "queries": options.queries,
-        "combine": options.combine,
-        "match_scale": options.match_scale,
+        "combine": rule.combine,
+        "match_scale": rule.scale,
         "recall": options.recall,
         "cheapest": best and asdict(best),
         "settings": [asdict(one) for one in settings],

@@ -24,7 +24,7 @@ from unimodal.model import UnimodalModel
 from unimodal.tuning import fingerprint
 
 LIBRARY = "unimodal"
-FORMAT = 2  # raised when an older version could not read a newer folder
+FORMAT = 3  # raised when an older version could not read a newer folder
 OPTIONAL_HEADS = ("matching", "captioning", "generation")
 TIMM_LOADING = {"pretrained", "pretrained_cfg", "pretrained_cfg_overlay", "checkpoint_path", "cache_dir"}
 NO_ARCHITECTURE = {"transformers_version", "architectures", "dtype"}
@@ -143,13 +143,25 @@ def read_contents(folder: Path) -> Contents:
             f"which reads formats up to {FORMAT}: upgrade unimodal"
         )
     try:
-        contents = from_dict(Contents, values, "config.json")
+        contents = from_dict(Contents, _with_scoring(values), "config.json")
         _refuse_orders(contents.model)
         _refuse_code(folder)
         _refuse_places(contents.files)
     except (TypeError, ValueError, RecursionError) as error:
         raise CheckpointError(f"{folder}: {error}") from error
     return contents
+
+
+def _with_scoring(values: dict[str, Any]) -> dict[str, Any]:
+    """Up to format 2 the matching head's settings say how its score counts, and nothing says how deep a search goes."""
+    model = values.get("model")
+    if not isinstance(model, dict) or not isinstance(matching := model.get("matching"), dict):
+        return values
+    told = {name: matching[name] for name in ("combine", "scale") if name in matching}
+    if not told or "scoring" in model:
+        return values
+    rest = {name: value for name, value in matching.items() if name not in told}
+    return {**values, "model": {**model, "matching": rest, "scoring": told}}
 
 
 def list_files(folder: Path) -> dict[str, str | None]:

@@ -4,7 +4,7 @@ from .captions import CaptionMetrics, CiderD, bleu, caption_metrics, cider_d, ro
 from .generation import FoundObject, SceneReport, check_picture, find_objects
 from .judged import JudgedMetrics, judged_metrics, require_judged
 from .protocol import Protocol, Result, require_alike, results_table
-from .ranking import Candidates, candidates_from_scores, first_stage, ranks_from_scores, rerank, text_to_text
+from .ranking import Candidates, candidates_from_scores, first_stage, ranks_from_scores, second_stage, text_to_text
 from .relevance import RelevanceMetrics, relevance_by_label, relevance_metrics
 from .retrieval import (
     DirectionMetrics,
@@ -51,11 +51,11 @@ __all__ = [
     "relevance_metrics",
     "require_alike",
     "require_judged",
-    "rerank",
     "results_table",
     "retrieval_metrics",
     "rouge_l",
     "save_ranks",
+    "second_stage",
     "summarise",
     "text_to_text",
     "tokenize",

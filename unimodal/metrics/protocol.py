@@ -10,8 +10,7 @@ from dataclasses import asdict, dataclass, fields, replace
 from typing import Any, Literal, get_args
 
 from unimodal import arguments
-
-Combine = Literal["replace", "sum"]
+from unimodal.config import Combine
 
 # How the gallery was searched, as opposed to what was asked of which data: the only fields that a table may let differ.
 SEARCH_FIELDS = ("stage", "k", "combine", "match_scale")
@@ -89,7 +88,8 @@ class Protocol:
 
     def reranked(self, k: int, combine: Combine, match_scale: float | None = None) -> "Protocol":
         """The same question, asked of the first stage's top k again."""
-        return replace(self, stage="reranked", k=k, combine=combine, match_scale=match_scale)
+        scale = match_scale if combine == "sum" else None
+        return replace(self, stage="reranked", k=k, combine=combine, match_scale=scale)
 
     def label(self) -> str:
         """One line to print beside a number."""

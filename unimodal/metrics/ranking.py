@@ -11,15 +11,13 @@ Legend: I images, C captions, Q queries, G gallery items, R relevant items of a 
 """
 
 from dataclasses import dataclass
-from typing import Any, get_args
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from unimodal import arguments
 from unimodal.retrieval import similarity
-
-from .protocol import Combine
 
 
 @dataclass(frozen=True)
@@ -71,7 +69,7 @@ def ranks_from_scores(scores: Tensor, relevant: Tensor) -> Tensor:
 
 
 def candidates_from_scores(scores: Tensor, relevant: Tensor, k: int) -> Candidates:
-    """As `ranks_from_scores`, with the top k kept for `rerank`: for systems that score pairs without embeddings."""
+    """As `ranks_from_scores`, with the top k kept for `second_stage`: for systems that score pairs without embeddings."""
     k = arguments.integer(k, "k", least=0)
     scores = _scores(scores, "scores")
     relevant = _flags(relevant, "relevant").to(scores.device)
@@ -98,7 +96,7 @@ def first_stage(
         text: [C, E]. Normalise both sides for cosine scores; the product is taken as it comes.
         text_image_id: [C] id of the image that each caption belongs to.
         image_id: [I] id of each image, distinct integers in any order; row numbers if None.
-        k: how many candidates per query to keep for `rerank`; 0 keeps ranks only.
+        k: how many candidates per query to keep for `second_stage`; 0 keeps ranks only.
         chunk: queries per block of scores.
 
     Returns:
@@ -124,11 +122,10 @@ def first_stage(
         )
 
 
-def rerank(candidates: Candidates, pair_scores: Tensor, combine: Combine) -> Tensor:
-    """Ranks after a second stage has scored each query's candidates again.
+def second_stage(candidates: Candidates, scores: Tensor) -> Tensor:
+    """Ranks after a second stage has scored each query's candidates again (`unimodal.retrieval.combined`).
 
-    Within the top k, pair scores replace the first scores ("replace": ALBEF, arXiv:2107.07651) or are added to them
-    ("sum": BLIP-2). All other items stay below the top k in their first order. Published code gives them one constant
+    All other items stay below the top k in their first order. Published code gives them one constant
     instead, and its R@K holds only up to K = k; here every rank exists, so R@K holds for every K.
 
     Ties count against the model in the second stage, and at the border of the first: an item that needs luck among
@@ -136,28 +133,25 @@ def rerank(candidates: Candidates, pair_scores: Tensor, combine: Combine) -> Ten
 
     Args:
         candidates: one direction of `first_stage`, with k >= 1.
-        pair_scores: [Q, k] scores of the pairs (query, candidates.index), higher is better.
-        combine: "replace" or "sum".
+        scores: [Q, k] what orders the pairs (query, candidates.index), higher is better.
 
     Returns:
         [Q] long, ranks of the best relevant item.
 
     Raises:
-        ValueError: for an unlike shape, NaN scores, no candidates, or an unknown `combine`.
+        ValueError: for an unlike shape, NaN scores, or no candidates.
     """
-    arguments.choice(combine, "combine", get_args(Combine))
     if not isinstance(candidates, Candidates):
         raise TypeError(
             arguments.refused("candidates", "Candidates of one direction", candidates, "first_stage gives two")
         )
-    pair_scores = _scores(pair_scores, "pair_scores").to(candidates.scores.device)
-    if pair_scores.shape != candidates.scores.shape or pair_scores.numel() == 0:
+    scores = _scores(scores, "scores").to(candidates.scores.device).float()
+    if scores.shape != candidates.scores.shape or scores.numel() == 0:
         raise ValueError(
-            f"got pair scores {list(pair_scores.shape)} for candidates {list(candidates.scores.shape)}; expected one "
+            f"got scores {list(scores.shape)} for candidates {list(candidates.scores.shape)}; expected one "
             "score per candidate and at least one candidate (first_stage(..., k=...) keeps them)"
         )
-    _refuse_nan(pair_scores)
-    scores = pair_scores.float() + candidates.scores if combine == "sum" else pair_scores.float()
+    _refuse_nan(scores)
     rank = candidates.rank.clone()
     found = candidates.rank <= scores.shape[1]  # the others have no relevant item to lift
     if found.any():

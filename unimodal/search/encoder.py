@@ -284,6 +284,8 @@ class Encoder:
         if parts["bridge"] is not None:
             parts["bridge"].pop("queries")
         settings = {name: parts[name] for name in ("bridge", "embedding", "matching")}
+        if settings["matching"] is not None:  # indexes and calibrations know models by these, too
+            settings["matching"] |= {name: parts["scoring"][name] for name in ("combine", "scale")}
         reads = [self.processor.settings(), self.processor.tokenizer.get_vocab()]
         digest = hashlib.sha256(json.dumps([settings, reads], sort_keys=True).encode())
         state = self.model.own_state(self.model.active)

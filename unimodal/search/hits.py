@@ -8,13 +8,12 @@ from typing import Any, TypedDict
 
 from torch import Tensor
 
-from unimodal.config import MatchingConfig
 from unimodal.data.items import Item
+from unimodal.retrieval import ScoringRule, depth, rerank
 from unimodal.search.catalogue import Id
 from unimodal.search.encoder import Encoder, batches, progress
 from unimodal.search.filters import Selection, parse
 from unimodal.search.state import State
-from unimodal.search.twostage import Combine, rerank
 
 
 class Hit(TypedDict):
@@ -35,20 +34,16 @@ def search(
     items: Sequence[Item],
     known: Sequence[bool],
     *,
+    rule: ScoringRule,
     top_k: int,
-    rerank_top_k: int,
     filter: str | None,
-    combine: Combine | None,
-    match_scale: float | None,
     batch_size: int,
     prompt: str | None,
     show_progress_bar: bool | None,
 ) -> list[list[Hit]]:
     """Hits of each of Q queries, best first; arguments as in `unimodal.search.Index.search`, checked. `known` says of each query
-    whether the model knows words of it."""
-    matching = encoder.model.config.matching or MatchingConfig()
-    combine = matching.combine if combine is None else combine
-    match_scale = matching.scale if match_scale is None else match_scale
+    whether the model knows words of it, `rule` how candidates are scored again."""
+    wanted = max(top_k, depth(rule, len(state.catalogue)))
     selection = None if filter is None else Selection(parse(filter, state.catalogue.fields), state.keys)
     partner = {"image": "text", "text": "image"}.get(state.manifest["kind"])
     kinds = [(item.kind, is_known) for item, is_known in zip(items, known)]
@@ -65,12 +60,10 @@ def search(
 
         can_match = encoder.matches and kinds[rows[0]] == (partner, True)
         found = rerank(
-            state.stage.candidates(read.embedding.cpu(), max(top_k, rerank_top_k), selection),
+            state.stage.candidates(read.embedding.cpu(), wanted, selection),
             match if can_match else None,
+            rule,
             top_k=top_k,
-            rerank_top_k=rerank_top_k,
-            combine=combine,
-            match_scale=match_scale,
             probability=encoder.probability,
         )
         documents = state.catalogue.documents([one.row for some in found for one in some])

@@ -19,6 +19,7 @@ from unimodal.data.folders import require_unicode
 from unimodal.data.items import as_items, is_single
 from unimodal.data.texts import UnknownWordsWarning
 from unimodal.files import replacing_contents, restore
+from unimodal.retrieval import Combine, rule_for
 from unimodal.search.access import Access
 from unimodal.search.backends import VectorIndex
 from unimodal.search.catalogue import Catalogue, Id, Metadata
@@ -28,7 +29,6 @@ from unimodal.search.first import FirstStage
 from unimodal.search.hits import search
 from unimodal.search.reader import OnError
 from unimodal.search.store import Manifest, is_ours, read_manifest, require_replaceable
-from unimodal.search.twostage import Combine
 
 TRIES = 5  # of a search whose backend shows at once what others change
 
@@ -156,7 +156,7 @@ class Index(Access):
         self,
         queries: Any,
         top_k: int = 10,
-        rerank_top_k: int = 100,
+        rerank_top_k: int | None = None,
         *,
         filter: str | None = None,
         combine: Combine | None = None,
@@ -167,18 +167,20 @@ class Index(Access):
     ) -> Any:
         """Hits of each query, best first. No document is opened.
 
-        The embedding finds candidates, the matching head orders the best `rerank_top_k` of them again. It judges a text
+        The model's scoring rule says how (`ModelConfig.scoring`), unless the call says otherwise: the embedding finds candidates, the
+        matching head orders the best of them again. It judges a text
         against images, or an image against texts; other queries keep the order of the first stage, and so does, with an
         `UnknownWordsWarning`, a text none of whose words the model knows.
 
         Args:
             queries: one item or several, see `unimodal.data.items`.
             top_k: hits per query; all documents where there are fewer.
-            rerank_top_k: depth of reranking; 0 leaves it out. Hits beyond it follow in their first order.
+            rerank_top_k: depth of reranking; None is the rule's (`scoring.k`), 0 leaves it out. Hits beyond it follow in their first
+                order.
             filter: only documents whose metadata pass, for example "year >= 2020"; see `unimodal.search.filters`.
-            combine: `replace` orders by the match score alone, `sum` by cosine + match_scale * logit; None is as the model's configuration
-                says (`matching.combine`).
-            match_scale: weight of the logit under `sum`; None is the model's (`matching.scale`).
+            combine: `replace` orders by the match score alone, `sum` by cosine + match_scale * logit; None is the rule's
+                (`scoring.combine`).
+            match_scale: weight of the logit under `sum`; None is the rule's (`scoring.scale`).
             batch_size: queries at a time, and pairs at a time.
             show_progress_bar: None shows one for several batches on a terminal.
             prompt: put before the text of every query; to a vision-language model the instruction by which queries are read, which need
@@ -190,15 +192,18 @@ class Index(Access):
             where the pair was not scored) and `score`, the one that decided: match probability, sum, or cosine.
 
         Raises:
-            TypeError, ValueError: top_k below 1, a negative depth, an unknown `combine`, a filter that cannot be read; also what
-                `as_items` raises.
+            TypeError, ValueError: top_k below 1, a negative depth, an unknown `combine`, a depth for a model without a matching head, a
+                filter that cannot be read; also what `as_items` raises.
         """
-        asked: dict[str, Any] = {
-            "top_k": arguments.integer(top_k, "top_k"),
-            "rerank_top_k": arguments.integer(rerank_top_k, "rerank_top_k", least=0),
-            "filter": arguments.optional(arguments.text, filter, "filter", empty=True),
+        other: dict[str, Any] = {
+            "k": arguments.optional(arguments.integer, rerank_top_k, "rerank_top_k", least=0),
             "combine": arguments.optional(arguments.choice, combine, "combine", get_args(Combine)),
-            "match_scale": arguments.optional(arguments.number, match_scale, "match_scale"),
+            "scale": arguments.optional(arguments.number, match_scale, "match_scale"),
+        }
+        asked: dict[str, Any] = {
+            "rule": rule_for(self.encoder.model.config, **other),
+            "top_k": arguments.integer(top_k, "top_k"),
+            "filter": arguments.optional(arguments.text, filter, "filter", empty=True),
             "batch_size": arguments.integer(batch_size, "batch_size"),
             "prompt": arguments.optional(arguments.text, prompt, "prompt", empty=True),
         }

@@ -20,11 +20,11 @@ from torch import Tensor
 
 from unimodal.data.items import Item
 from unimodal.data.pairs import Pairs
+from unimodal.retrieval import Combine, ScoringRule, depth, rerank, rule_for
 from unimodal.search.backends import open_backend
 from unimodal.search.encoder import Encoder, batches, progress
 from unimodal.search.first import FirstStage
 from unimodal.search.quantise import int8_rows
-from unimodal.search.twostage import Combine, rerank
 
 DEPTHS = (0, 8, 16, 32, 64, 128)
 TIMED = 15  # single queries behind each median
@@ -150,8 +150,8 @@ def cost_curve(
     *,
     depths: Sequence[int] = DEPTHS,
     precisions: Sequence[str] = ("float32", "int8", "binary"),
-    combine: Combine = "replace",
-    match_scale: float = 1.0,
+    combine: Combine | None = None,
+    match_scale: float | None = None,
 ) -> list[Setting]:
     """Measure every setting: depths x the model's Matryoshka widths x precisions, with the built-in exact first pass.
 
@@ -159,7 +159,7 @@ def cost_curve(
         pairing: what was read.
         depths: values of k.
         precisions: of the first pass; `binary` is left out for widths that eight does not divide.
-        combine, match_scale: as in `Index.search`.
+        combine, match_scale: as in `Index.search`; None is what the model's scoring rule says.
     """
     encoder = pairing.encoder
     embedding = encoder.model.embedding
@@ -178,9 +178,8 @@ def cost_curve(
             }
             memory = sum(path.stat().st_size for path in Path(folder, "images").iterdir())
             for k in depths:
-                recall = {
-                    side: _recall(pairing, side, stage, k, combine, match_scale) for side, stage in stages.items()
-                }
+                rule = rule_for(encoder.model.config, k=k, combine=combine, scale=match_scale)
+                recall = {side: _recall(pairing, side, stage, rule) for side, stage in stages.items()}
                 find = partial(_find, stages["text"], pairing.text.embedding, max(k, 1))
                 settings.append(
                     Setting(
@@ -199,16 +198,14 @@ def cost_curve(
     return settings
 
 
-def _recall(pairing: Pairing, side: str, stage: FirstStage, k: int, combine: Combine, match_scale: float) -> float:
+def _recall(pairing: Pairing, side: str, stage: FirstStage, rule: ScoringRule) -> float:
     """R@1 of the queries of one side."""
     read = pairing.text if side == "text" else pairing.image
     best = rerank(
-        stage.candidates(read.embedding[pairing.rows[side]], max(k, 1)),
+        stage.candidates(read.embedding[pairing.rows[side]], max(rule.k, 1)),
         partial(pairing.match, side),
+        rule,
         top_k=1,
-        rerank_top_k=k,
-        combine=combine,
-        match_scale=match_scale,
     )
     rows = torch.tensor([some[0].row for some in best])
     return float(pairing.right(side).gather(1, rows[:, None]).float().mean())
@@ -224,12 +221,23 @@ def cheapest(settings: Sequence[Setting], recall: float) -> Setting | None:
     return min(enough, key=lambda one: (one.milliseconds, one.memory), default=None)
 
 
-def held_out_pairs(pairing: Pairing, depth: int) -> tuple[Tensor, Tensor, Tensor]:
-    """The pairs that a text to image search of this depth would score: match logits, which are true, the image of the caption; [P] each."""
+def held_out_pairs(pairing: Pairing, k: int | None = None) -> tuple[Tensor, Tensor, Tensor]:
+    """The pairs that a text to image search would score: match logits, which are true, the image of the caption; [P] each.
+
+    Args:
+        pairing: what was read.
+        k: depth of the search; None is what the model's scoring rule says.
+
+    Raises:
+        ValueError: a depth of 0.
+    """
+    rule = rule_for(pairing.encoder.model.config, k=k)
+    if not (count := depth(rule, len(pairing.image.tokens))):
+        raise ValueError("a search of depth 0 scores no pairs; give a depth of at least 1")
     width = pairing.encoder.model.embedding.dim
     with tempfile.TemporaryDirectory() as folder:
         stage = _stage(pairing.image, Path(folder), "float32", width)
-        found = stage.candidates(pairing.text.embedding[pairing.rows["text"]], depth)
+        found = stage.candidates(pairing.text.embedding[pairing.rows["text"]], count)
         stage.backend.close()
     pairs = [(query, row) for query, some in enumerate(found) for row, _ in some]
     query, row = torch.tensor(pairs).T

@@ -42,7 +42,7 @@ from unimodal.survey.data import SurveyData
 from unimodal.survey.encoders import SharedEncoders
 from unimodal.survey.explain import deletion_test
 from unimodal.survey.hallucination import hallucination_on
-from unimodal.survey.score import ITEMS, Ranking, embeddings, rank, states
+from unimodal.survey.score import ITEMS, Ranking, embeddings, rank, scored_again, states
 from unimodal.survey.specs import Spec, read_spec
 from unimodal.survey.train import Budget, Precision, train
 from unimodal.systems import Images, System, Texts
@@ -268,8 +268,8 @@ def _batches(system: System, name: str, stage: str, settings: Any, run: Run) -> 
 
 def _before(spec: Spec, config: Path) -> Path | None:
     """The file of the system whose first candidates this one scores; None where it ranks by itself."""
-    first = spec.scoring.first
-    return None if first in ("embed", "pairs") else config.parent / f"{first}.yaml"
+    first = spec.scoring.shortlist
+    return None if first is None else config.parent / f"{first}.yaml"
 
 
 def _trained(config: Path, run: Run, say: Callable[[str], None]) -> System:
@@ -341,18 +341,12 @@ def _accuracy(
         "accuracy": {"first": _recalls(ranking.t2i, ranking.i2t, protocol, image_id, text_image_id, run.seed)}
     }
     if ranking.t2i_reranked is not None:
-        again = _reranked(protocol, spec)
+        again = protocol.reranked(spec.scoring.k, spec.scoring.combine, spec.scoring.scale)
         out["accuracy"]["reranked"] = _recalls(
             ranking.t2i_reranked, ranking.i2t_reranked, again, image_id, text_image_id, run.seed
         )
         out["protocol"] = {"first": protocol.label(), "reranked": again.label()}
     return out
-
-
-def _reranked(protocol: Protocol, spec: Spec) -> Protocol:
-    scoring = spec.scoring
-    scale = scoring.scale if scoring.combine == "sum" else None
-    return protocol.reranked(scoring.k, scoring.combine, scale)
 
 
 def _recalls(
@@ -422,12 +416,12 @@ def _milliseconds(
     system: System, spec: Spec, images: Images, texts: Texts, encoders: SharedEncoders, embedder: System | None
 ) -> dict[str, float | None]:
     """One text query at a time against all images, from its token ids: first stage and reranked, in milliseconds."""
-    scoring = spec.scoring
+    pairs, k = spec.scoring.first == "pair", scored_again(system, spec.scoring)
     first_stage = embedder or system
-    needs_state = scoring.first == "pairs" or scoring.k
+    needs_state = pairs or k
     image_state = states(system, images, texts.select(torch.arange(1)))[0] if needs_state else ()
     gallery = None
-    if scoring.first != "pairs":
+    if not pairs:
         gallery = embeddings(first_stage, images, texts.select(torch.arange(1)))[0]
     first, again = 0.0, 0.0
     count = min(TIMED, len(texts.ids))
@@ -436,20 +430,20 @@ def _milliseconds(
         start = time.perf_counter()
         if "text" in {*system.towers, *first_stage.towers}:
             query = encoders.read_texts(query.ids, query.mask)
-        if scoring.first == "pairs":
+        if pairs:
             scores = system.score_matrix(image_state, system.text_state(query))[:, 0]
         else:
             text = first_stage.embed_texts(query)
             assert gallery is not None
             scores = similarity(gallery, text)[:, 0]
-        top = scores.topk(min(max(scoring.k, 1), len(scores))).indices
+        top = scores.topk(min(max(k, 1), len(scores))).indices
         first += time.perf_counter() - start
-        if scoring.k:
+        if k:
             start = time.perf_counter()
             one = system.text_state(query)
             system.score_pairs(tuple(x[top] for x in image_state), tuple(x.expand(len(top), *x.shape[1:]) for x in one))
             again += time.perf_counter() - start
-    return {"first": 1000 * first / count, "reranked": 1000 * (first + again) / count if scoring.k else None}
+    return {"first": 1000 * first / count, "reranked": 1000 * (first + again) / count if k else None}
 
 
 @torch.no_grad()
@@ -457,9 +451,9 @@ def _index_bytes(system: System, spec: Spec, images: Images, embedder: System | 
     """What is kept of one image to answer queries, as it is in memory: its embedding, and its state where pairs are scored."""
     one = images.select(torch.arange(1))
     kept: list[Tensor] = []
-    if spec.scoring.first != "pairs":
+    if spec.scoring.first != "pair":
         kept.append((embedder or system).embed_images(one))
-    if spec.scoring.first == "pairs" or spec.scoring.k:
+    if spec.scoring.first == "pair" or scored_again(system, spec.scoring):
         kept.extend(system.image_state(one))
     return sum(x.numel() * x.element_size() for x in kept)
 
@@ -472,7 +466,8 @@ def _save_ranks(
     rows = (text_image_id[:, None] == image_id[None]).long().argmax(1)
     stages = {"first": Ranks(protocol, ranking.t2i, ranking.i2t, rows)}
     if ranking.t2i_reranked is not None and ranking.i2t_reranked is not None:
-        stages["reranked"] = Ranks(_reranked(protocol, spec), ranking.t2i_reranked, ranking.i2t_reranked, rows)
+        again = protocol.reranked(spec.scoring.k, spec.scoring.combine, spec.scoring.scale)
+        stages["reranked"] = Ranks(again, ranking.t2i_reranked, ranking.i2t_reranked, rows)
     save_ranks(path, stages)
 
 

@@ -11,8 +11,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from unimodal.metrics import Candidates, candidates_from_scores, first_stage, rerank
+from unimodal.metrics import Candidates, first_stage, ranks_from_scores, second_stage
 from unimodal.onednn import inference
+from unimodal.retrieval import combined
 from unimodal.systems import Images, Scoring, System, Texts
 from unimodal.systems.base import State
 
@@ -89,6 +90,21 @@ def pair_scores(
     return scores
 
 
+def scored_again(system: System, scoring: Scoring) -> int:
+    """How many of the first candidates are scored again as pairs.
+
+    Raises:
+        ValueError: all pairs are to be scored by a system that scores none.
+    """
+    if scoring.first == "embed":
+        return scoring.k if system.scores_pairs else 0
+    if not system.scores_pairs:
+        raise ValueError(
+            f"scoring.first is 'pair', but {type(system).__name__} scores no pairs; set it to 'embed', or implement score_pairs"
+        )
+    return 0
+
+
 def rank(
     system: System,
     scoring: Scoring,
@@ -108,25 +124,24 @@ def rank(
         images, texts: of the split.
         image_id: [I], distinct.
         text_image_id: [C] the image that each caption belongs to.
-        shortlist: embeddings of the images and the texts of the system that `scoring.first` names.
+        shortlist: embeddings of the images and the texts of the system that `scoring.shortlist` names.
         size: pairs scored at a time.
     """
-    state = states(system, images, texts) if scoring.first == "pairs" or scoring.k else None
-    if scoring.first == "pairs":
+    both, k = scoring.directions == "both", scored_again(system, scoring)
+    state = states(system, images, texts) if scoring.first == "pair" or k else None
+    if scoring.first == "pair":
         assert state is not None
         scores = all_pairs(system, *state, size=size)  # [I, C]
         relevant = image_id[:, None] == text_image_id[None]
-        k = max(1, scoring.k)
-        first = candidates_from_scores(scores.T, relevant.T, k), candidates_from_scores(scores, relevant, k)
-    else:
-        if scoring.first != "embed" and shortlist is None:
-            raise ValueError(f"scoring.first is {scoring.first!r}: pass the embeddings of that system as the shortlist")
-        image, text = embeddings(system, images, texts) if scoring.first == "embed" else shortlist  # type: ignore[misc]
-        first = first_stage(image, text, text_image_id, image_id=image_id, k=scoring.k)
-    both = scoring.directions == "both"
+        return Ranking(ranks_from_scores(scores.T, relevant.T), ranks_from_scores(scores, relevant) if both else None)
+    if scoring.shortlist is not None and shortlist is None:
+        raise ValueError(
+            f"scoring.shortlist is {scoring.shortlist!r}: pass the embeddings of that system as the shortlist"
+        )
+    image, text = shortlist or embeddings(system, images, texts)
+    first = first_stage(image, text, text_image_id, image_id=image_id, k=k)
     again: list[Tensor | None] = [None, None]
-    if scoring.k:
-        assert state is not None
+    if state is not None:
         for way in range(1 + both):
             again[way] = _again(system, state, first[way], scoring, image_queries=way == 1, size=size)
     return Ranking(first[0].rank, first[1].rank if both else None, again[0], again[1])
@@ -158,7 +173,7 @@ def _again(
     queries = torch.arange(len(first.index))[:, None].expand_as(first.index)
     image, text = (queries, first.index) if image_queries else (first.index, queries)
     scores = pair_scores(system, *state, image.flatten(), text.flatten(), size=size).view_as(first.scores)
-    return rerank(first, scores * (scoring.scale if scoring.combine == "sum" else 1.0), scoring.combine)
+    return second_stage(first, combined(scoring, first.scores, scores))
 
 
 def _pieces(count: int, size: int) -> Iterable[Tensor]:

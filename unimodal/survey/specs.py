@@ -4,6 +4,7 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from jsonargparse import ArgumentParser
 
@@ -58,7 +59,7 @@ def read_spec(path: str | Path) -> Spec:
     parser = ArgumentParser(exit_on_error=False)
     parser.add_class_arguments(Spec, "spec")
     try:
-        content = words.untyped({"spec": words.load(path.read_text(encoding="utf-8"))})
+        content = words.untyped({"spec": _in_words_of_today(words.load(path.read_text(encoding="utf-8")))})
         return parser.instantiate(words.told(parser.parse_object(content))).spec
     except Exception as error:  # jsonargparse raises its own kinds
         if missing := re.search(r"No module named '(\w+)'", str(error)):
@@ -67,3 +68,12 @@ def read_spec(path: str | Path) -> Spec:
                 "`PYTHONPATH=. unimodal survey ...`"
             ) from error
         raise ValueError(f"{path}: {error}") from error
+
+
+def _in_words_of_today(spec: Any) -> Any:
+    """A file of a survey that ran before `scoring.first` was `embed` or `pair` alone: it also named the system of the shortlist."""
+    scoring = spec.get("scoring") if isinstance(spec, dict) else None
+    if not isinstance(scoring, dict) or (first := scoring.get("first", "embed")) in ("embed", "pair"):
+        return spec
+    told = {"first": "pair"} if first == "pairs" else {"first": "embed", "shortlist": first}
+    return {**spec, "scoring": {**scoring, **told}}

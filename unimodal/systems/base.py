@@ -13,6 +13,7 @@ from typing import Any, Literal, NamedTuple, Protocol
 import torch
 from torch import Tensor, nn
 
+from unimodal.config import ScoringRule
 from unimodal.retrieval import row_similarity
 
 
@@ -107,6 +108,11 @@ class System(nn.Module):
         self._encoders = (encoders,)  # in a tuple, or the backbone's weights would count as the system's
 
     @property
+    def scores_pairs(self) -> bool:
+        """Whether it has a pair score."""
+        return type(self).score_pairs is not System.score_pairs
+
+    @property
     def encoders(self) -> Encoders:
         return self._encoders[0]
 
@@ -174,7 +180,7 @@ class System(nn.Module):
     def score(self, images: Images, texts: Texts) -> Tensor:
         """What the system says of P images with P texts, row by row, differentiable in their tokens: [P]. By pair score where it has
         one, else by cosine."""
-        if type(self).score_pairs is not System.score_pairs:
+        if self.scores_pairs:
             return self.score_pairs(self.image_state(images), self.text_state(texts))
         return row_similarity(self.embed_images(images), self.embed_texts(texts)[:, None])[:, 0]
 
@@ -207,33 +213,24 @@ class Stage:
     clip: float = 1.0
 
 
-@dataclass(frozen=True)
-class Scoring:
-    """How a system ranks.
+@dataclass(frozen=True, kw_only=True)
+class Scoring(ScoringRule):
+    """How a system ranks. A system without pair scores scores nothing again, whatever `k` says.
 
     Args:
-        first: what ranks the whole gallery: `embed` (embeddings), `pairs` (every pair is scored), or the name of another system of the
-            survey, whose embedding gives a shortlist to a system that can only afford to score pairs of it.
-        k: how many of the first are scored again by `score_pairs`; 0 scores none again.
-        combine: whether that score replaces the first (ALBEF) or is added to it (BLIP-2).
-        scale: what it is multiplied by before it is added.
-        directions: `both`, or `text_to_image` alone (ELIP, whose images are read anew for each text).
+        shortlist: the name of another system of the survey, whose embedding ranks first for a system that can only afford to score pairs.
         metric: `recall` of the true item, or `category`: mean average precision of items of the same category (CDISA).
     """
 
-    first: str = "embed"
-    k: int = 0
-    combine: Literal["replace", "sum"] = "replace"
-    scale: float = 1.0
-    directions: Literal["both", "text_to_image"] = "both"
+    shortlist: str | None = None
     metric: Literal["recall", "category"] = "recall"
 
     def __post_init__(self) -> None:
-        if self.k < 0:
-            raise ValueError(f"scoring.k: expected 0 or more candidates to score again, got {self.k}")
-        if self.first not in ("embed", "pairs") and not self.k:
+        super().__post_init__()
+        if self.shortlist is not None and (self.first != "embed" or not self.k):
             raise ValueError(
-                f"scoring.first is {self.first!r}, another system, whose first candidates this one scores again: set scoring.k above 0"
+                f"scoring.shortlist is {self.shortlist!r}, another system, whose first candidates this one scores again: set scoring.k "
+                "above 0 and scoring.first to 'embed'"
             )
 
 

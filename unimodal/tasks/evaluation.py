@@ -6,7 +6,7 @@ to symbols, swapped captions are ranked against true ones, and generated picture
 
 import copy
 from dataclasses import dataclass, fields, replace
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -27,13 +27,13 @@ from unimodal.metrics import (
     caption_metrics,
     first_stage,
     mean_of_folds,
-    rerank,
+    second_stage,
     summarise,
     text_to_text,
 )
 from unimodal.model import ImageState, TextState, UnimodalModel
 from unimodal.onednn import inference
-from unimodal.retrieval import row_similarity
+from unimodal.retrieval import Combine, combined, depth, row_similarity, rule_for
 from unimodal.tasks.drawing import Drawn, draw_scenes
 
 # Every headline number, with the heads that it needs.
@@ -53,14 +53,18 @@ MEASURES: dict[str, tuple[str, ...]] = {
 }
 
 
+FINDS = 5  # first candidates kept of each query where none is scored again
+
+
 @dataclass(frozen=True, kw_only=True)
 class EvaluationSettings:
     """How much is measured, and how.
 
     Args:
-        rerank_k: candidates per query that the matching head scores.
-        combine: whether its score replaces the embedding's or is added to it.
-        match_scale: what the match logit is multiplied by before it is added to a cosine: under `sum`, and to choose a caption.
+        rerank_k: candidates per query that the matching head scores; None is what the model's scoring rule says (`scoring.k`).
+        combine: whether its score replaces the embedding's or is added to it; None is as the rule says.
+        match_scale: what the match logit is multiplied by before it is added to a cosine: under `sum`, and to choose a caption; None is
+            as the rule says.
         folds: blocks of images, in file order, that are each searched alone and then averaged; 1 searches the whole split.
         text_to_text: also search captions by captions.
         captions: images to caption, from the start of the split; 0 for none.
@@ -74,9 +78,9 @@ class EvaluationSettings:
         pairs_per_batch: pairs that the matching head scores at a time.
     """
 
-    rerank_k: int = 16
-    combine: Literal["replace", "sum"] = "replace"
-    match_scale: float = 1.0
+    rerank_k: int | None = None
+    combine: Combine | None = None
+    match_scale: float | None = None
     folds: int = 1
     text_to_text: bool = False
     captions: int = 200
@@ -141,6 +145,7 @@ class Evaluation:
         known: Scenes | None = None,
     ) -> None:
         self.model, self.processor, self.pairs, self.settings, self.known = model, processor, pairs, settings, known
+        self.rule = rule_for(model.config, k=settings.rerank_k, combine=settings.combine, scale=settings.match_scale)
         self.embeds = "embedding" in model.jobs
         self.images: list[ImageState] = []
         self.texts: list[TextState] = []
@@ -250,7 +255,7 @@ class Evaluation:
             ValueError: for folds that do not divide the split, and what `first_stage`, `mean_of_folds` and `text_to_text` raise.
         """
         self._concatenate()
-        settings, matches = self.settings, "matching" in self.model.heads
+        settings, rule = self.settings, self.rule
         image, text = torch.cat(self.image_embeddings), torch.cat(self.text_embeddings)
         image_id, text_image_id = torch.cat(self.image_ids), torch.cat(self.text_image_ids)
         if settings.folds < 1 or len(image) % settings.folds:
@@ -258,24 +263,23 @@ class Evaluation:
         parts: list[dict[str, Any]] = []
         for rows in torch.arange(len(image), device=image.device).chunk(settings.folds):
             captions = torch.isin(text_image_id, image_id[rows]).nonzero().squeeze(1)
+            k = depth(rule, max(len(rows), len(captions)))
             t2i, i2t = first_stage(
-                image[rows], text[captions], text_image_id[captions], image_id=image_id[rows], k=settings.rerank_k
+                image[rows], text[captions], text_image_id[captions], image_id=image_id[rows], k=k or FINDS
             )
             part: dict[str, Any] = {
                 "t2i": replace(t2i, index=rows[t2i.index]),
                 "i2t": replace(i2t, index=captions[i2t.index]),
             }
-            if matches and settings.rerank_k:
+            if k:
                 for name, queries in (("t2i", captions), ("i2t", rows)):
                     found = part[name]
                     pairs = (found.index, queries[:, None].expand_as(found.index))
                     images, texts = pairs if name == "t2i" else pairs[::-1]
                     match = self.match_pairs(images.flatten(), texts.flatten()).view_as(found.scores)
-                    weighed, before = (
-                        (settings.match_scale * match, found.scores) if settings.combine == "sum" else (match, 0)
-                    )
-                    part[f"{name}_match"], part[f"{name}_final"] = match, weighed + before
-                    part[f"{name}_reranked_rank"] = rerank(found, weighed, settings.combine)
+                    final = combined(rule, found.scores, match)
+                    part[f"{name}_match"], part[f"{name}_final"] = match, final
+                    part[f"{name}_reranked_rank"] = second_stage(found, final)
             parts.append(part | {"captions": captions})
 
         order = torch.cat([part.pop("captions") for part in parts]).argsort()  # back to the split's captions
@@ -288,8 +292,7 @@ class Evaluation:
         whole = out["candidates"]
         stages = {"first": (first, lambda part, name: part[name].rank)}
         if "t2i_match" in whole:
-            scale = settings.match_scale if settings.combine == "sum" else None
-            reranked = first.reranked(whole["t2i"].index.shape[1], settings.combine, scale)
+            reranked = first.reranked(whole["t2i"].index.shape[1], rule.combine, rule.scale)
             stages["reranked"] = (reranked, lambda part, name: part[f"{name}_reranked_rank"])
         for stage, (protocol, rank) in stages.items():
             per_fold = [
@@ -302,9 +305,9 @@ class Evaluation:
                 result.protocol, rank(whole, "t2i").cpu(), rank(whole, "i2t").cpu(), text_image.cpu()
             )
         if settings.text_to_text:
-            rule = replace(first, rule="hit among the captions, the query left out")
+            protocol = replace(first, rule="hit among the captions, the query left out")
             found = DirectionMetrics.from_ranks(text_to_text(text, text_image_id).rank)
-            out["text_to_text"] = TextToTextMetrics(protocol=rule, text_to_text=found)
+            out["text_to_text"] = TextToTextMetrics(protocol=protocol, text_to_text=found)
         return out
 
     # Scenes: swapped captions.
@@ -357,7 +360,7 @@ class Evaluation:
                 self.processor,
                 state,
                 settings.candidates,
-                match_scale=settings.match_scale,
+                match_scale=self.rule.scale,
                 generator=generator,
                 num_beams=settings.num_beams,
                 max_new_tokens=length - 2,  # with start and end it can be read again
@@ -365,7 +368,7 @@ class Evaluation:
         written = written[:count]
         decoding = f"{settings.num_beams} beams" if settings.num_beams > 1 else "greedy"
         if settings.candidates > 1:
-            decoding += f" and {settings.candidates - 1} drawn, the best by the model's own cosine + {settings.match_scale:g} match logit"
+            decoding += f" and {settings.candidates - 1} drawn, the best by the model's own cosine + {self.rule.scale:g} match logit"
         captions = sum(len(self.pairs.captions(i)) for i in range(count))
         protocol = replace(self.protocol(), images=count, captions=captions, decoding=decoding)
         references = [self.pairs.captions(i) for i in range(count)]
