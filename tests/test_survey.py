@@ -20,7 +20,7 @@ from unimodal.survey.noise import Noise, changed, corrupted, swaps
 from unimodal.survey.nouns import objects_in, objects_of
 from unimodal.survey.page import accuracy, captions, categories, read_results, settings
 from unimodal.survey.run import Run, configs, load_system
-from unimodal.survey.specs import systems_folder
+from unimodal.survey.specs import read_spec, systems_folder
 from unimodal.survey.train import Budget, Clock
 from unimodal.systems import CLIP, Scoring, Stage
 
@@ -534,3 +534,19 @@ def test_scoring_that_cannot_be() -> None:
         Scoring(k=-1)
     with pytest.raises(ValueError, match="another system, whose first candidates this one scores again: set scoring.k"):
         Scoring(shortlist="cca", k=0)
+
+
+@pytest.mark.parametrize(
+    ("before", "now"),
+    [
+        ("{first: pairs}", {"first": "pair"}),
+        ("{first: cca, k: 32}", {"first": "embed", "shortlist": "cca", "k": 32}),
+        ("{first: embed, k: 8, combine: sum}", {"first": "embed", "k": 8, "combine": "sum"}),
+    ],
+)
+def test_the_scoring_of_an_older_survey_is_read(before: str, now: dict[str, Any], tmp_path: Path) -> None:
+    path = tmp_path / "system.yaml"
+    path.write_text(
+        f"title: one\npaper: one\ninteraction: one\nsystem: {{class_path: unimodal.systems.CLIP}}\nscoring: {before}\n"
+    )
+    assert read_spec(path).scoring == Scoring(**now)

@@ -55,7 +55,7 @@ def scores(spec: Spec, system: System, data: SurveyData) -> dict[str, Tensor]:
     """All that a ranking by the system's rule follows from."""
     images, texts, _, _ = data.gallery(pixels=system.needs_pixels)
     found = {}
-    if spec.scoring.first == "embed":
+    if spec.scoring.first == "embed" and spec.scoring.shortlist is None:
         found["image"], found["text"] = embeddings(system, images, texts)
     if system.scores_pairs:
         found["pairs"] = all_pairs(system, *states(system, images, texts))

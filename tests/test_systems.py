@@ -110,7 +110,7 @@ def test_chunks_change_no_score(learned: Any, monkeypatch: pytest.MonkeyPatch) -
     def read(items: int, size: int) -> dict[str, Tensor]:
         monkeypatch.setattr(score, "ITEMS", items)
         found = {}
-        if spec.scoring.first == "embed":
+        if spec.scoring.first == "embed" and spec.scoring.shortlist is None:
             found["image"], found["text"] = score.embeddings(system, pairs.images, pairs.texts)
         if system.scores_pairs:
             state = score.states(system, pairs.images, pairs.texts)
