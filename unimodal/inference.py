@@ -491,7 +491,7 @@ class Unimodal:
         batch_size: int = 16,
         show_progress_bar: bool | None = None,
         candidates: int = 1,
-        match_scale: float = 0.02,
+        match_scale: float | None = None,
     ) -> GeneratedImages:
         """Pictures of texts.
 
@@ -505,7 +505,7 @@ class Unimodal:
             batch_size: pictures at a time.
             show_progress_bar: None shows one for several batches on a terminal.
             candidates: pictures drawn for each one that is returned; the embedding and matching heads choose it among them.
-            match_scale: weight of the match logit beside the cosine when they choose.
+            match_scale: weight of the match logit beside the cosine when they choose; None is that of the model's scoring rule.
 
         Returns:
             An object whose `images` are PIL images, those of the first prompt first.
@@ -520,7 +520,7 @@ class Unimodal:
             "guidance_scale": arguments.number(guidance_scale, "guidance_scale", least=0),
         }
         candidates = arguments.integer(candidates, "candidates", most=MOST)
-        match_scale = arguments.number(match_scale, "match_scale")
+        match_scale = arguments.optional(arguments.number, match_scale, "match_scale")
         each = arguments.integer(num_images_per_prompt, "num_images_per_prompt", most=MOST)
         asked = [prompt] if isinstance(prompt, str) else arguments.listed(prompt, "prompt", "texts")
         texts = [arguments.text(text, f"prompt {i}") for i, text in enumerate(asked) for _ in range(each)]
@@ -532,7 +532,7 @@ class Unimodal:
                 self.processor,
                 self.encoder.texts(texts[rows]),
                 candidates,
-                match_scale=match_scale,
+                match_scale=self.model.config.scoring.scale if match_scale is None else match_scale,
                 generator=sources[rows],
                 **settings,
             )

@@ -398,7 +398,7 @@ class Evaluation:
             pairs,
             settings.pictures,
             candidates=candidates,
-            match_scale=settings.match_scale,
+            match_scale=self.rule.scale,
             num_inference_steps=settings.steps,
             guidance_scale=settings.guidance_scale,
         )
