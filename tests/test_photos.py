@@ -3,9 +3,12 @@
 import csv
 import json
 import os
+import sqlite3
+from contextlib import closing
 from pathlib import Path
 
 import pytest
+from PIL import Image
 from test_cli import model, photos, run, wide  # noqa: F401
 from test_report import Balanced
 from toy import toy_model, toy_processor
@@ -14,6 +17,7 @@ from unimodal import recipes
 from unimodal.data import CsvTable, JsonLines
 from unimodal.data.scenes import Scenes
 from unimodal.data.texts import UnknownWordsWarning
+from unimodal.files import LOCK
 from unimodal.inference import Unimodal
 from unimodal.search import Encoder, build_index, cache_folder, index_folder
 
@@ -156,6 +160,20 @@ def test_an_index_that_is_broken_is_made_again(broken: str, encoder: Encoder, ph
     with pytest.warns(UserWarning, match=f"{broken}.* All pictures in .* are read again"):
         again = index_folder(encoder, photos)
     assert (again.fresh, len(again.index)) == (4, 3)
+
+
+@pytest.mark.filterwarnings("ignore:.*could not be read and are not in the index")
+def test_an_index_of_the_version_before_is_gone_on_with(encoder: Encoder, photos: Path) -> None:  # noqa: F811
+    folder = index_folder(encoder, photos).index.folder
+    (folder / LOCK).unlink()  # that version locked nothing, and numbered no changes
+    with closing(sqlite3.connect(folder / "documents.sqlite")) as db, db:
+        assert db.execute("delete from facts where name = 'generation'").rowcount == 1
+    times(encoder)
+    found = index_folder(encoder, photos)
+    assert (found.fresh, found.stale, times(encoder), len(found.index)) == (0, 0, 0, 3)
+    Image.new("RGB", (40, 30), "red").save(photos / "new.png")
+    assert index_folder(encoder, photos).fresh == 1
+    assert len(found.index.search("a red circle", top_k=9)) == len(found.index) == 4
 
 
 def test_from_python(photos: Path) -> None:  # noqa: F811

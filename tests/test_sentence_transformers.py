@@ -322,8 +322,11 @@ def test_an_export_is_the_checkpoint_and_two_files(checkpoint: Path, embedder: P
 def test_verbs(checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for form, kind in (("sentence-transformers", "SentenceTransformer"), ("cross-encoder", "CrossEncoder")):
         out = tmp_path / form
+        out.mkdir()
+        (out / "a.jpg").touch()
         assert cli.main(["export", form, "--model", str(checkpoint), "--out", str(out)]) == 0
-        assert capsys.readouterr().out.startswith(f"{out}: README.md, calibration.json, config.json")
+        told = capsys.readouterr().out
+        assert told.startswith(f"{out}: README.md, calibration.json, config.json") and "a.jpg" not in told
         (module,) = json.loads((out / "modules.json").read_text())
         assert module["type"] == f"unimodal.adapters.{kind}Module"
     assert cli.main(["export", "cross-encoder", "--model", "no/where", "--out", str(tmp_path / "x")]) == 1

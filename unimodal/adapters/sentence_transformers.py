@@ -135,6 +135,28 @@ class _Module(nn.Module):
     def _length(self, length: int | None, name: str) -> int:
         return self.longest if length is None else integer(length, name, least=SHORTEST, most=self.longest)
 
+    def preprocess(
+        self,
+        inputs: Sequence[Any],
+        prompt: str | None = None,
+        task: str | None = None,
+        max_length: int | None = None,
+        processing_kwargs: dict[str, Any] | None = None,
+    ) -> Features:
+        """What a model reads -> features, one row for each input.
+
+        Args:
+            inputs: texts, images, or dicts of both; to a CrossEncoder pairs of them.
+            prompt: put before every text; to a vision-language model the instruction.
+            task: "query" or "document", as sentence-transformers says; it chose the prompt by it, and nothing else depends on it.
+            max_length: longest text in tokens, for this call.
+            processing_kwargs: the same as sentence-transformers writes it: `{"text": {"max_length": 16}}`.
+        """
+        return self._features(inputs, prompt, self._reader(max_length, processing_kwargs))
+
+    def _features(self, inputs: Sequence[Any], prompt: str | None, reader: Any) -> Features:
+        raise NotImplementedError
+
     def _reader(self, max_length: int | None, processing_kwargs: dict[str, Any] | None) -> Any:
         """The processor for one call: with a longest text of its own, where one is given."""
         length = text_length(processing_kwargs)
@@ -195,26 +217,9 @@ class SentenceTransformerModule(_Module):
         _require_one_vector(model.model.config)
         super().__init__(model)
 
-    def preprocess(
-        self,
-        inputs: Sequence[Any],
-        prompt: str | None = None,
-        task: str | None = None,
-        max_length: int | None = None,
-        processing_kwargs: dict[str, Any] | None = None,
-    ) -> Features:
-        """Items -> features, one row for each item; see `unimodal.adapters.features`.
-
-        Args:
-            inputs: texts, images, or dicts of both.
-            prompt: put before every text; to a vision-language model the instruction.
-            task: "query" or "document", as sentence-transformers says; it chose the prompt by it, and nothing else depends on it.
-            max_length: longest text in tokens, for this call.
-            processing_kwargs: the same as sentence-transformers writes it: `{"text": {"max_length": 16}}`.
-        """
-        return self._items(
-            as_items([decoded(item) for item in inputs]), prompt, self._reader(max_length, processing_kwargs)
-        )
+    def _features(self, inputs: Sequence[Any], prompt: str | None, reader: Any) -> Features:
+        """Items -> features, one row for each item; see `unimodal.adapters.features`."""
+        return self._items(as_items([decoded(item) for item in inputs]), prompt, reader)
 
     def forward(self, features: Features) -> Features:
         """Adds `sentence_embedding` [n, E]: unit vectors; an item with image and text has the normalised mean of its two."""
@@ -247,23 +252,11 @@ class CrossEncoderModule(_Module):
         super().__init__(model)
         self.judges = model.encoder.judges
 
-    def preprocess(
-        self,
-        inputs: Sequence[Any],
-        prompt: str | None = None,
-        task: str | None = None,
-        max_length: int | None = None,
-        processing_kwargs: dict[str, Any] | None = None,
-    ) -> Features:
+    def _features(self, inputs: Sequence[Any], prompt: str | None, reader: Any) -> Features:
         """Pairs of an image and a text, in either order -> features of one row for each pair, and which distinct image and text each has;
-        to a vision-language model pairs of a query and a document of any kind -> a conversation each.
-
-        Args:
-            inputs: the pairs. Single items, whose tokens sentence-transformers counts for a model card, give features without scores.
-            prompt: put before every text; to a vision-language model the instruction.
-            task, max_length, processing_kwargs: as in `SentenceTransformerModule.preprocess`.
+        to a vision-language model pairs of a query and a document of any kind -> a conversation each. Single items, whose tokens
+        sentence-transformers counts for a model card, give features without scores.
         """
-        reader = self._reader(max_length, processing_kwargs)
         if not any(isinstance(pair, list | tuple) for pair in inputs):
             return self._items(as_items([decoded(item) for item in inputs]), prompt, reader)
         if self.judges:

@@ -34,10 +34,18 @@ def export(options: argparse.Namespace, checkpoint: str) -> None:
     """Write the form asked for and say where it is."""
     names = None if options.form == "onnx" else ()  # the others replace an earlier export of their own
     require_free_folder(options.out, names, inputs=[checkpoint])
+    before = _times(options.out)
     if options.form == "onnx":
         export_onnx(Unimodal.from_pretrained(checkpoint), options.out)
     elif options.form == "sentence-transformers":
         export_sentence_transformer(checkpoint, options.out)
     else:
         export_cross_encoder(checkpoint, options.out)
-    print(f"{options.out}: {', '.join(sorted({path.name for path in options.out.iterdir()} - BOOKKEEPING))}")
+    written = [name for name, time in _times(options.out).items() if before.get(name) != time]
+    print(f"{options.out}: {', '.join(written)}")
+
+
+def _times(folder: Path) -> dict[str, int]:
+    """When what lies in a folder was written, by name in order; nothing of a folder that is not there."""
+    paths = sorted(folder.iterdir()) if folder.is_dir() else []
+    return {path.name: path.stat().st_mtime_ns for path in paths if path.name not in BOOKKEEPING}

@@ -4,7 +4,6 @@ Its numbers are bounded first. Then the model is built on torch's `meta` device,
 compared with the headers of the files. Only a model that fits them is built in memory, without the random numbers that the files replace.
 """
 
-import math
 import re
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence, Set
@@ -58,7 +57,7 @@ def require_bounded(values: Mapping[str, Any], where: str, tensors: int) -> None
 
 
 def _require_size(place: str, key: str, value: float, tensors: int) -> None:
-    least = 0.0 if LAYERS.search(key) else -math.inf
+    least = 0
     if LAYERS.search(key):
         limit, why = max(tensors, FEWEST_LAYERS), f"the weights beside it have {tensors} tensors"
     elif key in ("image_size", "size"):
@@ -67,10 +66,9 @@ def _require_size(place: str, key: str, value: float, tensors: int) -> None:
         return
     else:
         limit, why = LARGEST_NUMBER, "no model has anything of that size"
-    if not max(least, -limit) <= value <= limit:
-        raise ValueError(
-            f"{place}: expected at least {max(least, -limit):g} and at most {limit}, since {why}, got {value}"
-        )
+        least = -limit
+    if not least <= value <= limit:
+        raise ValueError(f"{place}: expected {least} to {limit}, since {why}, got {value}")
 
 
 RANDOM = {Tensor.normal_, Tensor.uniform_, Tensor.erfinv_, nn.init.normal_, nn.init.uniform_, nn.init.trunc_normal_}
