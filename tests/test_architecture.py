@@ -94,6 +94,10 @@ ROOMS: dict[str, tuple[set[str], str]] = {
         },
         "a task trains a model, it knows no command line",
     ),
+    "finetuning": (
+        {"tasks", "stages", "model", "hub", "data", "metrics", "config"},
+        "a fine-tuning is a stage with a plan of its own, it knows no command line",
+    ),
     "merge": (set(), "merging takes state dicts"),
     "chunks": (set(), "reading in chunks takes a function and tensors"),
     "search": (
@@ -132,6 +136,7 @@ ROOMS: dict[str, tuple[set[str], str]] = {
             "export",
             "app",
             "survey",
+            "finetuning",
             "words",
             "retrieval",
         },
@@ -144,7 +149,7 @@ FOUNDATION = {"files", "arguments", "draws"}
 
 # library: the only places of ours that may import it
 LIBRARIES: dict[str, tuple[str, ...]] = {
-    "pytorch_lightning": ("tasks/", "data/module.py", "cli/", "survey/train.py"),
+    "pytorch_lightning": ("tasks/", "data/module.py", "cli/", "survey/train.py", "finetuning/"),
     "diffusers": ("diffusion.py", "heads/generation.py", "heads/unet.py"),
     "timm": ("backbones/",),
     "peft": ("tuning/",),

@@ -1,6 +1,7 @@
 """README's Python and YAML run as they stand there, on toy folders in place of the demo's and the Hub's."""
 
 import re
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import transformers as T
 import yaml
 from PIL import Image
 from test_published import clip
+from test_start import own_pairs
 from toy import toy_config, toy_model, toy_processor
 from toyqwen import toy_qwen
 
@@ -118,3 +120,18 @@ def test_a_recipe_with_an_adapter(here: Path) -> None:
     save_clip(here / "another")
     with pytest.raises(CheckpointError, match="belongs to a backbone with fingerprint .* Open the model"):
         unimodal.from_pretrained("another").load_adapter("out/tune/adapter")
+
+
+def test_own_pairs(here: Path) -> None:
+    own_pairs(here, 24)
+    save_checkpoint(
+        toy_model(matching=None, captioning=None, generation=None), toy_processor(), "checkpoints/unimodal-small"
+    )
+    (here / "photos").mkdir()
+    (here / "0.png").rename(here / "photos/0.png")
+    own_pairs(here, 24)
+    for line in block("Your own pairs", "bash").splitlines():
+        assert cli.main(shlex.split(line)[1:]) == 0, line
+    names: dict[str, Any] = {"unimodal": unimodal}
+    exec(block("Your own pairs", "python"), names)
+    assert names["model"].heads == ("embedding",) and names["done"].rows

@@ -52,7 +52,7 @@ def own_pairs(folder: Path, count: int = 12) -> dict[str, Any]:
     """A table of own pairs, as a recipe names it."""
     folder.mkdir(parents=True, exist_ok=True)
     for i in range(count):
-        Image.fromarray(np.full((32, 32, 3), 20 * i, np.uint8)).save(folder / f"{i}.png")
+        Image.fromarray(np.full((32, 32, 3), (20 * i % 256, i, 0), np.uint8)).save(folder / f"{i}.png")
     rows = "".join(f"{i}.png,a {NAMES[i % 3]}\n" for i in range(count))
     (folder / "pairs.csv").write_text("image,caption\n" + rows)
     return {"class_path": "unimodal.data.CsvTable", "init_args": {"path": str(folder / "pairs.csv")}}

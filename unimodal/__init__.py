@@ -14,14 +14,15 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from unimodal.config import ModelConfig
+    from unimodal.finetuning import finetune
     from unimodal.inference import Unimodal
     from unimodal.model import UnimodalModel
 
     from_pretrained = Unimodal.from_pretrained
 
 __version__ = version("unimodal")
-_HOME = {"Unimodal": "inference", "UnimodalModel": "model", "ModelConfig": "config"}
-__all__ = ["ModelConfig", "Unimodal", "UnimodalModel", "__version__", "from_pretrained"]
+_HOME = {"Unimodal": "inference", "UnimodalModel": "model", "ModelConfig": "config", "finetune": "finetuning"}
+__all__ = ["ModelConfig", "Unimodal", "UnimodalModel", "__version__", "finetune", "from_pretrained"]
 
 
 def __getattr__(name: str) -> Any:

@@ -19,6 +19,11 @@ from unimodal.files import in_words
 # verb -> (module, function, one line of help)
 VERBS = {
     "fit": ("train", "run", "train a recipe or a schedule of stages: --config FILE [--config FILE ...]"),
+    "finetune": (
+        "finetune",
+        "run",
+        "train a model on your own pairs, without a recipe: --model M --data PATH --out DIR",
+    ),
     "validate": ("train", "run", "score a model on the validation split"),
     "test": ("train", "run", "score a model on the test split"),
     "predict": ("train", "run", "embed a split with a recipe's model"),

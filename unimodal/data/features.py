@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from rich.console import Console
 from rich.progress import track
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
@@ -107,7 +108,7 @@ class _Features:
     def _batches(self, size: int) -> Iterator[range]:
         """The rows that are not there yet."""
         starts = range(self.store.done, self.store.count, size)
-        for start in track(starts, description=self.what):
+        for start in track(starts, description=self.what, console=Console(stderr=True)):
             yield range(start, min(start + size, self.store.count))
 
 

@@ -126,14 +126,14 @@ def _bad_and_equal_pictures(splits: Mapping[str, Pairs], show: bool) -> list[Fin
     places: dict[bytes, dict[str, dict[int, str]]] = defaultdict(dict)  # pixels: split: image_id: key
     for split, pairs in splits.items():
         with ThreadPoolExecutor(os.cpu_count()) as pool:
-            looks = pool.map(lambda i, pairs=pairs: _look(pairs, i), range(len(pairs)))
+            looks = pool.map(lambda i, pairs=pairs: look(pairs, i), range(len(pairs)))
             console = Console(stderr=True)
             bar = track(looks, f"pictures of {split}", len(pairs), console=console, disable=not show, transient=True)
-            for i, look in enumerate(bar):
-                if isinstance(look, str):
-                    bad.append(f"{split}/{pairs.key(i)}: {look}")
+            for i, found in enumerate(bar):
+                if isinstance(found, str):
+                    bad.append(f"{split}/{pairs.key(i)}: {found}")
                 else:
-                    places[look].setdefault(split, {}).setdefault(pairs.image_id(i), pairs.key(i))
+                    places[found].setdefault(split, {}).setdefault(pairs.image_id(i), pairs.key(i))
     repeated = [
         [f"{split}/{key}" for key in keys.values()]
         for by_split in places.values()
@@ -171,7 +171,7 @@ def _bad_and_equal_pictures(splits: Mapping[str, Pairs], show: bool) -> list[Fin
     ]
 
 
-def _look(pairs: Pairs, i: int) -> bytes | str:
+def look(pairs: Pairs, i: int) -> bytes | str:
     """A hash of the picture's pixels, or why there are none."""
     try:
         picture = pairs.image(i)

@@ -51,6 +51,7 @@ class Card:
         license: of the weights, as an SPDX name in lower case.
         language: of the texts.
         tags: further tags.
+        base_model: Hub id of the model that it was trained from; None where that has none.
     """
 
     name: str = "unimodal"
@@ -62,6 +63,7 @@ class Card:
     license: str = "apache-2.0"
     language: str = "en"
     tags: tuple[str, ...] = ()
+    base_model: str | None = None
 
 
 class Measured(Protocol):
@@ -86,6 +88,7 @@ def render_card(
         tags=["unimodal", "image-text-retrieval", *heads, *card.tags],
         datasets=list(card.datasets) or None,
         model_name=card.name,
+        base_model=card.base_model,
         eval_results=[result for name, measured in metrics for result in _eval_results(name, measured)] or None,
     )
     sections = [

@@ -1,7 +1,7 @@
 """Tasks: LightningModules that train the heads, one each or jointly. Recipes name them by these short paths."""
 
 from unimodal.tasks.base import Objective, Step, Task
-from unimodal.tasks.callbacks import EMA, LossLog, StageProof
+from unimodal.tasks.callbacks import EMA, BestWeights, LossLog, StageProof
 from unimodal.tasks.captioning import ITG, SCST, Captioning
 from unimodal.tasks.evaluation import Evaluation, EvaluationSettings
 from unimodal.tasks.generation import Conditioning, Flow, Generation
@@ -20,6 +20,7 @@ __all__ = [
     "ITM",
     "LCE",
     "SCST",
+    "BestWeights",
     "Captioning",
     "Conditioning",
     "Distillation",

@@ -416,6 +416,8 @@ class Task(pl.LightningModule):
 
     def on_train_start(self) -> None:
         self.train()  # a run that resumes inside an epoch sees no start of one
+        # Counting the steps of `max_epochs` makes the loader before its state is read, and the trainer reads it once.
+        self.trainer.fit_loop._load_combined_loader_states()
 
     def on_train_epoch_start(self) -> None:
         self.train()

@@ -1,7 +1,9 @@
-"""What accompanies a training run: a loss log that survives a kill, an average of the weights, the proof that the frozen stood still."""
+"""What accompanies a training run: a loss log that survives a kill, an average of the weights, or the best of them, and the proof that the
+frozen stood still."""
 
 import json
 import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -117,3 +119,54 @@ class StageProof(pl.Callback):
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.frozen, self.outputs = state["frozen"], state["outputs"]
+
+
+class BestWeights(pl.Callback):
+    """Keeps the trained weights of the validation that scored best, which take their place when training ends.
+
+    The weights before the first step count, too, where the trainer validates them (`num_sanity_val_steps: -1`). Training ends when so many
+    validations in a row were no better.
+
+    Args:
+        score: of what a validation measured (`Task.results`); higher is better.
+        patience: validations without a better score that end the training.
+
+    Attributes:
+        scores: step and score of every validation, in order.
+        step: of the best one.
+    """
+
+    def __init__(self, score: Callable[[dict[str, Any]], float], patience: int = 5) -> None:
+        self.score, self.patience = score, patience
+        self.scores: list[tuple[int, float]] = []
+        self.step = 0
+        self.weights: dict[str, Tensor] = {}
+
+    @property
+    def waited(self) -> int:
+        """Validations since the best one."""
+        return sum(step > self.step for step, _ in self.scores)
+
+    @torch.no_grad()
+    def on_validation_end(self, trainer: pl.Trainer, task: Any) -> None:
+        found, best = self.score(task.results), max((score for _, score in self.scores), default=-math.inf)
+        self.scores.append((trainer.global_step, found))
+        if found > best:
+            self.step = trainer.global_step
+            self.weights = {name: p.detach().clone() for name, p in task.named_parameters() if p.requires_grad}
+        elif self.waited >= self.patience:
+            trainer.should_stop = True
+
+    @torch.no_grad()
+    def on_train_end(self, trainer: pl.Trainer, task: pl.LightningModule) -> None:
+        for name, parameter in task.named_parameters():
+            if name in self.weights:
+                parameter.copy_(cut_like(self.weights[name], parameter))
+
+    def state_dict(self) -> dict[str, Any]:
+        weights = {name: whole(part).cpu() for name, part in self.weights.items()}
+        return {"scores": self.scores, "step": self.step, "weights": weights}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.scores = [(int(step), float(score)) for step, score in state["scores"]]
+        self.step, self.weights = state["step"], state["weights"]
