@@ -60,6 +60,25 @@ class _Wishes:
     learning_rate: float | None
     device: torch.device
 
+    @classmethod
+    def checked(
+        cls, model: str, out: Any, train: Any, seed: Any, epochs: Any, learning_rate: Any, device: Any
+    ) -> "_Wishes":
+        train = arguments.choice(train, "train", get_args(Train))
+        if device is None:
+            device = "cuda" if torch.cuda.is_available() else "cpu"
+        if learning_rate is not None:
+            learning_rate = arguments.number(learning_rate, "learning_rate", above=0)
+        return cls(
+            model=model,
+            out=arguments.path(out, "out"),
+            train=train,
+            seed=arguments.integer(seed, "seed", least=0),
+            epochs=EPOCHS[train] if epochs is None else arguments.integer(epochs, "epochs"),
+            learning_rate=learning_rate,
+            device=arguments.device(device),
+        )
+
 
 def finetune(
     model: str | Path,
@@ -99,31 +118,17 @@ def finetune(
         FileExistsError: `out` holds something else. Nothing is replaced.
         unimodal.tasks.Interrupted: the system asked it to end; the same call goes on.
     """
-    wishes = _Wishes(
-        model=str(model),
-        out=arguments.path(out, "out"),
-        train=arguments.choice(train, "train", get_args(Train)),
-        seed=arguments.integer(seed, "seed", least=0),
-        epochs=EPOCHS[train] if epochs is None else arguments.integer(epochs, "epochs"),
-        learning_rate=arguments.optional(
-            lambda x, name: arguments.number(x, name, above=0), learning_rate, "learning_rate"
-        ),
-        device=_device(device),
-    )
+    wishes = _Wishes.checked(str(model), out, train, seed, epochs, learning_rate, device)
     paths = [one for one in (model, pairs, images, val) if isinstance(one, str | Path)]
     require_free(wishes.out, paths)
     splits = open_pairs(pairs, images, val, wishes.seed)
     start = Start.open(wishes.model)
     chosen = choose_jobs(start.model, jobs, wishes.model)
-    largest = max(2, min(LARGEST_BATCH[wishes.train], len(splits.train) // 4))
-    size = (
-        largest if batch_size is None else arguments.integer(batch_size, "batch_size", least=2, most=len(splits.train))
-    )
     plan = make_plan(start.model, chosen, wishes.train, wishes.learning_rate)
     settings = {
         **{name: getattr(wishes, name) for name in ("model", "train", "seed", "epochs")},
         "jobs": list(chosen),
-        "batch_size": size,
+        "batch_size": _batch_size(batch_size, wishes.train, len(splits.train)),
         "learning_rate": plan.optimizer.lr,
         **{f"{split} data": pairs.fingerprint() for split, pairs in splits._asdict().items()},
     }
@@ -134,7 +139,7 @@ def finetune(
             _run(wishes, start, plan, splits, chosen, settings)
         report = finished(wishes.out)
     assert report is not None
-    return Finetuned(wishes.out, [_as_row(row) for row in report["rows"]], report)
+    return Finetuned(wishes.out, [Row.read(row) for row in report["rows"]], report)
 
 
 def _run(
@@ -146,7 +151,7 @@ def _run(
         plan.objectives,
         plan.trainable,
         plan.optimizer,
-        evaluation_settings(start.model, jobs, CAPTIONED["val"]),
+        evaluation_settings(jobs, CAPTIONED["val"]),
         init_from=wishes.model,
         seed=wishes.seed,
     )
@@ -161,7 +166,7 @@ def _run(
         [start.model, model],
         task.processor,
         splits.test,
-        evaluation_settings(start.model, start.model.jobs, CAPTIONED["test"]),
+        evaluation_settings(start.model.jobs, CAPTIONED["test"]),
         wishes.device,
         same_towers=cached,
     )
@@ -230,12 +235,7 @@ def _fit(
     return best, resume
 
 
-def _device(device: str | torch.device | None) -> torch.device:
-    if device is None:
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    return arguments.device(device)
-
-
-def _as_row(row: dict[str, Any]) -> Row:
-    """A row of the report, in which JSON has lists for intervals."""
-    return Row(**{name: tuple(value) if isinstance(value, list) else value for name, value in row.items()})
+def _batch_size(given: int | None, train: str, images: int) -> int:
+    if given is None:
+        return max(2, min(LARGEST_BATCH[train], images // 4))
+    return arguments.integer(given, "batch_size", least=2, most=images)

@@ -32,14 +32,17 @@ class Row:
     interval: tuple[float, float]
     p_value: float
 
+    @classmethod
+    def read(cls, values: dict[str, Any]) -> "Row":
+        """From the values of `dataclasses.asdict`, in which JSON has lists for intervals."""
+        plain: dict[str, Any] = {name: tuple(x) if isinstance(x, list) else x for name, x in values.items()}
+        return cls(**plain)
 
-def evaluation_settings(model: UnimodalModel, jobs: tuple[str, ...], captions: int) -> EvaluationSettings:
-    """How these jobs are measured: by the model's own way to combine scores, and on so many captioned images."""
-    matching = model.config.matching
-    combined: dict[str, Any] = {} if matching is None else {"combine": matching.combine, "match_scale": matching.scale}
-    if "matching" not in jobs:
-        combined["rerank_k"] = 0
-    return EvaluationSettings(captions=captions if "captioning" in jobs else 0, pictures=0, **combined)
+
+def evaluation_settings(jobs: tuple[str, ...], captions: int) -> EvaluationSettings:
+    """How these jobs are measured: by the model's own scoring rule, and on so many captioned images."""
+    rerank_k = None if "matching" in jobs else 0
+    return EvaluationSettings(rerank_k=rerank_k, captions=captions if "captioning" in jobs else 0, pictures=0)
 
 
 @inference()
@@ -109,9 +112,11 @@ def _captions(before: dict[str, Any], after: dict[str, Any], pairs: Pairs, seed:
         return
     protocol = after["captions"].protocol
     references = [pairs.captions(i) for i in range(protocol.images)]
-    points = [cider_d(results["written"], references) for results in (before, after)]
-    intervals = [bootstrap_interval(one, protocol, seed=seed) for one in points]
-    yield _row("captions", "cider_d", *intervals, paired_test(*points, (protocol, protocol), seed=seed))
+    earlier, later = (cider_d(results["written"], references) for results in (before, after))
+    intervals = [bootstrap_interval(one, protocol, seed=seed) for one in (earlier, later)]
+    yield _row(
+        "captions", "cider_d", intervals[0], intervals[1], paired_test(earlier, later, (protocol, protocol), seed=seed)
+    )
 
 
 def _row(stage: str, name: str, before: Interval, after: Interval, test: PairedTest) -> Row:
