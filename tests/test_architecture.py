@@ -95,7 +95,7 @@ ROOMS: dict[str, tuple[set[str], str]] = {
         "a task trains a model, it knows no command line",
     ),
     "finetuning": (
-        {"tasks", "stages", "model", "hub", "data", "metrics", "config"},
+        {"tasks", "stages", "model", "hub", "data", "metrics", "config", "onednn"},
         "a fine-tuning is a stage with a plan of its own, it knows no command line",
     ),
     "merge": (set(), "merging takes state dicts"),
