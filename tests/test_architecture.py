@@ -34,7 +34,11 @@ ROOMS: dict[str, tuple[set[str], str]] = {
     ),
     "bridge": ({"layers", "config"}, "the bridge is built from layers"),
     "backbones": ({"layers", "config"}, "a backbone knows no bridge and no head"),
-    "heads": ({"layers", "config", "bridge", "diffusion"}, "a head takes tensors"),
+    "states": ({"layers"}, "states are tensors"),
+    "heads": (
+        {"layers", "config", "bridge", "diffusion", "backbones", "states"},
+        "a head takes tensors, and is built for a backbone",
+    ),
     "systems": (
         {"layers", "config", "losses", "bridge", "tuning", "merge", "retrieval"},
         "a system is built from layers and losses, on tokens that others read",
@@ -59,13 +63,13 @@ ROOMS: dict[str, tuple[set[str], str]] = {
         "the survey trains and scores systems, it knows no command line",
     ),
     "model": (
-        {"backbones", "bridge", "heads", "layers", "config", "tuning"},
+        {"backbones", "bridge", "heads", "layers", "config", "tuning", "states"},
         "the model only composes: no losses, no tokenizer, no files",
     ),
     "blocks": ({"layers"}, "a block is found in any module"),
     "sharding": ({"blocks", "layers"}, "it cuts any module, and knows torch.distributed"),
     "stages": (
-        {"model", "backbones", "config", "tuning", "sharding"},
+        {"model", "backbones", "config", "tuning", "sharding", "heads"},
         "a stage sees a model's parameters, no losses and no data",
     ),
     "hub": ({"model", "backbones", "config", "data", "tuning"}, "the hub saves and loads a model"),
@@ -209,6 +213,55 @@ def complaints(path: str, source: str) -> list[str]:
 @pytest.mark.parametrize("path", MODULES)
 def test_imports_go_one_way(path: str) -> None:
     assert complaints(path, (PACKAGE / path).read_text()) == []
+
+
+TABLE = "heads/building.py"  # the only place that knows the kinds of heads
+KINDS = {"bridge", "backbone", "cached", "decoder", "language_model"}
+
+
+def head_classes() -> set[str]:
+    """Names of the classes of heads: those of the contract in `heads/base.py` that say how they do, and all that stand on them."""
+    trees = [ast.parse(path.read_text()) for path in (PACKAGE / "heads").glob("*.py")]
+    classes = [node for tree in trees for node in ast.walk(tree) if isinstance(node, ast.ClassDef)]
+    found = {"MatchingHead", "CaptioningHead", "Embedder", "EmbeddingHead", "GenerationHead"}
+    for _ in range(3):  # generations of classes
+        found |= {one.name for one in classes if found & {getattr(base, "id", "") for base in one.bases}}
+    return found
+
+
+def asked_kinds(source: str, classes: set[str]) -> list[str]:
+    """Where a source asks which head it has: a comparison with the name of a kind, or `isinstance` of a head's class."""
+    found = []
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Compare):
+            sides = [node.left, *node.comparators]
+            if isinstance(node.ops[0], ast.In | ast.NotIn):  # a key that is looked up is no comparison
+                sides = node.comparators
+            compared = [part for side in sides for part in getattr(side, "elts", [side])]
+            names = {part.value for part in compared if isinstance(part, ast.Constant) and isinstance(part.value, str)}
+            found += [f"line {node.lineno} compares with {name!r}" for name in sorted(names & KINDS)]
+        elif isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "isinstance":
+            asked = {getattr(part, "attr", getattr(part, "id", "")) for part in ast.walk(node.args[1])}
+            found += [f"line {node.lineno} asks for a {name}" for name in sorted(asked & classes)]
+    return found
+
+
+@pytest.mark.parametrize("path", sorted(set(MODULES) - {TABLE}))
+def test_nobody_asks_which_head_it_is(path: str) -> None:
+    assert asked_kinds((PACKAGE / path).read_text(), head_classes()) == []
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        'judges = config.matching.kind == "bridge"',
+        'whole = kind in ("cached", "bridge")',
+        "own = isinstance(head, heads.BridgeCaptioner)",
+        "own = isinstance(head, (AnswerHead, CaptionDecoder))",
+    ],
+)
+def test_questions_for_a_kind_of_head_are_found(source: str) -> None:
+    assert asked_kinds(source, head_classes())
 
 
 def test_table_has_no_circle() -> None:

@@ -95,23 +95,20 @@ def export_onnx(model: Unimodal, folder: str | Path) -> Path:
 
 def graphs(model: UnimodalModel) -> list[Graph]:
     """The graphs that a model has."""
-    matching = model.config.matching
-    if matching is None:
+    matcher = model.matcher
+    if matcher is None:
         return [
             Graph("image_encoder.onnx", _image_embedding, ("pixels",), ("image_embedding",)),
             Graph("text_encoder.onnx", _text_embedding, ("ids", "mask"), ("text_embedding",)),
         ]
-    image_outputs = ("image_embedding", "image_tokens")
-    if matching.kind == "bridge":
-        return [
-            Graph("image_encoder.onnx", _image_and_backbone, ("pixels",), image_outputs),
-            Graph("text_encoder.onnx", _text_embedding, ("ids", "mask"), ("text_embedding",)),
-            Graph("matching.onnx", _match_in_bridge, ("image_tokens", "ids", "mask"), ("logits",)),
-        ]
+    kept = matcher.text_kept
+    texts = Graph("text_encoder.onnx", _text_and_kept, ("ids", "mask"), ("text_embedding", kept))
+    if kept == "ids":  # what went in
+        texts = Graph("text_encoder.onnx", _text_embedding, ("ids", "mask"), ("text_embedding",))
     return [
-        Graph("image_encoder.onnx", _image_and_bridged, ("pixels",), image_outputs),
-        Graph("text_encoder.onnx", _text_and_tokens, ("ids", "mask"), ("text_embedding", "text_tokens")),
-        Graph("matching.onnx", _match_cached, ("image_tokens", "text_tokens", "mask"), ("logits",)),
+        Graph("image_encoder.onnx", _image_and_kept, ("pixels",), ("image_embedding", "image_tokens")),
+        texts,
+        Graph("matching.onnx", _match, ("image_tokens", kept, "mask"), ("logits",)),
     ]
 
 
@@ -119,31 +116,22 @@ def _image_embedding(model: UnimodalModel, pixels: Tensor) -> tuple[Tensor]:
     return (model.image_embedding(model.encode_image(pixels)),)
 
 
-def _image_and_bridged(model: UnimodalModel, pixels: Tensor) -> tuple[Tensor, Tensor]:
+def _image_and_kept(model: UnimodalModel, pixels: Tensor) -> tuple[Tensor, Tensor]:
     state = model.encode_image(pixels)
-    return model.image_embedding(state), state.bridged
-
-
-def _image_and_backbone(model: UnimodalModel, pixels: Tensor) -> tuple[Tensor, Tensor]:
-    state = model.encode_image(pixels)
-    return model.image_embedding(state), state.tokens
+    return model.image_embedding(state), model.head("matching").image_kept(state)[0]
 
 
 def _text_embedding(model: UnimodalModel, ids: Tensor, mask: Tensor) -> tuple[Tensor]:
     return (model.text_embedding(model.encode_text(ids, mask)),)
 
 
-def _text_and_tokens(model: UnimodalModel, ids: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+def _text_and_kept(model: UnimodalModel, ids: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
     state = model.encode_text(ids, mask)
-    return model.text_embedding(state), state.tokens
+    return model.text_embedding(state), model.head("matching").kept_of_text(state)
 
 
-def _match_cached(model: UnimodalModel, image_tokens: Tensor, text_tokens: Tensor, mask: Tensor) -> tuple[Tensor]:
-    return (model.head("matching")(text_tokens, mask, image_tokens),)
-
-
-def _match_in_bridge(model: UnimodalModel, image_tokens: Tensor, ids: Tensor, mask: Tensor) -> tuple[Tensor]:
-    return (model.head("matching")(model.bridge.match("image", ids, mask, image_tokens)),)
+def _match(model: UnimodalModel, image: Tensor, text: Tensor, mask: Tensor) -> tuple[Tensor]:
+    return (model.head("matching").rows(model, image, text, mask),)
 
 
 class _Module(nn.Module):

@@ -6,83 +6,21 @@ Legend: B images, M texts, P pairs, T tokens, L text length, N queries, D backbo
 import dataclasses
 import math
 from collections.abc import Iterable, Sequence
-from typing import Any, NamedTuple, Self
+from typing import Any, Self, cast
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from unimodal import heads, tuning
-from unimodal.backbones import Pixels, build_backbone, load_language_model
+from unimodal.backbones import Pixels, build_backbone
 from unimodal.bridge import QFormer
 from unimodal.config import AdapterConfig, EmbeddingConfig, ModelConfig, nearest
 from unimodal.layers import KeyValues
+from unimodal.states import ImageState, TextState
 
 # LSQ's `2 E|x| / sqrt(Q)` at Q = 127 for normal coordinates of unit variance.
 FIRST_INT8_STEP = 2 * math.sqrt(2 / math.pi) / math.sqrt(127)
-
-
-class ImageState(NamedTuple):
-    """What the model read from B images: backbone tokens [B, T, D], their mask, bridged tokens [B, N, W] ([B, 0] without a bridge), where
-    the bridge writes the captions the keys and values that its text looks back at, where it judges the keys and values of the tokens, and,
-    where the model uses it, the backbone's own embedding [B, E]."""
-
-    tokens: Tensor
-    mask: Tensor
-    bridged: Tensor
-    cache: KeyValues | None = None
-    memory: KeyValues | None = None
-    own: Tensor | None = None
-
-    def select(self, index: Tensor) -> "ImageState":
-        """Rows `index` [P], without keys and values."""
-        own = None if self.own is None else self.own[index]
-        return ImageState(self.tokens[index], self.mask[index], self.bridged[index], own=own)
-
-    def append(self, other: "ImageState") -> "ImageState":
-        """These images, then `other`'s, without keys and values; pictures of any size are padded to one number of tokens."""
-        length = max(self.mask.shape[1], other.mask.shape[1])
-        tokens, mask = (
-            torch.cat([_padded(part, length) for part in parts]) for parts in zip(self[:2], other[:2], strict=True)
-        )
-        bridged = torch.cat([self.bridged, other.bridged])
-        return ImageState(tokens, mask, bridged, own=_joined(self.own, other.own))
-
-
-class TextState(NamedTuple):
-    """What the model read from M texts: ids and mask [M, L], backbone tokens [M, L, D] ([M, 0] where it reads no texts), bridged tokens
-    [M, N, W] ([M, 0] without text queries) and, where the model uses it, the backbone's own embedding [M, E]."""
-
-    ids: Tensor
-    mask: Tensor
-    tokens: Tensor
-    bridged: Tensor
-    own: Tensor | None = None
-
-    def select(self, index: Tensor) -> "TextState":
-        """Rows `index` [P]."""
-        parts: list[Any] = [None if part is None else part[index] for part in self]
-        return TextState(*parts)
-
-    def trim(self) -> "TextState":
-        """Without the padding at the end that no row needs."""
-        length = int(self.mask.any(0).nonzero().max()) + 1
-        tokens = self.tokens[:, :length] if self.tokens.ndim == 3 else self.tokens
-        return self._replace(ids=self.ids[:, :length], mask=self.mask[:, :length], tokens=tokens)
-
-    def append(self, other: "TextState") -> "TextState":
-        """These texts, then `other`'s; both padded to the same length."""
-        return TextState(*(_joined(*parts) for parts in zip(self, other, strict=True)))
-
-
-def _padded(rows: Tensor, length: int) -> Tensor:
-    """Rows [B, T, ...] with zeros behind them, False in a mask, to this length."""
-    missing = length - rows.shape[1]
-    return torch.cat([rows, rows.new_zeros(len(rows), missing, *rows.shape[2:])], 1) if missing else rows
-
-
-def _joined(a: Tensor | None, b: Tensor | None) -> Any:
-    return None if a is None or b is None else torch.cat([a, b])
 
 
 class UnimodalModel(nn.Module):
@@ -118,89 +56,20 @@ class UnimodalModel(nn.Module):
             if pretrained and bridge.from_text_tower:
                 self.bridge.load_bert(self.backbone.text.state_dict())
         self.heads = nn.ModuleDict()
-        if embedding is not None and embedding.kind == "bridge":
-            width = self._bridge_width("the embedding head")
-            shared: dict[str, Any] = {"width": width, "backbone_width": self.backbone.width}
-            shared |= {"dim": embedding.dim, "gate": embedding.gate}
-            self.heads["image_embedding"] = heads.EmbeddingHead(pool=embedding.pool, **shared)
-            words = embedding.text == "words"
-            if embedding.gate or not words:
-                self._require_text_tokens("the embedding head (embedding.text: queries, or a gate)")
-            pool = "first" if words else "attention" if embedding.pool == "query" else embedding.pool
-            self.heads["text_embedding"] = heads.EmbeddingHead(pool=pool, **shared)
-        elif embedding is not None and embedding.dim != self.backbone.embeds:
-            raise ValueError(
-                f"embedding: dim is {embedding.dim}, but the backbone's own embedding has "
-                f"{self.backbone.embeds or 'no'} dimensions; set embedding.dim to that, or embedding.kind to 'bridge'"
-            )
-        scale = embedding.scale if embedding is not None else 1.0
-        bias = embedding.bias if embedding is not None else None
-        self.log_scale = nn.Parameter(torch.tensor(math.log(scale)))
-        self.pair_bias = None if bias is None else nn.Parameter(torch.tensor(float(bias)))
-        if pretrained and self._uses_own_embedding and self.backbone.log_scale is not None:
-            self.log_scale.data.fill_(self.backbone.log_scale)
-            if self.pair_bias is not None and self.backbone.bias is not None:
-                self.pair_bias.data.fill_(self.backbone.bias)
-        quantise = embedding is not None and embedding.quantise
-        self.int8_step = nn.Parameter(torch.tensor(FIRST_INT8_STEP)) if quantise else None
-        for job, part in (("matching", config.matching), ("captioning", config.captioning)):
-            if part is not None and part.kind == "backbone" and job not in self.backbone.offers:
-                offers = ", ".join(self.backbone.offers) or "nothing"
-                raise ValueError(
-                    f"{job}: kind is 'backbone', but {config.backbone.label} offers by itself only {offers}; set another kind"
-                )
-        if (matching := config.matching) is not None:
-            if matching.kind == "backbone":
-                self.heads["matching"] = heads.AnswerHead(width=self.backbone.embeds)
-            elif matching.kind == "bridge":
-                self.heads["matching"] = heads.BridgeMatchingHead(width=self._bridge_width("the matching head"))
-            else:
-                self._require_text_tokens("the matching head (matching.kind: cached)")
-                self.heads["matching"] = heads.CachedMatchingHead(
-                    width=self._bridge_width("the matching head"),
-                    text_width=self.backbone.width,
-                    hidden=matching.hidden,
-                    layers=matching.layers,
-                    heads=matching.heads,
-                    dropout=matching.dropout,
-                )
-        if (captioning := config.captioning) is not None and captioning.kind != "backbone":
-            if self.backbone.whole and captioning.kind in ("decoder", "bridge"):
-                raise ValueError(
-                    f"captioning: texts are conversations to {config.backbone.label}, which a captioner would learn to repeat; it "
-                    "writes by itself: set captioning.kind to 'backbone'"
-                )
-            if captioning.kind == "bridge":
-                self.heads["captioning"] = heads.BridgeCaptioner(bos_id=captioning.bos_id, eos_id=captioning.eos_id)
-            elif captioning.kind == "language_model":
-                if captioning.language_model is None:
-                    raise ValueError(
-                        "captioning.language_model: kind is 'language_model', so one must be named, for example "
-                        "{name: opt, source: facebook/opt-125m}"
-                    )
-                if captioning.vocabulary is not None:
-                    raise ValueError("captioning.vocabulary: a language model has its own; leave it null")
-                language_model, origin = load_language_model(captioning.language_model, pretrained=pretrained)
-                self.heads["captioning"] = heads.LanguageModelCaptioner(
-                    language_model, width=self._bridge_width("the captioning head"), sources=origin
-                )
-            else:
-                self.heads["captioning"] = heads.CaptionDecoder(
-                    vocab_size=captioning.vocabulary or self.backbone.vocab_size,
-                    width=self._bridge_width("the captioning head"),
-                    hidden=captioning.hidden,
-                    layers=captioning.layers,
-                    heads=captioning.heads,
-                    max_length=captioning.max_length,
-                    bos_id=captioning.bos_id,
-                    eos_id=captioning.eos_id,
-                    unk_id=captioning.unk_id,
-                    dropout=captioning.dropout,
-                )
+        self.embeds: heads.Embedder | None = None
+        parts = heads.Parts(config, self.backbone, pretrained)
+        if embedding is not None:
+            self.embeds, modules = heads.EMBEDDING[embedding.kind](parts)
+            self.heads.update(modules)
+        self._start_scale(pretrained)
+        if config.matching is not None:
+            self.heads["matching"] = heads.MATCHING[config.matching.kind](config.matching, parts)
+        if config.captioning is not None:
+            self.heads["captioning"] = heads.CAPTIONING[config.captioning.kind](config.captioning, parts)
         if config.generation is not None:
-            self._require_text_tokens("the generation head")
+            parts.require_text_tokens("the generation head")
             self.heads["generation"] = heads.GenerationHead(
-                condition_width=self._bridge_width("the generation head"),
+                condition_width=parts.bridge_width("the generation head"),
                 **{f.name: getattr(config.generation, f.name) for f in dataclasses.fields(config.generation)},
             )
         self.active: tuple[str, ...] = ()
@@ -208,19 +77,19 @@ class UnimodalModel(nn.Module):
         for name, adapter in config.adapters.items():
             self.add_adapter(name, adapter)
 
-    def _bridge_width(self, who: str) -> int:
-        if self.config.bridge is None:
-            raise ValueError(
-                f"{who} reads what a bridge read, and this model has none; give model.bridge a configuration"
-            )
-        return self.config.bridge.width
-
-    def _require_text_tokens(self, who: str) -> None:
-        if "text" not in self.backbone.modalities:
-            raise ValueError(
-                f"{who} reads text tokens of the backbone, and {self.config.backbone.label} has none: let the bridge read the texts "
-                "(embedding.text: words without a gate, matching.kind: bridge), or take a backbone with a text tower"
-            )
+    def _start_scale(self, pretrained: bool) -> None:
+        """Temperature and bias of the embedding: the configuration's, or what the backbone's own embedding was trained with."""
+        embedding, backbone = self.config.embedding, self.backbone
+        scale = embedding.scale if embedding is not None else 1.0
+        bias = embedding.bias if embedding is not None else None
+        self.log_scale = nn.Parameter(torch.tensor(math.log(scale)))
+        self.pair_bias = None if bias is None else nn.Parameter(torch.tensor(float(bias)))
+        if pretrained and self._embeds_by_backbone and backbone.log_scale is not None:
+            self.log_scale.data.fill_(backbone.log_scale)
+            if self.pair_bias is not None and backbone.bias is not None:
+                self.pair_bias.data.fill_(backbone.bias)
+        quantise = embedding is not None and embedding.quantise
+        self.int8_step = nn.Parameter(torch.tensor(FIRST_INT8_STEP)) if quantise else None
 
     @property
     def jobs(self) -> tuple[str, ...]:
@@ -243,8 +112,18 @@ class UnimodalModel(nn.Module):
     @property
     def language_captioner(self) -> heads.LanguageModelCaptioner | None:
         """The captioning head where it is a language model, which has a tokenizer of its own."""
-        head = dict(self.heads.items()).get("captioning")
-        return head if isinstance(head, heads.LanguageModelCaptioner) else None
+        head: Any = self.captioner
+        return head if head is not None and head.own_words else None
+
+    @property
+    def captioner(self) -> heads.CaptioningHead | None:
+        """The captioning head, if there is one."""
+        return cast(heads.CaptioningHead | None, dict(self.heads.items()).get("captioning"))
+
+    @property
+    def matcher(self) -> heads.MatchingHead | None:
+        """The matching head, if there is one."""
+        return cast(heads.MatchingHead | None, dict(self.heads.items()).get("matching"))
 
     @property
     def parts(self) -> dict[str, str]:
@@ -346,14 +225,10 @@ class UnimodalModel(nn.Module):
                 raise ValueError("encode_image needs pixels or cached features, got neither")
             self._use_own_adapters()
             features, mask = self.backbone.image_features(pixels), self.backbone.image_mask(pixels)
-        own = self.backbone.image_embedding(features, mask) if self._uses_own_embedding else None
+        own = None if self.embeds is None else self.embeds.own_image(self, features, mask)
         hidden, mask = self.backbone.image_tokens(features, mask)
-        writes, judges = (
-            job in self.heads and isinstance(self.heads[job], kind)
-            for job, kind in (("captioning", heads.BridgeCaptioner), ("matching", heads.BridgeMatchingHead))
-        )
-        cache = KeyValues() if writes else None
-        memory = self.bridge.project_memory(hidden, mask) if judges else None
+        cache = None if self.captioner is None else self.captioner.cache()
+        memory = None if self.matcher is None else self.matcher.memory(self, hidden, mask)
         return ImageState(hidden, mask, self._read("image", memory or hidden, mask, cache), cache, memory, own)
 
     def encode_text(self, ids: Tensor, mask: Tensor, *, features: Tensor | None = None) -> TextState:
@@ -364,7 +239,7 @@ class UnimodalModel(nn.Module):
         if features is None:
             self._use_own_adapters()
             features = self.backbone.text_features(ids, mask)
-        own = self.backbone.text_embedding(features, ids, mask) if self._uses_own_embedding else None
+        own = None if self.embeds is None else self.embeds.own_text(self, features, ids, mask)
         hidden, mask = self.backbone.text_tokens(features, mask)
         return TextState(ids, mask, hidden, self._read("text", hidden, mask), own)
 
@@ -375,8 +250,8 @@ class UnimodalModel(nn.Module):
         return self.bridge.read(queries, memory, mask, cache=cache)
 
     @property
-    def _uses_own_embedding(self) -> bool:
-        return self.config.embedding is not None and self.config.embedding.kind == "backbone"
+    def _embeds_by_backbone(self) -> bool:
+        return self.embeds is not None and self.embeds.by_backbone
 
     def head(self, name: str) -> Any:
         """A head by name; a model without it says which it has."""
@@ -398,7 +273,7 @@ class UnimodalModel(nn.Module):
         self, pixels: Pixels | None, *, features: Tensor | None = None, mask: Tensor | None = None
     ) -> Tensor:
         """`image_embedding` of images of which nothing else is wanted; arguments as in `encode_image`."""
-        if not self._uses_own_embedding:
+        if not self._embeds_by_backbone:
             return self.image_embedding(self.encode_image(pixels, features=features, mask=mask))
         if features is None:
             assert pixels is not None
@@ -410,7 +285,7 @@ class UnimodalModel(nn.Module):
 
     def embed_texts(self, ids: Tensor, mask: Tensor, *, features: Tensor | None = None) -> Tensor:
         """`text_embedding` of texts of which nothing else is wanted; arguments as in `encode_text`."""
-        if not self._uses_own_embedding:
+        if not self._embeds_by_backbone:
             return self.text_embedding(self.encode_text(ids, mask, features=features))
         if features is None:
             self._use_own_adapters()
@@ -421,19 +296,17 @@ class UnimodalModel(nn.Module):
 
     def image_embedding(self, state: ImageState) -> Tensor:
         """Unit vectors [B, E], or [B, N, E] where the head pools per query."""
-        return self._embedding("image", state)
+        return self._embeds.image(self, state)
 
     def text_embedding(self, state: TextState) -> Tensor:
         """Unit vectors [M, E]."""
-        return self._embedding("text", state)
+        return self._embeds.text(self, state)
 
-    def _embedding(self, kind: str, state: ImageState | TextState) -> Tensor:
-        if state.own is not None:
-            return state.own
-        bridged = state.bridged
-        if isinstance(state, TextState) and self.embedding.text == "words":
-            bridged = self.bridge.text(state.ids, state.mask)  # [M, L, W]
-        return self.head(f"{kind}_embedding")(bridged, state.tokens, state.mask)
+    @property
+    def _embeds(self) -> heads.Embedder:
+        if self.embeds is None:
+            raise ValueError(self._without("embedding"))
+        return self.embeds
 
     @property
     def embedding(self) -> EmbeddingConfig:
@@ -471,18 +344,7 @@ class UnimodalModel(nn.Module):
 
     def match(self, image: ImageState, text: TextState, image_index: Tensor, text_index: Tensor) -> Tensor:
         """Match logits [P] of pairs (image_index[p], text_index[p]); what an image needs is projected once and gathered per pair."""
-        head = self.head("matching")
-        if isinstance(head, heads.AnswerHead):
-            raise ValueError(
-                "this matching head judges a query and a document that were read as one conversation: use judge, or predict and rank"
-            )
-        if isinstance(head, heads.BridgeMatchingHead):
-            memory = image.memory or self.bridge.project_memory(image.tokens, image.mask)
-            pair = text.select(text_index)
-            return head(self.bridge.match("image", pair.ids, pair.mask, memory.shared(image_index)))
-        return head(
-            text.tokens[text_index], text.mask[text_index], head.project_images(image.bridged).shared(image_index)
-        )
+        return self.head("matching").match(self, image, text, image_index, text_index)
 
     def judge(self, conversations: Pixels, **options: Any) -> Tensor:
         """Match logits [P] of pairs that a vision-language model reads as one conversation each; options as in its `last_states`."""
@@ -492,33 +354,22 @@ class UnimodalModel(nn.Module):
 
     def start_caption(self, ids: Tensor) -> Tensor:
         """Token ids [B, L] of texts as a captioner is fed them: their first token becomes the caption's start token."""
-        return torch.cat([torch.full_like(ids[:, :1], self.head("captioning").bos_id), ids[:, 1:]], dim=1)
+        return self.head("captioning").start(ids)
 
     def caption_targets(self, ids: Tensor) -> Tensor:
         """The classes [B, L] that `caption_logits` scores for token ids [B, L]: the ids, or their rows in a subset vocabulary."""
-        head = self.head("captioning")
-        return head.rows_of(ids) if isinstance(head, heads.CaptionDecoder) else ids
+        return self.head("captioning").targets(ids)
 
     def caption_logits(self, image: ImageState, ids: Tensor, mask: Tensor | None = None) -> Tensor:
         """Next-token logits [B, L, V] of captions `ids` [B, L] under teacher forcing; with their mask [B, L], padding may not be read."""
         self._use_own_adapters()
-        head = self.head("captioning")
-        if isinstance(head, heads.BridgeCaptioner):
-            assert image.cache is not None
-            cache = KeyValues(list(image.cache.layers))  # a copy, for the text's keys to be added to
-            return head(self.bridge, ids, cache=cache, text_mask=mask)
-        if isinstance(head, heads.LanguageModelCaptioner):
-            return head(ids, image.bridged, mask)
-        return head(ids, image.bridged)
+        return self.head("captioning").logits(self, image, ids, mask)
 
     @torch.no_grad()
     def caption(self, image: ImageState, **options) -> list[list[int]]:
         """Token ids of a caption per image; options as in `generate` of the head that the model has."""
         self._use_own_adapters()
-        head = self.head("captioning")
-        if isinstance(head, heads.BridgeCaptioner):
-            return head.generate(self.bridge, cache=image.cache, **options)
-        return head.generate(image.bridged, **options)
+        return self.head("captioning").write(self, image, **options)
 
     # Generation.
 

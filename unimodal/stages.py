@@ -6,46 +6,35 @@ gives the same bits for the same input.
 
 import fnmatch
 import hashlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 
 import torch
 from torch import Tensor, nn
 
 from unimodal.backbones import move_pixels
 from unimodal.config import nearest
+from unimodal.heads import Reads
+from unimodal.heads.base import LAYERS
 from unimodal.model import UnimodalModel
 from unimodal.sharding import whole
 from unimodal.tuning import adapter_of, base_name
 
 
 def paths(model: UnimodalModel) -> dict[str, tuple[str, ...]]:
-    """What the output of each head depends on, as patterns; inside the bridge, matching and captioning read words by its own embeddings."""
+    """What the output of each head depends on, as patterns."""
     backbone = model.backbone
-    sees, reads, own = (tuple(f"backbone.{p}" for p in part) for part in (backbone.sees, backbone.reads, backbone.own))
-    layers = ("bridge.layers.*", "bridge.norm.*")
-    words = ("bridge.*embedding.*",)
-    looks = (*sees, *layers, "bridge.query_sets.image")
-    judges_in_bridge, writes_in_bridge = (
-        settings is not None and settings.kind == "bridge"
-        for settings in (model.config.matching, model.config.captioning)
-    )
-    embedding = (*looks, *reads, "bridge.query_sets.text", "heads.image_embedding.*", "heads.text_embedding.*")
-    if model.config.embedding is not None and model.config.embedding.text == "words":
-        embedding = (*embedding, *words)
-    if model.config.embedding is not None and model.config.embedding.kind == "backbone":
-        towers = (*backbone.tower("image"), *backbone.tower("text"))
-        embedding = (*(f"backbone.{pattern}" for pattern in towers), *own)
-    out = {
-        "embedding": embedding,
-        "matching": (*looks, *(words if judges_in_bridge else reads), "heads.matching.*"),
-        "captioning": (*looks, *((*words, "bridge.lm_*") if writes_in_bridge else ()), "heads.captioning.*"),
-        "generation": (*reads, *layers, "bridge.query_sets.generate", "heads.generation.*"),
-    }
-    if model.config.matching is not None and model.config.matching.kind == "backbone":
-        out["matching"] = ("backbone.model.*", "heads.matching.*")
-    if model.config.captioning is not None and model.config.captioning.kind == "backbone":
-        out["captioning"] = ("backbone.model.*",)
-    return {head: path for head, path in out.items() if head in model.jobs}
+    towers = (*backbone.tower("image"), *backbone.tower("text"))
+    reads = Reads(*_named(backbone.sees, backbone.reads, towers, backbone.own))
+    parts = {"embedding": model.embeds, "matching": model.matcher, "captioning": model.captioner}
+    out = {head: part.path(reads) for head, part in parts.items() if part is not None}
+    if "generation" in model.jobs:
+        out["generation"] = (*reads.texts, *LAYERS, "bridge.query_sets.generate", "heads.generation.*")
+    return out
+
+
+def _named(*parts: tuple[str, ...]) -> Iterator[tuple[str, ...]]:
+    """Patterns over the backbone's parameter names, as patterns over the model's."""
+    return (tuple(f"backbone.{pattern}" for pattern in part) for part in parts)
 
 
 def called(name: str) -> tuple[str, ...]:
@@ -127,20 +116,14 @@ def probe(model: UnimodalModel, heads: Iterable[str]) -> dict[str, Tensor]:
     pixels = move_pixels(model.backbone.random_pixels(2, generator), device)
     ids = torch.randint(0, model.backbone.vocab_size, (2, 8), generator=generator).to(device)
     image, text = model.encode_image(pixels), model.encode_text(ids, torch.ones_like(ids, dtype=torch.bool))
-    rows = torch.arange(2, device=device)
     out: dict[str, Tensor] = {}
     for head in heads:
         if head == "embedding":
             out["embedding.image"], out["embedding.text"] = model.image_embedding(image), model.text_embedding(text)
         elif head == "matching":
-            whole = model.config.matching is not None and model.config.matching.kind == "backbone"
-            out["matching"] = model.judge(pixels) if whole else model.match(image, text, rows, rows)
+            out["matching"] = model.head(head).probe(model, pixels, image, text)
         elif head == "captioning":
-            captioner = model.language_captioner
-            known = ids if captioner is None else ids % captioner.vocab_size
-            own = model.config.captioning is not None and model.config.captioning.kind == "backbone"
-            states = model.backbone.image_features(pixels) if own else None
-            out["captioning"] = model.backbone.word_logits(states) if own else model.caption_logits(image, known)
+            out["captioning"] = model.head(head).probe(model, pixels, image, ids)
         else:
             network = model.head("generation")
             noise = torch.randn(2, *network.latent_shape, generator=generator).to(device)

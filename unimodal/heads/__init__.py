@@ -4,9 +4,11 @@ for."""
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from unimodal.heads.captioning import BridgeCaptioner, CaptionDecoder
+from unimodal.heads.base import CaptioningHead, Embedder, MatchingHead, Reads
+from unimodal.heads.building import CAPTIONING, EMBEDDING, MATCHING, Parts
+from unimodal.heads.captioning import BridgeCaptioner, CaptionDecoder, OwnCaptioner
 from unimodal.heads.decoding import Decoding
-from unimodal.heads.embedding import EmbeddingHead
+from unimodal.heads.embedding import BridgedEmbedder, EmbeddingHead, OwnEmbedder
 from unimodal.heads.language_model import LanguageModelCaptioner
 from unimodal.heads.matching import AnswerHead, BridgeMatchingHead, CachedMatchingHead
 
@@ -17,12 +19,23 @@ __all__ = [
     "AnswerHead",
     "BridgeCaptioner",
     "BridgeMatchingHead",
+    "BridgedEmbedder",
+    "CAPTIONING",
     "CachedMatchingHead",
     "CaptionDecoder",
+    "CaptioningHead",
     "Decoding",
+    "EMBEDDING",
+    "Embedder",
     "EmbeddingHead",
     "GenerationHead",
     "LanguageModelCaptioner",
+    "MATCHING",
+    "MatchingHead",
+    "OwnCaptioner",
+    "OwnEmbedder",
+    "Parts",
+    "Reads",
 ]
 
 

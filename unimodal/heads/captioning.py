@@ -11,11 +11,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from unimodal.heads.base import WORDS, Body, CaptioningHead, Reads
 from unimodal.heads.decoding import beam_rows, decode, decoding_of
 from unimodal.layers import Block, KeyValues, causal_bias, init_weights
+from unimodal.states import ImageState
+
+WHOLE = (
+    "the captioning of this model is its backbone's own, which writes after a whole conversation and not from what was read of an image: "
+    "use caption"
+)
 
 
-class CaptionDecoder(nn.Module):
+class CaptionDecoder(CaptioningHead):
     """A causal transformer over image tokens, its output layer tied to its token embedding.
 
     It may know fewer words than the tokenizer: `vocabulary` (part of the state) lists the tokenizer ids that its V rows
@@ -120,6 +127,22 @@ class CaptionDecoder(nn.Module):
         )
         return [self.vocabulary[caption].tolist() for caption in captions]
 
+    def start(self, ids: Tensor) -> Tensor:
+        return _from(self.bos_id, ids)
+
+    def targets(self, ids: Tensor) -> Tensor:
+        """Rows of the vocabulary."""
+        return self.rows_of(ids)
+
+    def logits(self, body: Body, image: ImageState, ids: Tensor, mask: Tensor | None) -> Tensor:
+        return self(ids, image.bridged)
+
+    def write(self, body: Body, image: ImageState, **options: Any) -> list[list[int]]:
+        return self.generate(image.bridged, **options)
+
+    def path(self, reads: Reads) -> tuple[str, ...]:
+        return (*reads.bridged, "heads.captioning.*")
+
     def _logits(self, rows: Tensor, memory: KeyValues, cache: KeyValues) -> Tensor:
         past, length = cache.length, rows.shape[1]
         if past + length > self.max_length:
@@ -133,6 +156,11 @@ class CaptionDecoder(nn.Module):
         for i, block in enumerate(self.blocks):
             x = block(x, bias, memory, i, cache)
         return F.linear(self.norm(x), self.token_embedding.weight, self.output_bias)
+
+
+def _from(bos_id: int, ids: Tensor) -> Tensor:
+    """Token ids [B, L] whose first becomes the caption's start token."""
+    return torch.cat([torch.full_like(ids[:, :1], bos_id), ids[:, 1:]], dim=1)
 
 
 class SpeakingBridge(Protocol):
@@ -158,7 +186,7 @@ class SpeakingBridge(Protocol):
     def lm_logits(self, hidden: Tensor) -> Tensor: ...
 
 
-class BridgeCaptioner(nn.Module):
+class BridgeCaptioner(CaptioningHead):
     """Captions by the causal pass of a bridge, which is given in the call; it has no weights of its own.
 
     Args:
@@ -222,3 +250,42 @@ class BridgeCaptioner(nn.Module):
             decoding,
             bridge.max_positions,
         )
+
+    def cache(self) -> KeyValues | None:
+        return KeyValues()
+
+    def start(self, ids: Tensor) -> Tensor:
+        return _from(self.bos_id, ids)
+
+    def logits(self, body: Body, image: ImageState, ids: Tensor, mask: Tensor | None) -> Tensor:
+        assert image.cache is not None
+        cache = KeyValues(list(image.cache.layers))  # a copy, for the text's keys to be added to
+        return self(body.bridge, ids, cache=cache, text_mask=mask)
+
+    def write(self, body: Body, image: ImageState, **options: Any) -> list[list[int]]:
+        return self.generate(body.bridge, cache=image.cache, **options)
+
+    def path(self, reads: Reads) -> tuple[str, ...]:
+        return (*reads.bridged, *WORDS, "bridge.lm_*", "heads.captioning.*")
+
+
+class OwnCaptioner(CaptioningHead):
+    """A vision-language model writes by itself, after a whole conversation; there is nothing beside its backbone."""
+
+    whole = True
+
+    def logits(self, body: Body, image: ImageState, ids: Tensor, mask: Tensor | None) -> Tensor:
+        raise ValueError(WHOLE)
+
+    def write(self, body: Body, image: ImageState, **options: Any) -> list[list[int]]:
+        raise ValueError(WHOLE)
+
+    def probe(self, body: Body, pixels: Any, image: ImageState, ids: Tensor) -> Tensor:
+        """Logits [B, L, V] of the word after each token of fixed conversations."""
+        return body.backbone.word_logits(body.backbone.image_features(pixels))
+
+    def example(self, body: Body, pixels: Any, image: ImageState, length: int) -> dict[str, Tensor]:
+        return {"next_word": body.backbone.word_logits(body.backbone.image_features(pixels)[:, -1])}
+
+    def path(self, reads: Reads) -> tuple[str, ...]:
+        return ("backbone.model.*",)

@@ -10,7 +10,9 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from unimodal.heads.base import WORDS, Body, Embedder, Reads
 from unimodal.layers import AttentionPool, init_weights, masked_mean, unit
+from unimodal.states import ImageState, TextState
 
 
 class EmbeddingHead(nn.Module):
@@ -69,3 +71,51 @@ class EmbeddingHead(nn.Module):
         if self.pool == "query":
             backbone = backbone[:, None]  # the same for every query
         return unit(torch.lerp(backbone, embedding, self.gate.sigmoid().to(embedding.dtype)))
+
+
+class BridgedEmbedder(Embedder):
+    """Embeds what the bridge read, by the heads `image_embedding` and `text_embedding`.
+
+    Args:
+        words: whether a text's vector comes from the bridge's own text branch, in place of the queries that read the backbone's tokens.
+    """
+
+    def __init__(self, *, words: bool) -> None:
+        self.words = words
+
+    def image(self, body: Body, state: ImageState) -> Tensor:
+        return body.heads["image_embedding"](state.bridged, state.tokens, state.mask)
+
+    def text(self, body: Body, state: TextState) -> Tensor:
+        bridged = body.bridge.text(state.ids, state.mask) if self.words else state.bridged  # [M, L, W] or [M, N, W]
+        return body.heads["text_embedding"](bridged, state.tokens, state.mask)
+
+    def path(self, reads: Reads) -> tuple[str, ...]:
+        heads = ("heads.image_embedding.*", "heads.text_embedding.*")
+        return (*reads.bridged, *reads.texts, "bridge.query_sets.text", *heads, *(WORDS if self.words else ()))
+
+
+class OwnEmbedder(Embedder):
+    """The backbone's own embedding, of a published model or of two towers."""
+
+    by_backbone = True
+
+    def own_image(self, body: Body, features: Tensor, mask: Tensor | None) -> Tensor:
+        return body.backbone.image_embedding(features, mask)
+
+    def own_text(self, body: Body, features: Tensor, ids: Tensor, mask: Tensor) -> Tensor:
+        return body.backbone.text_embedding(features, ids, mask)
+
+    def image(self, body: Body, state: ImageState) -> Tensor:
+        return _read(state.own)
+
+    def text(self, body: Body, state: TextState) -> Tensor:
+        return _read(state.own)
+
+    def path(self, reads: Reads) -> tuple[str, ...]:
+        return (*reads.features, *reads.own)
+
+
+def _read(own: Tensor | None) -> Tensor:
+    assert own is not None  # `own_image` and `own_text` made it when the item was read
+    return own

@@ -15,12 +15,14 @@ from torch import Tensor, nn
 
 from unimodal import arguments
 from unimodal.draws import Generators, drawing_from, own_generators
+from unimodal.heads.base import Body, CaptioningHead, Reads
 from unimodal.layers import init_weights
+from unimodal.states import ImageState
 
 OBJECTS = ("return_dict_in_generate", "output_scores", "output_logits", "output_attentions", "output_hidden_states")
 
 
-class LanguageModelCaptioner(nn.Module):
+class LanguageModelCaptioner(CaptioningHead):
     """Bridged tokens, projected, before the text of a language model: prompt and caption of a decoder-only one, the prompt of one that
     reads with an encoder.
 
@@ -32,6 +34,8 @@ class LanguageModelCaptioner(nn.Module):
     Raises:
         ValueError: an end or a start token lies outside of the vocabulary.
     """
+
+    own_words = True
 
     def __init__(
         self, language_model: Any, *, width: int, sources: dict[str, dict[str, str | None]] | None = None
@@ -129,6 +133,19 @@ class LanguageModelCaptioner(nn.Module):
         ends = ends if isinstance(ends, list) else [ends]
         rows = [row[1 if self.encodes else queries + ids.shape[1] :].tolist() for row in written]
         return [row[: next((i for i, token in enumerate(row) if token in ends), None)] for row in rows]
+
+    def logits(self, body: Body, image: ImageState, ids: Tensor, mask: Tensor | None) -> Tensor:
+        return self(ids, image.bridged, mask)
+
+    def write(self, body: Body, image: ImageState, **options: Any) -> list[list[int]]:
+        return self.generate(image.bridged, **options)
+
+    def probe(self, body: Body, pixels: Any, image: ImageState, ids: Tensor) -> Tensor:
+        """Logits for ids that its vocabulary has."""
+        return self(ids % self.vocab_size, image.bridged)
+
+    def path(self, reads: Reads) -> tuple[str, ...]:
+        return (*reads.bridged, "heads.captioning.*")
 
     def _before(self, images: Tensor, ids: Tensor, more: int) -> Tensor:
         """The projected image [B, N, H], then the embedded text [B, L, H]; `more` tokens are to follow."""

@@ -7,7 +7,6 @@ from typing import Protocol
 
 import torch
 from torch import Tensor
-from torch.nn.utils.rnn import pad_sequence
 
 from unimodal.model import UnimodalModel
 
@@ -43,24 +42,18 @@ def example_outputs(model: UnimodalModel, inputs: dict[str, Tensor]) -> dict[str
     model.eval()
     inputs = {name: tensor.to(next(model.parameters()).device) for name, tensor in inputs.items()}
     named = {name.removeprefix("pixels."): part for name, part in inputs.items() if name.startswith("pixels.")}
-    image = model.encode_image(named or inputs["pixels"])
+    pixels = named or inputs["pixels"]
+    image = model.encode_image(pixels)
     text = model.encode_text(inputs["ids"], inputs["mask"])
     outputs = {}
     if "embedding" in model.jobs:
         outputs = {"image_embedding": model.image_embedding(image), "text_embedding": model.text_embedding(text)}
-    pairs = torch.arange(2, device=inputs["ids"].device)
-    if "matching" in model.heads:
-        whole = model.config.matching is not None and model.config.matching.kind == "backbone"
-        pixels = named or inputs["pixels"]
-        outputs["match"] = model.judge(pixels) if whole else model.match(image, text, pairs, pairs)
-    if model.config.captioning is not None and model.config.captioning.kind == "backbone":
-        states = model.backbone.image_features(named or inputs["pixels"])
-        outputs["next_word"] = model.backbone.word_logits(states[:, -1])
-    if "captioning" in model.heads:
-        captions = [torch.tensor(ids, dtype=torch.long) for ids in model.caption(image, max_new_tokens=CAPTION_TOKENS)]
-        outputs["caption"] = pad_sequence(captions, batch_first=True, padding_value=-1)
+    if model.matcher is not None:
+        outputs["match"] = model.matcher.probe(model, pixels, image, text)
+    if model.captioner is not None:
+        outputs |= model.captioner.example(model, pixels, image, CAPTION_TOKENS)
     if "generation" in model.heads:
-        half = torch.full((2,), 0.5, device=pairs.device)
+        half = torch.full((2,), 0.5, device=inputs["ids"].device)
         outputs["velocity"] = model.head("generation")(inputs["noise"], half, model.generation_condition(text))
     for module, mode in modes.items():
         module.training = mode

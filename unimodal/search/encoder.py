@@ -62,15 +62,25 @@ class Encoder:
 
     def __init__(self, model: UnimodalModel, processor: Processor, calibration: Calibration | None = None) -> None:
         self.model, self.processor, self.calibration = model.eval(), processor, calibration
-        kind = model.config.matching.kind if model.config.matching else None
-        self.matches, self.in_bridge = kind in ("cached", "bridge"), kind == "bridge"
-        self.judges = kind == "backbone"  # pairs are read whole, no tokens are kept of items
-        captioning = model.config.captioning
-        self.writes = captioning is not None and captioning.kind == "backbone"
 
     @property
     def device(self) -> torch.device:
         return self.model.log_scale.device
+
+    @property
+    def matches(self) -> bool:
+        """Whether pairs are scored from tokens that are kept of each item."""
+        return self.model.matcher is not None and not self.model.matcher.whole
+
+    @property
+    def judges(self) -> bool:
+        """Whether a query and a document are read together, as one conversation; nothing is kept of items."""
+        return self.model.matcher is not None and self.model.matcher.whole
+
+    @property
+    def writes(self) -> bool:
+        """Whether captions are written after whole conversations."""
+        return self.model.captioner is not None and self.model.captioner.whole
 
     def images(self, sources: Sequence[Any]) -> ImageState:
         """Read images in any form that `load_image` takes, as one batch."""
@@ -151,7 +161,8 @@ class Encoder:
 
     def _read_whole(self, items: Sequence[Item], instruction: str | None, where: Sequence[str]) -> Encoded:
         """Items with pictures in one batch, mere texts in another, each item as one sequence."""
-        out: dict[int, tuple[Tensor, Tensor]] = {}
+        vectors: dict[int, Tensor] = {}
+        tokens: dict[int, Tensor] = {}
         for seen in (True, False):
             rows = [row for row, item in enumerate(items) if bool(item.images or item.video) is seen]
             if not rows:
@@ -160,14 +171,17 @@ class Encoder:
             batch: Any = move_pixels(read, self.device, self.model.log_scale.dtype)
             if seen:
                 image = self.model.encode_image(batch)
-                embedding, tokens = self.model.image_embedding(image), self._image_tokens(image)
+                embedding, kept = self.model.image_embedding(image), self._image_tokens(image) if self.matches else ()
             else:
                 text = self.model.encode_text(batch["ids"], batch["mask"])
-                embedding, tokens = self.model.text_embedding(text), self._text_tokens(text)
-            out |= dict(zip(rows, zip(_unit(embedding, [where[row] for row in rows]), tokens)))
-        keep = [self.matches and item.kind in ("image", "text") for item in items]
-        tokens = [out[row][1] if kept else torch.empty(0) for row, kept in enumerate(keep)]
-        return Encoded(torch.stack([out[row][0] for row in range(len(items))]), tokens)
+                embedding, kept = self.model.text_embedding(text), self._text_tokens(text) if self.matches else ()
+            vectors |= dict(zip(rows, _unit(embedding, [where[row] for row in rows])))
+            tokens |= dict(zip(rows, kept))
+        nothing = torch.empty(0)
+        found = [
+            tokens.get(row, nothing) if item.kind in ("image", "text") else nothing for row, item in enumerate(items)
+        ]
+        return Encoded(torch.stack([vectors[row] for row in range(len(items))]), found)
 
     def judge(
         self, pairs: Sequence[tuple[Item, Item]], prompt: str | None, batch_size: int, show: bool | None = False
@@ -257,26 +271,20 @@ class Encoder:
     def _match(self, pairs: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
         images, image_index = _distinct([image for image, _ in pairs])
         texts, text_index = _distinct([text for _, text in pairs])
-        image, image_mask = (self._place(x) for x in _pad(images))
-        text, text_mask = (self._place(x) for x in _pad(texts))
-        nothing = image.new_empty(len(image), 0), text.new_empty(len(text), 0)  # what this kind of head does not read
-        if self.in_bridge:
-            image_state = ImageState(image, image_mask, nothing[0])
-            text_state = TextState(text, text_mask, nothing[1], nothing[1])
-        else:
-            image_state = ImageState(nothing[0], nothing[0], image)
-            text_state = TextState(nothing[1], text_mask, text, nothing[1])
-        logits = self.model.match(image_state, text_state, image_index.to(self.device), text_index.to(self.device))
+        kept = [self._place(x) for x in (*_pad(images), *_pad(texts))]
+        image, text = self.model.head("matching").restored(*kept)
+        logits = self.model.match(image, text, image_index.to(self.device), text_index.to(self.device))
         return _finite(logits.float().cpu())
 
     def _place(self, x: Tensor) -> Tensor:
         return x.to(self.device, self.model.log_scale.dtype if x.is_floating_point() else None)
 
     def _image_tokens(self, state: ImageState) -> Sequence[Tensor]:
-        return [t[m] for t, m in zip(state.tokens, state.mask)] if self.in_bridge else state.bridged.unbind()
+        kept, mask = self.model.head("matching").image_kept(state)
+        return kept.unbind() if mask is None else [t[m] for t, m in zip(kept, mask)]
 
     def _text_tokens(self, state: TextState) -> Sequence[Tensor]:
-        return [t[m] for t, m in zip(state.ids if self.in_bridge else state.tokens, state.mask)]
+        return [t[m] for t, m in zip(self.model.head("matching").kept_of_text(state), state.mask)]
 
     def fingerprint(self) -> str:
         """16 hex digits of all that embeddings and match scores depend on: weights, shape, preprocessing."""

@@ -39,11 +39,10 @@ class ITG(Objective):
         self.label_smoothing, self.word_dropout = label_smoothing, word_dropout
 
     def __call__(self, step: Step) -> tuple[Tensor, Report]:
-        own = step.model.language_captioner is not None
+        own = step.model.head("captioning").own_words
         key = "caption" if own else "text"
         check_batch(step.batch, (key, f"{key}_mask"), "objective ITG")
-        ids = step.batch["caption"] if own else step.model.start_caption(step.batch["text"])
-        mask = step.batch[f"{key}_mask"]
+        ids, mask = step.model.start_caption(step.batch[key]), step.batch[f"{key}_mask"]
         targets = step.model.caption_targets(ids)
         if self.word_dropout:
             if own:
@@ -86,7 +85,7 @@ class SCST(Objective):
 
     def __call__(self, step: Step) -> tuple[Tensor, Report]:
         model, ids = step.model, step.batch["image_id"]
-        if model.language_captioner is not None:
+        if model.head("captioning").own_words:
             raise ValueError(
                 "SCST trains a captioning head of kind 'decoder' or 'bridge', and this model writes by a language model; set "
                 "captioning.kind, or learn from given captions (ITG)"

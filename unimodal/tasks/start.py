@@ -68,13 +68,25 @@ class Start:
         held = self.model.config
         if given is None:
             return held
-        refused = [line for name, there, here in _differing(given, held) if (line := _refusal(name, there, here))]
+        refused = [
+            line
+            for name, there, here in _differing(given, self._beside(given))
+            if (line := _refusal(name, there, here))
+        ]
         if refused:
             raise StartError(
                 f"init_from {self.name}: {'; '.join(refused)}. Leave out what differs, and the checkpoint's own is taken; to train "
                 "another model, leave init_from out"
             )
         return _completed(given, held)
+
+    def _beside(self, given: ModelConfig) -> ModelConfig:
+        """The checkpoint's configuration; without its backbone's own embedding, which has no weights of a head, where a configuration
+        has another one beside it."""
+        held, embeds = self.model.config, self.model.embeds
+        if embeds is None or not embeds.by_backbone or held.embedding is None or given.embedding is None:
+            return held
+        return held if given.embedding.kind == held.embedding.kind else dataclasses.replace(held, embedding=None)
 
     def fill(self, model: UnimodalModel) -> list[str]:
         """Give a model the checkpoint's weights; returns the names of its tensors that the checkpoint lacks.
@@ -89,7 +101,7 @@ class Start:
             shape = f"the shape {list(here[name].shape)}" if name in here else "nothing"
             settings = [
                 f"{setting} is {_shown(theirs)} there and {_shown(ours)} here"
-                for setting, theirs, ours in _differing(model.config, self.model.config)
+                for setting, theirs, ours in _differing(model.config, self._beside(model.config))
             ]
             raise StartError(
                 f"init_from {self.name}: {len(unfit)} of its tensors do not fit this model, for example {name}, which has the shape "
@@ -115,8 +127,6 @@ class Start:
 def _differing(given: Any, held: Any, name: str = "") -> Iterator[tuple[str, Any, Any]]:
     """Every setting that is another one, with its value in the checkpoint and its value here; of mappings, what is in both."""
     if _is_part(given) and type(given) is type(held):
-        if getattr(held, "kind", None) == "backbone" != getattr(given, "kind", None) and name == "embedding":
-            return  # the backbone's own embedding has no weights of a head, so another one stands beside it
         for field in dataclasses.fields(given):
             inner = f"{name}.{field.name}" if name else field.name
             yield from _differing(getattr(given, field.name), getattr(held, field.name), inner)
