@@ -16,6 +16,7 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
+from unimodal.backbones import move_pixels
 from unimodal.cli.options import RULE, Parser, add_model, number, whole
 from unimodal.cli.output import add_json, add_overwrite, print_json, require_free_folder
 from unimodal.data.guess import open_split
@@ -125,6 +126,10 @@ def evaluate(options: argparse.Namespace) -> None:
     options.model = options.model or shipped_checkpoint()
     model, processor = load_checkpoint(options.model, device=options.device)
     evaluation = Evaluation(model.eval(), processor, pairs, settings)
+    if (options.text_to_text or options.every_relevant or options.judgements) and not evaluation.embeds:
+        raise ValueError(
+            "--text_to_text, --every_relevant and --judgements compare embeddings, and this model has none; leave them out"
+        )
     read(evaluation, options.batch_size)
     results = evaluation.retrieval()
     stages = results["ranks"]
@@ -144,7 +149,8 @@ def evaluate(options: argparse.Namespace) -> None:
             stage: {name: [x.low, x.high] for name, x in found.items()} for stage, found in intervals.items()
         },
     }
-    errors = list(retrieval_errors(pairs, results, torch.cat(evaluation.text_embeddings)))
+    texts = torch.cat(evaluation.text_embeddings) if evaluation.embeds else None
+    errors = list(retrieval_errors(pairs, results, texts))
     content["errors"] = count_errors(errors)
     with replacing_contents(options.out, FILES.__contains__) as fresh:
         save_ranks(fresh / RANKS, stages)
@@ -202,7 +208,8 @@ def read(evaluation: Evaluation, batch_size: int) -> None:
     batches = EvaluationBatches(evaluation.pairs, evaluation.processor, rows, None)
     console = Console(stderr=True)
     for step in track(range(len(rows)), "Reading", console=console, disable=not console.is_terminal, transient=True):
-        evaluation.add({name: value.to(device) for name, value in batches[step].items()})
+        batch: Any = {name: move_pixels(value, device) for name, value in batches[step].items()}
+        evaluation.add(batch)
 
 
 def every_relevant(evaluation: Evaluation) -> dict[str, Any]:

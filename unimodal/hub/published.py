@@ -25,6 +25,7 @@ from unimodal.config import (
     MatchingConfig,
     ModelConfig,
     PublishedConfig,
+    ScoringRule,
 )
 from unimodal.data.conversation import open_conversations, single_token
 from unimodal.data.processor import Processor
@@ -227,6 +228,7 @@ def _open_qwen(
         else None,
         matching=MatchingConfig(kind="backbone") if "matching" in wanted else None,
         captioning=CaptioningConfig(kind="backbone") if "captioning" in wanted else None,
+        scoring=ScoringRule(first="pair" if "matching" in wanted and "embedding" not in wanted else "embed"),
     )
     words = {word: single_token(processor, word) for word in ("yes", "no")} if "matching" in wanted else {}
     model = UnimodalModel(config, pretrained=True)

@@ -6,7 +6,7 @@ is the query, a found caption counts if it is as near to one of the image's capt
 It is a hint of where to look, not a judgement: on captions that differ in one word, as the embedded scenes' do, it says too much.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -18,13 +18,16 @@ from unimodal.retrieval import similarity
 Row = dict[str, Any]
 
 
-def retrieval_errors(pairs: Pairs, results: dict[str, Any], text_embedding: Tensor, *, shown: int = 5) -> Iterator[Row]:
+def retrieval_errors(
+    pairs: Pairs, results: dict[str, Any], text_embedding: Tensor | None, *, shown: int = 5
+) -> Iterator[Row]:
     """One row per failed query, captions first: the last stage did not put a right item first.
 
     Args:
         pairs: the split.
         results: what `Evaluation.retrieval` returned, with candidates.
-        text_embedding: [C, E] unit vectors of all captions of the split, in order.
+        text_embedding: [C, E] unit vectors of all captions of the split, in order; None where the model has none, and then nothing is
+            marked.
         shown: finds per query, best of the last stage first.
 
     Returns:
@@ -36,7 +39,7 @@ def retrieval_errors(pairs: Pairs, results: dict[str, Any], text_embedding: Tens
     captions = [(i, caption) for i in range(len(pairs)) for caption in pairs.captions(i)]
     owner = torch.tensor([i for i, _ in captions])
     of_image = [(owner == i).nonzero().squeeze(1) for i in range(len(pairs))]
-    text = text_embedding.cpu()
+    text = None if text_embedding is None else text_embedding.cpu()
     found = results["candidates"]
     last = "reranked" if "reranked" in results["ranks"] else "first"
     for name, direction in (("t2i", "text_to_image"), ("i2t", "image_to_text")):
@@ -49,10 +52,7 @@ def retrieval_errors(pairs: Pairs, results: dict[str, Any], text_embedding: Tens
                 continue
             image = captions[query][0] if name == "t2i" else query
             own = of_image[image]
-            if name == "t2i":
-                asked, needed = text[[query]], _nearest_sibling(text[own])[own == query]
-            else:
-                asked, needed = text[own], _nearest_sibling(text[own]).mean()
+            near = _nearness(text, own, query if name == "t2i" else None)
             scores = found.get(f"{name}_final", candidates.scores)[query]
             rows = []
             for place in scores.argsort(descending=True, stable=True)[:shown].tolist():
@@ -62,9 +62,9 @@ def retrieval_errors(pairs: Pairs, results: dict[str, Any], text_embedding: Tens
                     row["caption"] = captions[item][1]
                 row["score"] = float(candidates.scores[query, place])
                 row["match"] = None if match is None else float(match[query, place])
-                near = similarity(asked, text[of_image[item] if name == "t2i" else [item]]).max()
+                like = near(of_image[item] if name == "t2i" else torch.tensor([item]))
                 row["right"] = right
-                row["likely_right"] = None if len(own) < 2 else right or bool(near >= needed)
+                row["likely_right"] = None if like is None else right or like
                 rows.append(row)
             yield {
                 "direction": direction,
@@ -75,6 +75,16 @@ def retrieval_errors(pairs: Pairs, results: dict[str, Any], text_embedding: Tens
                 "found": rows,
                 "likely_false_negative": bool(rows and not rows[0]["right"] and rows[0]["likely_right"]),
             }
+
+
+def _nearness(text: Tensor | None, own: Tensor, query: int | None) -> Callable[[Tensor], bool | None]:
+    """Whether one of some captions is as near to the query, a caption or an image, as the captions of its image are to one another; None
+    where there is nothing to compare with."""
+    if text is None or len(own) < 2:
+        return lambda rows: None
+    siblings = _nearest_sibling(text[own])
+    asked, needed = (text[own], siblings.mean()) if query is None else (text[[query]], siblings[own == query])
+    return lambda rows: bool(similarity(asked, text[rows]).max() >= needed)
 
 
 def _nearest_sibling(text: Tensor) -> Tensor:

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from unimodal.candidates import best_captions
 from unimodal.data.batch import Batch, image_inputs, text_inputs
+from unimodal.data.items import Item
 from unimodal.data.pairs import Pairs
 from unimodal.data.processor import Processor
 from unimodal.data.readers import Listed
@@ -24,6 +25,7 @@ from unimodal.metrics import (
     Ranks,
     RetrievalMetrics,
     TextToTextMetrics,
+    candidates_from_scores,
     caption_metrics,
     first_stage,
     mean_of_folds,
@@ -31,10 +33,12 @@ from unimodal.metrics import (
     summarise,
     text_to_text,
 )
-from unimodal.model import ImageState, TextState, UnimodalModel
+from unimodal.model import ImageState, UnimodalModel
 from unimodal.onednn import inference
-from unimodal.retrieval import Combine, combined, depth, row_similarity, rule_for
+from unimodal.retrieval import Combine, combined, row_similarity, rule_for
+from unimodal.search import Encoder
 from unimodal.tasks.drawing import Drawn, draw_scenes
+from unimodal.tasks.pairwise import CONVERSATIONS, ConversationPairs, Pairwise, StatePairs
 
 # Every headline number, with the heads that it needs.
 MEASURES: dict[str, tuple[str, ...]] = {
@@ -93,11 +97,6 @@ class EvaluationSettings:
     pairs_per_batch: int = 1024
 
 
-def _pad(parts: list[Tensor], length: int) -> Tensor:
-    """Concatenate [n, L, ...] of different L, padded with zeros to `length`."""
-    return torch.cat([torch.nn.functional.pad(p, (*[0, 0] * (p.ndim - 2), 0, length - p.shape[1])) for p in parts])
-
-
 def _join(parts: list[Any], order: Tensor | None) -> Any:
     """Tensors, or the tensors of candidates, of all folds as one; queries in `order` where given."""
     if isinstance(parts[0], Candidates):
@@ -146,9 +145,10 @@ class Evaluation:
     ) -> None:
         self.model, self.processor, self.pairs, self.settings, self.known = model, processor, pairs, settings, known
         self.rule = rule_for(model.config, k=settings.rerank_k, combine=settings.combine, scale=settings.match_scale)
+        self.encoder = Encoder(model, processor)
         self.embeds = "embedding" in model.jobs
-        self.images: list[ImageState] = []
-        self.texts: list[TextState] = []
+        self.pairwise = self._pairwise()
+        self.images: list[ImageState] = []  # of which captions are written
         self.image_embeddings: list[Tensor] = []
         self.text_embeddings: list[Tensor] = []
         self.image_ids: list[Tensor] = []
@@ -157,15 +157,25 @@ class Evaluation:
     @inference()
     def add(self, batch: Batch) -> None:
         """Read one batch of pictures with all their captions."""
-        image = self.model.encode_image(**image_inputs(batch))
-        text = self.model.encode_text(**text_inputs(batch))
-        if self.embeds:
-            self.image_embeddings.append(self.model.image_embedding(image).float())
-            self.text_embeddings.append(self.model.text_embedding(text).float())
-        self.images.append(image)
-        self.texts.append(text)
+        writes = self.model.captioner is not None and not self.encoder.writes and self.read < self.settings.captions
+        if self.embeds or self.encoder.matches or writes:
+            image = self.model.encode_image(**image_inputs(batch))
+            text = self.model.encode_text(**text_inputs(batch))
+            if self.embeds:
+                self.image_embeddings.append(self.model.image_embedding(image).float())
+                self.text_embeddings.append(self.model.text_embedding(text).float())
+            if self.pairwise is not None:
+                self.pairwise.add(image, text)
+            if writes:
+                self.images.append(image)
         self.image_ids.append(batch["image_id"])
         self.text_image_ids.append(batch["text_image_id"])
+
+    def _pairwise(self) -> Pairwise | None:
+        """How pairs are scored; None without a matching head."""
+        if self.encoder.judges:
+            return ConversationPairs(self.encoder, self.pairs)
+        return StatePairs(self.model, self.settings.pairs_per_batch) if self.encoder.matches else None
 
     @property
     def read(self) -> int:
@@ -177,29 +187,14 @@ class Evaluation:
         """Everything measured: metric objects by name, and the rows that a report shows; of a split that was read in part, of that part."""
         if self.read < len(self.pairs):
             self.pairs = beginning(self.pairs, self.read)
-        out = self.retrieval() if self.embeds else {}
+        out = self.retrieval() if self.embeds or self.rule.first == "pair" else {}
         if isinstance(self.pairs, Scenes) and self.embeds:
             out |= self._swaps(self.pairs)
-        if "captioning" in self.model.heads and self.settings.captions:
+        if self.model.captioner is not None and self.settings.captions:
             out |= self._captions()
         if "generation" in self.model.heads and self.settings.pictures and isinstance(self.pairs, Scenes):
             out |= self._pictures(self.pairs)
         return out
-
-    def _concatenate(self) -> None:
-        """What was collected batch by batch, as one."""
-        longest = max(text.ids.shape[1] for text in self.texts)
-        self.text = TextState(
-            _pad([text.ids for text in self.texts], longest),
-            _pad([text.mask for text in self.texts], longest),
-            _pad([text.tokens for text in self.texts], longest),
-            torch.cat([text.bridged for text in self.texts]),
-        )
-        self.image = ImageState(
-            torch.cat([image.tokens for image in self.images]),
-            torch.cat([image.mask for image in self.images]),
-            torch.cat([image.bridged for image in self.images]),
-        )
 
     def numbers(self, results: dict[str, Any]) -> dict[str, float]:
         """The headline numbers of `results`, all between 0 and 1 except CIDEr-D (1 = 100 points)."""
@@ -236,17 +231,6 @@ class Evaluation:
 
     # Retrieval, first stage and reranked.
 
-    def match_pairs(self, image_rows: Tensor, text_rows: Tensor) -> Tensor:
-        """Match logits [P] of rows of this split."""
-        order = self.text.mask.sum(1)[text_rows].argsort(stable=True)  # by length, so that few read another's padding
-        out = torch.empty(len(text_rows), dtype=torch.float32, device=text_rows.device)
-        for rows in order.split(self.settings.pairs_per_batch):
-            images, image_index = image_rows[rows].unique(return_inverse=True)
-            texts, text_index = text_rows[rows].unique(return_inverse=True)
-            text = self.text.select(texts).trim()
-            out[rows] = self.model.match(self.image.select(images), text, image_index, text_index).float()
-        return out
-
     @inference()
     def retrieval(self) -> dict[str, Any]:
         """Retrieval alone: `retrieval_first` and `retrieval_reranked`, their ranks query by query, and what each query found.
@@ -254,29 +238,28 @@ class Evaluation:
         Raises:
             ValueError: for folds that do not divide the split, and what `first_stage`, `mean_of_folds` and `text_to_text` raise.
         """
-        self._concatenate()
         settings, rule = self.settings, self.rule
-        image, text = torch.cat(self.image_embeddings), torch.cat(self.text_embeddings)
         image_id, text_image_id = torch.cat(self.image_ids), torch.cat(self.text_image_ids)
-        if settings.folds < 1 or len(image) % settings.folds:
-            raise ValueError(f"got folds={settings.folds} for {len(image)} images; expected a number that divides them")
-        parts: list[dict[str, Any]] = []
-        for rows in torch.arange(len(image), device=image.device).chunk(settings.folds):
-            captions = torch.isin(text_image_id, image_id[rows]).nonzero().squeeze(1)
-            k = depth(rule, max(len(rows), len(captions)))
-            t2i, i2t = first_stage(
-                image[rows], text[captions], text_image_id[captions], image_id=image_id[rows], k=k or FINDS
+        if settings.folds < 1 or len(image_id) % settings.folds:
+            raise ValueError(
+                f"got folds={settings.folds} for {len(image_id)} images; expected a number that divides them"
             )
+        k = rule.k if rule.first == "embed" else 0
+        parts: list[dict[str, Any]] = []
+        for rows in torch.arange(len(image_id), device=image_id.device).chunk(settings.folds):
+            captions = torch.isin(text_image_id, image_id[rows]).nonzero().squeeze(1)
+            t2i, i2t = self._first(rows, captions, image_id[rows], text_image_id[captions], k or FINDS)
             part: dict[str, Any] = {
                 "t2i": replace(t2i, index=rows[t2i.index]),
                 "i2t": replace(i2t, index=captions[i2t.index]),
             }
-            if k:
+            if k and self.pairwise is not None:
                 for name, queries in (("t2i", captions), ("i2t", rows)):
                     found = part[name]
                     pairs = (found.index, queries[:, None].expand_as(found.index))
                     images, texts = pairs if name == "t2i" else pairs[::-1]
-                    match = self.match_pairs(images.flatten(), texts.flatten()).view_as(found.scores)
+                    match = self.pairwise.match(images.flatten(), texts.flatten(), image_asks=name == "i2t")
+                    match = match.view_as(found.scores)
                     final = combined(rule, found.scores, match)
                     part[f"{name}_match"], part[f"{name}_final"] = match, final
                     part[f"{name}_reranked_rank"] = second_stage(found, final)
@@ -305,10 +288,31 @@ class Evaluation:
                 result.protocol, rank(whole, "t2i").cpu(), rank(whole, "i2t").cpu(), text_image.cpu()
             )
         if settings.text_to_text:
+            text = torch.cat(self.text_embeddings)
             protocol = replace(first, rule="hit among the captions, the query left out")
             found = DirectionMetrics.from_ranks(text_to_text(text, text_image_id).rank)
             out["text_to_text"] = TextToTextMetrics(protocol=protocol, text_to_text=found)
         return out
+
+    def _first(
+        self, rows: Tensor, captions: Tensor, image_id: Tensor, text_image_id: Tensor, k: int
+    ) -> tuple[Candidates, Candidates]:
+        """What ranks first of these images and captions, text to image and image to text: embeddings, or the scores of all pairs."""
+        if self.rule.first == "embed":
+            if not self.embeds:
+                raise ValueError(
+                    "scoring.first is 'embed', and this model has no embedding; it has: "
+                    f"{', '.join(self.model.jobs)}. A model with a matching head can rank by it alone: set scoring.first to 'pair'"
+                )
+            image, text = torch.cat(self.image_embeddings)[rows], torch.cat(self.text_embeddings)[captions]
+            return first_stage(image, text, text_image_id, image_id=image_id, k=k)
+        assert self.pairwise is not None  # `rule_for` refuses to score pairs without a head
+        relevant = image_id[:, None] == text_image_id[None]  # [I, C]
+        images, texts = (part.flatten() for part in torch.meshgrid(rows, captions, indexing="ij"))
+        t2i, i2t = (
+            self.pairwise.match(images, texts, image_asks=image_asks).view_as(relevant) for image_asks in (False, True)
+        )
+        return candidates_from_scores(t2i.T, relevant.T, k), candidates_from_scores(i2t, relevant, k)
 
     # Scenes: swapped captions.
 
@@ -318,19 +322,18 @@ class Evaluation:
             rows += [
                 {"image": i, "kind": swap.kind, "true": swap.caption, "false": swap.negative} for swap in pairs.swaps(i)
             ]
-        device = self.image.bridged.device
+        device = self.model.log_scale.device
         embeddings, logits = torch.cat(self.image_embeddings), {}
         for start in range(0, len(rows), 128):
             part = rows[start : start + 128]
-            ids, mask = self.processor.texts([row["true"] for row in part] + [row["false"] for row in part])
+            captions = [row["true"] for row in part] + [row["false"] for row in part]
+            ids, mask = self.processor.texts(captions)
             text = self.model.encode_text(ids.to(device), mask.to(device))
             images = torch.tensor([row["image"] for row in part] * 2, device=device)
             texts = self.model.text_embedding(text).float()
             logits["embed"] = row_similarity(embeddings[images], texts[:, None])[:, 0]
-            if "matching" in self.model.heads:
-                unique, index = images.unique(return_inverse=True)
-                state = self.image.select(unique)
-                logits["match"] = self.model.match(state, text, index, torch.arange(len(images), device=device)).float()
+            if self.pairwise is not None:
+                logits["match"] = self.pairwise.match_texts(images, captions, text)
             for name, values in logits.items():
                 for row, good, bad in zip(
                     part, values[: len(part)].tolist(), values[len(part) :].tolist(), strict=True
@@ -348,7 +351,7 @@ class Evaluation:
         settings = self.settings
         count = min(settings.captions, len(self.pairs))
         length = self.model.config.captioning.max_length if self.model.config.captioning else 0
-        written: list[str] = []
+        written = self._written_whole(count, length) if self.encoder.writes else []
         generator = torch.Generator().manual_seed(
             0
         )  # one for all, so that a caption does not depend on the size of the batches
@@ -377,6 +380,14 @@ class Evaluation:
             right = [caption_matches(caption, self.pairs.scenes[i]) for i, caption in enumerate(written)]
             out |= {"caption_right": right, "caption_exact_attributes": sum(right) / count}
         return out
+
+    def _written_whole(self, count: int, length: int) -> list[str]:
+        """What a vision-language model answers when it is asked to describe the first images."""
+        if self.settings.candidates > 1:
+            raise ValueError("candidates: a vision-language model writes one caption; set evaluation.candidates to 1")
+        items = [Item(image=self.pairs.image(i)) for i in range(count)]
+        options = {"max_new_tokens": length, "num_beams": self.settings.num_beams}
+        return self.encoder.write(items, None, options, batch_size=CONVERSATIONS)
 
     # Scenes: generated pictures.
 

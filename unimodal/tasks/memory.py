@@ -245,5 +245,5 @@ def _evaluation(task: Task, data: PairData, rows: int = 4) -> int:
     rows = min(rows, len(data.val))
     evaluation = Evaluation(task.model.eval(), task.processor, data.val, task.settings)
     evaluation.add(EvaluationBatches(data.val, task.processor, [list(range(rows))], None)[0])
-    states = tree_leaves([evaluation.images, evaluation.texts])
+    states = tree_leaves([evaluation.images, evaluation.pairwise.held if evaluation.pairwise else []])
     return 2 * sum(t.nbytes for t in states if isinstance(t, Tensor)) * len(data.val) // rows
