@@ -389,7 +389,7 @@ def test_pictures_are_judged_by_the_first_one_the_chosen_one_and_on_known_combin
         one.processor,
         one.model.encode_text(*one.processor.texts(first.prompts)),
         5,
-        match_scale=settings.match_scale,
+        match_scale=evaluation.rule.scale,
         num_inference_steps=2,
         guidance_scale=2.0,
         generator=torch.Generator().manual_seed(0),

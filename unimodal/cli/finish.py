@@ -57,7 +57,7 @@ def protocols(evaluation: Evaluation, results: dict[str, Any]) -> dict[str, str]
         out["generation_attribute_accuracy"] = f"{where}; one picture {judged}"
         if "chosen" in results:
             out["generation_attribute_accuracy_chosen"] = (
-                f"{where}; the best of {settings.drawings} pictures by the model's own cosine + {settings.match_scale:g} match logit "
+                f"{where}; the best of {settings.drawings} pictures by the model's own cosine + {evaluation.rule.scale:g} match logit "
                 + judged
             )
         if "known" in results:
