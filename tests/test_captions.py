@@ -226,6 +226,7 @@ def test_lines_of_json_may_have_more_captions_than_the_first(folder: Path) -> No
             "caption 0 is .*, a list written as text",
         ),
         ("image,captions\na.png,\"{'en': 'a'}\"\nb.png,b", "caption 0 is .*, a list written as text"),
+        ("image,captions\na.png,\"['a dog', 'a c\"\nb.png,b", "caption 0 is .*, a list written as text"),
         ("image,captions\na.png,\"[['a', 'b']]\"\nb.png,b", "a.png: caption 0 is list"),
     ],
 )

@@ -81,6 +81,8 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "no end": ({"max_steps": -1}, "nothing ends this training, and the learning rate follows how far it is; set"),
     "no steps": ({"max_steps": 0}, "trainer.max_steps is 0, so this run would train nothing"),
     "no epochs": ({"max_steps": -1, "max_epochs": 0}, "trainer.max_epochs is 0, so this run would train nothing"),
+    "no batch a step": ({"accumulate_grad_batches": 0}, "trainer.accumulate_grad_batches is 0; expected at least 1"),
+    "a negative norm": ({"gradient_clip_val": -1.0}, "trainer.gradient_clip_val is -1.0; expected the largest norm"),
     "no batches": ({"limit_train_batches": 0}, "trainer.limit_train_batches is 0, so this run would train nothing"),
     "misspelt": (
         {**EVERY_EPOCH, **monitoring("EarlyStopping", "val/t2i_r1_frist")},

@@ -41,7 +41,7 @@ def locked(path: str | Path, what: str, timeout: float = 0) -> Iterator[None]:
     Raises:
         InUseError: another process or thread holds the lock.
     """
-    lock = FileLock(path, mode=0o666)
+    lock = FileLock(path)
     try:
         lock.acquire(timeout=timeout)
     except Timeout as error:

@@ -44,6 +44,7 @@ def prepare(trainer: Trainer, verb: str, objectives: Iterable[str], heads: Itera
     require_precision(trainer.precision)
     if verb == "fit":
         _require_an_end(trainer)
+        _require_gradients(trainer)
         _require_known_monitors(trainer, objectives, heads)
 
 
@@ -67,6 +68,17 @@ def _require_an_end(trainer: Trainer) -> None:
         raise ConfigError(
             "nothing ends this training, and the learning rate follows how far it is; set trainer.max_steps, trainer.max_epochs or "
             "trainer.max_time"
+        )
+
+
+def _require_gradients(trainer: Trainer) -> None:
+    if (batches := trainer.accumulate_grad_batches) < 1:
+        raise ConfigError(
+            f"trainer.accumulate_grad_batches is {batches}; expected at least 1, the batches whose gradients make one step"
+        )
+    if (longest := trainer.gradient_clip_val or 0) < 0:
+        raise ConfigError(
+            f"trainer.gradient_clip_val is {longest}; expected the largest norm that gradients may have, above 0, or leave it out"
         )
 
 

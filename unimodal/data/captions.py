@@ -17,8 +17,8 @@ WORDS = ("caption", "text", "sentence", "raw", "title", "comment")
 MISSING = frozenset(("nan", "NaN", "NAN", "None", "null", "NULL", "<NA>", "NA", "N/A", "#N/A", "NaT"))
 QUOTED = r"(?:'(?:[^'\\]|\\.)*'|\"(?:[^\"\\]|\\.)*\")"
 NUMPY_LIST = re.compile(rf"\[\s*{QUOTED}(?:\s+{QUOTED})*\s*\]", re.DOTALL)
-# Such a text is no caption, even where it cannot be read as a list (numpy writes "..." for a long one).
-LIST = re.compile(r"(?:array\()?[\[{]+\s*['\"].*['\"]\s*,?\s*[\]}]+(?:, *dtype=\w+)?\)?", re.DOTALL)
+# Such a text is no caption, even where it cannot be read as a list (numpy writes "..." for a long one), or its end was cut off.
+LIST = re.compile(r"(?:array\()?[\[{]+\s*['\"].*['\"]\s*,?\s*[\]}]+(?:, *dtype=\w+)?\)?|\[\s*['\"][^\]]*", re.DOTALL)
 
 
 def caption_column(names: Sequence[str], where: str) -> re.Pattern[str]:
