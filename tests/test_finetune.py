@@ -3,6 +3,7 @@
 import itertools
 import json
 import shutil
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -139,9 +140,9 @@ def test_every_job_trains_and_is_measured(toy: Path, tmp_path: Path, monkeypatch
     assert "heads.generation" not in trained.report["trained"]
 
 
-@pytest.mark.parametrize("train", ["heads", "lora"])
-def test_a_published_pair_is_trained(train: Any, tmp_path: Path, last: None) -> None:
-    saved("clip", tmp_path / "clip")
+@pytest.mark.parametrize(("name", "train"), [("clip", "heads"), ("clip", "lora"), ("siglip", "heads")])
+def test_a_published_pair_is_trained(name: str, train: Any, tmp_path: Path, last: None) -> None:
+    saved(name, tmp_path / "clip")
     before = load_checkpoint(tmp_path / "clip")[0]
     trained = unimodal.finetune(
         tmp_path / "clip", Scenes("train", count=30), tmp_path / "out", train=train, epochs=2, learning_rate=1e-2
@@ -150,7 +151,7 @@ def test_a_published_pair_is_trained(train: Any, tmp_path: Path, last: None) -> 
     assert after.config.adapters == {} and after.jobs == ("embedding",) and trained.report["best_step"] > 0
     ours, theirs = after.state_dict(), before.state_dict()
     moved = {name for name in ours if not torch.equal(ours[name], theirs[name])}
-    assert "backbone.model.text_projection.weight" in moved
+    assert {"clip": "backbone.model.text_projection.weight", "siglip": "pair_bias"}[name] in moved
     assert any("vision_model.encoder" in name for name in moved) is (train == "lora")
 
 
@@ -239,6 +240,38 @@ def test_the_same_call_goes_on_where_it_was_killed(
     assert embedding_of_scenes(dual, tmp_path / "out") == again
 
 
+def test_a_signal_ends_it_and_the_same_command_goes_on(
+    dual: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    own_pairs(tmp_path, 24)
+    command = words(tmp_path, "--model", dual, "--out", tmp_path / "out", "--epochs", 1)
+    step = Joint.training_step
+
+    def asked(self: Any, *arguments: Any) -> torch.Tensor:
+        if self.global_step == 1:
+            signal.raise_signal(signal.SIGTERM)
+        return step(self, *arguments)
+
+    monkeypatch.setattr(Joint, "training_step", asked)
+    assert cli.main(command) == 143
+    assert "SIGTERM stopped the training after step 2; the same command goes on from there" in capsys.readouterr().err
+    monkeypatch.setattr(Joint, "training_step", step)
+    assert cli.main(command) == 0 and load_checkpoint(tmp_path / "out")
+
+
+def test_what_breaks_inside_leaves_its_traceback_in_a_file(
+    dual: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    own_pairs(tmp_path, 24)
+
+    def breaks(*_: Any) -> torch.Tensor:
+        raise RuntimeError("out of memory")
+
+    monkeypatch.setattr(Joint, "training_step", breaks)
+    told = refused(capsys, *words(tmp_path, "--model", dual, "--out", tmp_path / "out", "--epochs", 1))
+    assert f"unimodal finetune: out of memory\n  the traceback is in {tmp_path / 'out/training/traceback-'}" in told
+
+
 # What cannot be.
 
 
@@ -277,6 +310,13 @@ def test_what_does_not_fit_is_told_before_any_work(
     told = refused(capsys, *words(tmp_path, "--model", dual, *out))
     assert "1 of 24 pictures of pairs all cannot be read: 5.png: " in told and "`unimodal data check` lists all" in told
     assert not (tmp_path / "out").exists()
+
+
+def test_what_is_no_data_is_named(dual: Path, tmp_path: Path) -> None:
+    with pytest.raises(TypeError, match="pairs: expected the path of data, or an opened split, got"):
+        unimodal.finetune(dual, [("a.png", "a dog")], tmp_path / "out")  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match="jobs: "):
+        unimodal.finetune(dual, Scenes("train", count=20), tmp_path / "out", jobs="embedding")  # type: ignore[arg-type]
 
 
 def test_lora_on_a_model_with_adapters_is_refused(tmp_path: Path) -> None:

@@ -10,10 +10,12 @@ from typing import get_args
 from rich.console import Console
 from rich.table import Table
 
+from unimodal.cli.messages import short
 from unimodal.cli.options import Parser, device, names, number, whole
 from unimodal.cli.output import add_json, print_json, say
-from unimodal.cli.train import quiet
+from unimodal.cli.train import quiet, write_traceback
 from unimodal.finetuning import Finetuned, Row, finetune
+from unimodal.finetuning.place import TRAINING
 from unimodal.finetuning.plan import Train
 from unimodal.recipes import CHECKPOINT, shipped_checkpoint
 from unimodal.tasks import Interrupted
@@ -73,8 +75,12 @@ def run(arguments: Sequence[str]) -> int:
         except Interrupted as stop:
             say(f"unimodal finetune: {stop}; the same command goes on from there")
             return int(stop.code or 0)
-        except FloatingPointError as error:
-            raise ValueError(f"{error} (--learning_rate)") from error
+        except (ImportError, OSError, TypeError, ValueError):
+            raise  # a sentence already
+        except Exception as error:  # of whatever is in the training
+            told = short(str(error)) or type(error).__name__
+            say(f"unimodal finetune: {told}\n  the traceback is in {write_traceback(options.out / TRAINING)}")
+            return 1
     if options.json:
         print_json({**done.report, "out": done.folder})
     else:

@@ -306,7 +306,7 @@ def run(arguments: Sequence[str]) -> int:
         return 128 + signal.SIGINT
     except Exception as error:
         told = short(files.in_words(error)) or type(error).__name__
-        written = _write_traceback(error.folder if isinstance(error, RunError) else folder)
+        written = write_traceback(error.folder if isinstance(error, RunError) else folder)
         print(f"unimodal {verb}: {told}\n  the traceback is in {written}", file=sys.stderr)
         return 1
     return 0
@@ -333,7 +333,7 @@ def _goes_on(error: Interrupted, schedule: bool) -> str:
     )
 
 
-def _write_traceback(folder: Path) -> Path:
+def write_traceback(folder: Path) -> Path:
     """Write the traceback of the exception that is handled into the run's folder, or where that cannot be written into a temporary one."""
     for place in (folder, Path(tempfile.gettempdir())):
         path = place / f"traceback-{os.getpid()}.txt"

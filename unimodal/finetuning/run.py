@@ -62,7 +62,7 @@ class _Wishes:
 
     @classmethod
     def checked(
-        cls, model: str, out: Any, train: Any, seed: Any, epochs: Any, learning_rate: Any, device: Any
+        cls, model: Any, out: Any, train: Any, seed: Any, epochs: Any, learning_rate: Any, device: Any
     ) -> "_Wishes":
         train = arguments.choice(train, "train", get_args(Train))
         if device is None:
@@ -70,7 +70,7 @@ class _Wishes:
         if learning_rate is not None:
             learning_rate = arguments.number(learning_rate, "learning_rate", above=0)
         return cls(
-            model=model,
+            model=str(arguments.path(model, "model")),
             out=arguments.path(out, "out"),
             train=train,
             seed=arguments.integer(seed, "seed", least=0),
@@ -118,12 +118,13 @@ def finetune(
         FileExistsError: `out` holds something else. Nothing is replaced.
         unimodal.tasks.Interrupted: the system asked it to end; the same call goes on.
     """
-    wishes = _Wishes.checked(str(model), out, train, seed, epochs, learning_rate, device)
+    wishes = _Wishes.checked(model, out, train, seed, epochs, learning_rate, device)
     paths = [one for one in (model, pairs, images, val) if isinstance(one, str | Path)]
     require_free(wishes.out, paths)
     splits = open_pairs(pairs, images, val, wishes.seed)
     start = Start.open(wishes.model)
-    chosen = choose_jobs(start.model, jobs, wishes.model)
+    wanted = None if jobs is None else arguments.listed(jobs, "jobs", "names")
+    chosen = choose_jobs(start.model, wanted, wishes.model)
     plan = make_plan(start.model, chosen, wishes.train, wishes.learning_rate)
     settings = {
         **{name: getattr(wishes, name) for name in ("model", "train", "seed", "epochs")},

@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 from PIL import Image
 
+from unimodal import arguments
 from unimodal.data import Scenes
 from unimodal.data.findings import look
 from unimodal.data.guess import open_splits
@@ -129,6 +130,9 @@ def _warn_of_copies(trained: list[bytes], pairs: Pairs) -> None:
 
 def _splits(data: str | Path | Pairs, images: str | Path | None) -> dict[str, Pairs]:
     if not isinstance(data, str | Path):
+        if not hasattr(data, "captions") or not hasattr(data, "image"):
+            advice = "unimodal.data.CsvTable(path) opens a table"
+            raise TypeError(arguments.refused("pairs", "the path of data, or an opened split", data, advice))
         return {"train": data}
     if str(data) == "scenes":
         return {split: Scenes(split, count=count) for split, count in (("train", 1000), ("val", 200))}

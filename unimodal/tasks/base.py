@@ -4,7 +4,6 @@ A training step returns `(losses, report)`: what is optimised and what is only l
 """
 
 import math
-from collections import Counter
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -17,10 +16,9 @@ import torch
 from pytorch_lightning.callbacks import Timer
 from pytorch_lightning.strategies import ModelParallelStrategy, Strategy
 from pytorch_lightning.utilities.types import OptimizerLRSchedulerConfig
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from unimodal import files, stages
+from unimodal import stages
 from unimodal.blocks import compile_blocks, recompute
 from unimodal.chunks import at, by_chunks, refuse_coupled_rows
 from unimodal.config import ModelConfig
@@ -32,9 +30,10 @@ from unimodal.losses import Wrong
 from unimodal.model import ImageState, TextState, UnimodalModel
 from unimodal.sharding import clip_gradients, is_sharded, shard, whole_state
 from unimodal.tasks.evaluation import Evaluation, EvaluationSettings
-from unimodal.tasks.mining import mine_neighbours
+from unimodal.tasks.mining import kept_neighbours
 from unimodal.tasks.optimizer import OptimizerSettings, build_optimizer
 from unimodal.tasks.start import Start, StartError
+from unimodal.tasks.vocabulary import frequent_tokens
 from unimodal.tuning import adapter_of, base_name
 
 Losses = dict[str, Tensor]
@@ -451,61 +450,25 @@ class Task(pl.LightningModule):
         data = self.data
         if stage == "fit":
             data.require_frozen(self.model.backbone)
-        self.bind(data)
+        processor = self.bind(data)
         if stage == "fit":
             self.prepare_objectives(data.train)
-        is_new = "captioning" in self.new_heads
-        if stage == "fit" and is_new and self.config.captioning and self.config.captioning.vocabulary:
-            self.model.head("captioning").set_vocabulary(
-                self._frequent_tokens(data.train, self.config.captioning.vocabulary)
-            )
+        captioning = self.config.captioning if "captioning" in self.new_heads else None
+        if stage == "fit" and captioning is not None and captioning.vocabulary:
+            head = self.model.head("captioning")
+            head.set_vocabulary(frequent_tokens(head, processor, data.train, captioning.vocabulary))
         if stage == "fit" and self.config.generation and self.model.head("generation").needs_fit:
             size = self.config.generation.size
             self.model.head("generation").autoencoder.fit(data.targets(min(1000, len(data.train)), size))
         if stage == "fit" and data.hard_neighbours and data.neighbours is None:
-            data.neighbours = self._mined(Path(self.trainer.default_root_dir) / "neighbours.safetensors")
+            path = Path(self.trainer.default_root_dir) / "neighbours.safetensors"
+            data.neighbours = kept_neighbours(self.model, processor, data, path)
 
     def prepare_objectives(self, pairs: Pairs) -> None:
         """Show the objectives the training split, once there is a processor."""
         assert self.processor is not None
         for objective in self.objectives.values():
             objective.prepare(pairs, self.processor)
-
-    def _frequent_tokens(self, pairs: Pairs, size: int) -> Tensor:
-        """The `size` most frequent token ids of a split's captions, special tokens among them: a decoder's subset vocabulary."""
-        assert self.processor is not None
-        counts: Counter[int] = Counter()
-        for i in range(len(pairs)):
-            ids, mask = self.processor.texts(pairs.captions(i))
-            counts.update(ids[mask].tolist())
-        head = self.model.heads["captioning"]
-        special = {head.bos_id, head.eos_id, head.unk_id}
-        frequent = [token for token, _ in counts.most_common() if token not in special][: size - len(special)]
-        if len(frequent) + len(special) < size:
-            raise ValueError(
-                f"captioning.vocabulary is {size}, but the training captions use only {len(frequent) + len(special)} tokens; lower it"
-            )
-        return torch.tensor(sorted(special | set(frequent)))
-
-    @torch.no_grad()
-    def _mined(self, path: Path) -> Tensor:
-        """Hard neighbours of the training split under the weights that the stage starts from; kept in a file of the run."""
-        data = self.data
-        if not path.exists():
-            self.model.eval()
-            images = [
-                self.model.image_embedding(self.model.encode_image(**image_inputs(batch)))
-                for batch in data.mining_dataloader()
-            ]
-            assert self.processor is not None
-            neighbours = mine_neighbours(
-                self.model, torch.cat(images).float(), data.train, self.processor, neighbours=data.hard_neighbours
-            )
-            self.model.train()
-            path.parent.mkdir(parents=True, exist_ok=True)
-            with files.replacing(path) as unfinished:
-                save_file({"neighbours": neighbours}, unfinished)
-        return load_file(path)["neighbours"]
 
     def _begin(self, pairs: Pairs) -> None:
         assert self.processor is not None

@@ -1,8 +1,14 @@
 """Hard negatives mined over the whole training split: for each image, the other images whose captions the model confuses with its own."""
 
+from pathlib import Path
+from typing import Any
+
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from unimodal import files
+from unimodal.data.batch import image_inputs
 from unimodal.data.pairs import Pairs
 from unimodal.data.processor import Processor
 from unimodal.model import UnimodalModel
@@ -51,3 +57,28 @@ def mine_neighbours(
         scores = scores.masked_fill(ids[part, None] == ids[None], float("-inf"))
         rows.append(scores.topk(neighbours, dim=1).indices.cpu())
     return torch.cat(rows)
+
+
+@torch.no_grad()
+def kept_neighbours(model: UnimodalModel, processor: Processor, data: Any, path: Path) -> Tensor:
+    """Hard neighbours of the training split under the weights that a stage starts from, as `mine_neighbours`; kept in a file of the run.
+
+    Args:
+        model: the model.
+        processor: its tokenizer.
+        data: the data module (`unimodal.data.module.PairData`).
+        path: the file, which is read where it is there.
+    """
+    if not path.exists():
+        model.eval()
+        images = [
+            model.image_embedding(model.encode_image(**image_inputs(batch))) for batch in data.mining_dataloader()
+        ]
+        neighbours = mine_neighbours(
+            model, torch.cat(images).float(), data.train, processor, neighbours=data.hard_neighbours
+        )
+        model.train()
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with files.replacing(path) as unfinished:
+            save_file({"neighbours": neighbours}, unfinished)
+    return load_file(path)["neighbours"]
