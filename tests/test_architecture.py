@@ -109,7 +109,7 @@ ROOMS: dict[str, tuple[set[str], str]] = {
         {"model", "backbones", "hub", "data", "config", "metrics", "tuning", "onednn", "retrieval"},
         "search uses a model, it does not train one",
     ),
-    "explain": ({"model", "hub", "data"}, "explaining uses a model, it does not train one"),
+    "explain": ({"model", "hub", "data", "backbones", "retrieval"}, "explaining uses a model, it does not train one"),
     "inference": (
         {"model", "hub", "data", "search", "explain", "config", "candidates", "onednn", "retrieval"},
         "inference uses a model, it does not train one",

@@ -1,12 +1,19 @@
 """Attributions sum to the difference that they explain, follow their token, and find the token that decides; word
 weights are what the logit loses without the word."""
 
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 from toy import IMAGE_SIZE, toy_config, toy_model, toy_processor
+from toyqwen import toy_qwen
 
+from tests.test_published import clip, naflex, siglip
+from unimodal import Unimodal
 from unimodal.config import to_dict
 from unimodal.explain import Explanation, explain, integrated_gradients, on_grid
 from unimodal.model import ImageState, UnimodalModel
@@ -114,9 +121,72 @@ def test_bad_input_is_named(text: str, steps: int, message: str) -> None:
         explain(lively(), toy_processor(), picture(), text, steps=steps)
 
 
-def test_a_model_without_matching_head_cannot_explain() -> None:
+ALONE: dict[str, Any] = {"matching": None, "captioning": None, "generation": None}
+EMBEDDINGS: dict[str, Callable[[Path], Unimodal]] = {
+    "bridged": lambda folder: Unimodal(toy_model(**ALONE), toy_processor()),
+    "a vector for each query": lambda folder: Unimodal(
+        toy_model(**ALONE, embedding={"dim": 16, "pool": "query"}), toy_processor()
+    ),
+    "clip": lambda folder: opened(clip, folder),
+    "siglip": lambda folder: opened(siglip, folder),
+}
+
+
+def opened(build: Callable[[], Any], folder: Path) -> Unimodal:
+    """A toy published model, as its authors publish it, with weights that tell pictures apart."""
+    torch.manual_seed(0)
+    model, processor = build()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim > 1:
+                parameter.normal_(std=parameter[0].numel() ** -0.5)
+    model.save_pretrained(folder)
+    processor.save_pretrained(folder)
+    return Unimodal.from_pretrained(folder)
+
+
+@pytest.mark.parametrize("name", EMBEDDINGS)
+def test_without_a_matching_head_the_cosine_is_explained(name: str, tmp_path: Path) -> None:
+    model, text = EMBEDDINGS[name](tmp_path), "a dog is red"
+    result = model.explain(picture(), text, steps=200)
+    cosine = float(model.similarity(model.encode([picture()]), model.encode([text])))
+    assert result.score == "cosine" and result.logit == pytest.approx(cosine, abs=1e-5)
+    difference = result.logit - result.blank_logit
+    assert result.tokens.sum() == pytest.approx(difference, abs=0.05)  # the normalisation of a blank picture is steep
+    assert result.gap == pytest.approx(float(result.tokens.sum()) - difference, abs=1e-5)
+    assert result.heatmap.sum() == pytest.approx(result.tokens.sum(), abs=1e-5)  # all of it lies on the grid
+    assert np.abs(result.heatmap).max() > 0 and [word for word, _ in result.words] == text.split()
+
+
+def test_a_blank_place_explains_nothing_of_a_cosine() -> None:
+    model, half = Unimodal(toy_model(**ALONE), toy_processor()), picture()
+    half.paste((128, 128, 128), (0, 0, IMAGE_SIZE // 2, IMAGE_SIZE))
+    heatmap = model.explain(half, TEXT, steps=4).heatmap
+    side = heatmap.shape[1] // 2
+    assert np.abs(heatmap[:, side:]).max() > 20 * np.abs(heatmap[:, :side]).max()  # grey is blank but for rounding
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("reranker", "reads picture and words as one conversation.*explain a model that reads them apart"),
+        ("embedder", "reads picture and words as one conversation.*explain a model that reads them apart"),
+        ("naflex", "pictures have any size, so that pixels have no common grid; explain one of fixed resolution"),
+    ],
+)
+def test_what_has_no_places_to_explain_is_refused(name: str, message: str, tmp_path: Path) -> None:
+    if name == "naflex":
+        model = opened(naflex, tmp_path)
+    else:
+        toy_qwen(tmp_path, name)
+        model = Unimodal.from_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=message):
+        model.explain(picture(), TEXT)
+
+
+def test_a_model_that_scores_nothing_cannot_explain() -> None:
     with pytest.raises(ValueError, match="this model has no matching head"):
-        explain(toy_model(matching=None), toy_processor(), picture(), TEXT)
+        explain(toy_model(matching=None, embedding=None), toy_processor(), picture(), TEXT)
 
 
 def test_the_picture_holds_photograph_heat_map_and_words() -> None:

@@ -347,7 +347,7 @@ class Unimodal:
         return logits[[place[pair] for pair in names]]
 
     def explain(self, image: Any, text: str, *, steps: int = 64, batch_size: int = 16) -> Explanation:
-        """Why the matching head scores this pair as it does; see `unimodal.explain.explain`."""
+        """Why the matching head, or without one the embedding, scores this pair as it does; see `unimodal.explain.explain`."""
         return explain(self.model, self.processor, image, text, steps=steps, batch_size=batch_size)
 
     # Captioning and generation.

@@ -73,7 +73,8 @@ def _explained(options: argparse.Namespace) -> tuple[str, Explanation, dict[str,
     """What scored the pair, why, and of a system what its deletion test gave."""
     if options.system is None:
         model = Unimodal.from_pretrained(options.model or shipped_checkpoint())
-        return "match logit", model.explain(options.picture, options.text, steps=options.steps), None
+        why = model.explain(options.picture, options.text, steps=options.steps)
+        return why.score, why, None
     spec, system, encoders = load_system(options.system)
     found = explain(system, encoders, options.picture, options.text, steps=options.steps)
     return f"{spec.title}:", found, json.loads((options.system / RESULT).read_text())["deletion"]
