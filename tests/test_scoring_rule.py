@@ -3,12 +3,14 @@
 import inspect
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from toy import toy_model, toy_processor
+from toyqwen import toy_qwen
 
 from unimodal import Unimodal, cli
 from unimodal.config import ModelConfig, ScoringRule
@@ -153,6 +155,16 @@ def test_a_rule_that_the_model_cannot_follow_is_refused(parts: Any, asked: Any, 
         index = Unimodal(model, toy_processor()).build_index(["a red circle", "a square"])
         with pytest.raises(ValueError, match=message):
             index.search("a red circle")
+
+
+def test_an_index_refuses_to_score_every_pair_as_a_conversation(tmp_path: Path) -> None:
+    toy_qwen(tmp_path)
+    model = Unimodal.from_pretrained(tmp_path, heads=["embedding", "matching"])
+    index = model.build_index(["a red circle", "a square"])
+    assert len(index.search("a circle")) == 2
+    model.model.config = replace(model.model.config, scoring=ScoringRule(first="pair"))
+    with pytest.raises(ValueError, match="first is 'pair', .* one conversation, which no index can keep; use rank"):
+        index.search("a circle")
 
 
 def test_a_model_without_a_matching_head_ranks_by_its_embedding() -> None:

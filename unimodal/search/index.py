@@ -192,8 +192,8 @@ class Index(Access):
             where the pair was not scored) and `score`, the one that decided: match probability, sum, or cosine.
 
         Raises:
-            TypeError, ValueError: top_k below 1, a negative depth, an unknown `combine`, a depth for a model without a matching head, a
-                filter that cannot be read; also what `as_items` raises.
+            TypeError, ValueError: top_k below 1, a negative depth, an unknown `combine`, a rule that the model or its index cannot follow,
+                a filter that cannot be read; also what `as_items` raises.
         """
         other: dict[str, Any] = {
             "k": arguments.optional(arguments.integer, rerank_top_k, "rerank_top_k", least=0),
@@ -207,6 +207,11 @@ class Index(Access):
             "batch_size": arguments.integer(batch_size, "batch_size"),
             "prompt": arguments.optional(arguments.text, prompt, "prompt", empty=True),
         }
+        if asked["rule"].first == "pair" and self.encoder.judges:
+            raise ValueError(
+                "scoring.first is 'pair', and this model's matching head reads each pair as one conversation, which no index can keep; "
+                "use rank, or set scoring.first to 'embed'"
+            )
         items = as_items(queries)
         said = [self.encoder.unknown_words(item) for item in items]
         for message in said:
