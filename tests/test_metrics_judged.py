@@ -145,7 +145,8 @@ def test_an_evaluation_is_judged_by_ids_of_coco(small, work: Path, capsys, monke
     evaluation._concatenate()
     cosine = torch.cat(evaluation.image_embeddings) @ torch.cat(evaluation.text_embeddings).T
     rows = torch.cartesian_prod(torch.arange(IMAGES), torch.arange(IMAGES * EACH))
-    match = evaluation.match_pairs(*rows.T).view_as(cosine)
+    assert evaluation.pairwise is not None
+    match = evaluation.pairwise.match(*rows.T, image_asks=False).view_as(cosine)
 
     def ranked(near: list[float], fits: list[float], depth: int, ids: list[int]) -> list[int]:
         order = sorted(range(len(ids)), key=lambda row: -near[row])
