@@ -142,7 +142,6 @@ def test_an_evaluation_is_judged_by_ids_of_coco(small, work: Path, capsys, monke
         toy_model(), toy_processor(), KarpathyJson(work / "data/dataset.json", split="test"), EvaluationSettings()
     )
     read(evaluation, IMAGES)
-    evaluation._concatenate()
     cosine = torch.cat(evaluation.image_embeddings) @ torch.cat(evaluation.text_embeddings).T
     rows = torch.cartesian_prod(torch.arange(IMAGES), torch.arange(IMAGES * EACH))
     assert evaluation.pairwise is not None
