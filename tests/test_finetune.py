@@ -204,6 +204,27 @@ def test_splits_of_the_data_are_taken_as_they_are(tmp_path: Path) -> None:
         open_pairs(tmp_path / "pairs.csv", None, None, 0)
 
 
+def test_splits_that_are_not_known_are_named(tmp_path: Path) -> None:
+    own_pairs(tmp_path, 40)
+    rows = (tmp_path / "pairs.csv").read_text().splitlines()
+
+    def write(*names: str) -> Path:
+        named = [f"{row},{names[i % len(names)]}" for i, row in enumerate(rows[1:])]
+        (tmp_path / "pairs.csv").write_text("\n".join([rows[0] + ",split", *named]) + "\n")
+        return tmp_path / "pairs.csv"
+
+    with pytest.raises(
+        ValueError, match="the data has the splits val, test, of which none is called train or training"
+    ):
+        open_pairs(write("val", "test"), None, None, 0)
+    with pytest.warns(UserWarning, match="more splits, which are left out: restval"):
+        train, val, test = open_pairs(write("train", "restval"), None, None, 0)
+    assert (len(train), len(val)) == (16, 4) and test is val
+    assert len(open_pairs(write("mine"), None, None, 0).train) == 32
+    given = open_pairs(write("mine"), None, Scenes("val", count=5), 0)
+    assert len(given.train) == 40 and given.val.name == "scenes"
+
+
 # It goes on.
 
 

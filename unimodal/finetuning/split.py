@@ -82,13 +82,10 @@ def open_pairs(
     Raises:
         ValueError: there are too few images, or no captions, or pictures that cannot be read.
     """
-    found = _splits(data, images)
-    train = _named(found, TRAINING)
-    own = _named(_splits(val, images), VALIDATION) if val is not None else _named(found, VALIDATION, other_than=train)
-    test = _named(found, ("test",), other_than=train)
-    assert train is not None
-    if test is not None and is_gallery(test):
-        test = None
+    train, own, test = _choose(_splits(data, images))
+    if val is not None:
+        given = _splits(val, images)
+        own = next((given[name] for name in (*VALIDATION, "test") if name in given), next(iter(given.values())))
     for pairs in (train, *([] if own is None else [own])):
         require_captions(pairs, "fine-tuning")
     if len(train) < FEWEST:
@@ -112,10 +109,24 @@ def open_pairs(
     return Splits(train, own, own if test is None else test)
 
 
-def _named(found: dict[str, Pairs], names: tuple[str, ...], other_than: Pairs | None = None) -> Pairs | None:
-    """The first split of these names; where every split may be it (`other_than` is None), else the first of all."""
-    known = [found[name] for name in names if name in found and found[name] is not other_than]
-    return next(iter([*known, *(found.values() if other_than is None else ())]), None)
+def _choose(found: dict[str, Pairs]) -> tuple[Pairs, Pairs | None, Pairs | None]:
+    """Training, validation and test split by their names; a lone split is trained on, whatever its name.
+
+    Raises:
+        ValueError: there are several, and none is for training.
+    """
+    names = [next((name for name in known if name in found), None) for known in (TRAINING, VALIDATION, ("test",))]
+    if len(found) == 1:
+        return next(iter(found.values())), None, None
+    if names[0] is None:
+        raise ValueError(
+            f"the data has the splits {', '.join(found)}, of which none is called {' or '.join(TRAINING)}; call the one to train on so"
+        )
+    if left := [name for name in found if name not in names]:
+        warnings.warn(f"the data has more splits, which are left out: {', '.join(left)}", stacklevel=4)
+    train, own, test = (None if name is None else found[name] for name in names)
+    assert train is not None
+    return train, own, None if test is None or is_gallery(test) else test
 
 
 def _warn_of_copies(trained: list[bytes], pairs: Pairs) -> None:
