@@ -155,6 +155,7 @@ def _run(
         evaluation_settings(jobs, CAPTIONED["val"]),
         init_from=wishes.model,
         seed=wishes.seed,
+        gradient_checkpointing=wishes.train != "heads",  # towers that train keep a lot of every picture
     )
     parts = parts_table(task.model, task.factors)
     cached = wishes.train == "heads" and not task.model.backbone.whole
