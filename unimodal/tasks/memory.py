@@ -245,5 +245,6 @@ def _evaluation(task: Task, data: PairData, rows: int = 4) -> int:
     rows = min(rows, len(data.val))
     evaluation = Evaluation(task.model.eval(), task.processor, data.val, task.settings)
     evaluation.add(EvaluationBatches(data.val, task.processor, [list(range(rows))], None)[0])
-    states = tree_leaves([evaluation.images, evaluation.pairwise.held if evaluation.pairwise else []])
-    return 2 * sum(t.nbytes for t in states if isinstance(t, Tensor)) * len(data.val) // rows
+    held = tree_leaves([evaluation.images, evaluation.pairwise.held if evaluation.pairwise else []])
+    states = {id(tensor): tensor for tensor in held if isinstance(tensor, Tensor)}  # captions and pairs read the same
+    return 2 * sum(tensor.nbytes for tensor in states.values()) * len(data.val) // rows
