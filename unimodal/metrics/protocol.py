@@ -88,6 +88,7 @@ class Protocol:
 
     def reranked(self, k: int, combine: Combine, match_scale: float | None = None) -> "Protocol":
         """The same question, asked of the first stage's top k again."""
+        arguments.choice(combine, "combine", get_args(Combine))
         scale = match_scale if combine == "sum" else None
         return replace(self, stage="reranked", k=k, combine=combine, match_scale=scale)
 
