@@ -63,7 +63,7 @@ def test_quickstart(tmp_path: Path) -> None:
     assert done["foresee"]["untouched_heads"] == ["captioning"]
     assert done["generate"]["untouched_heads"] == ["embedding", "matching", "captioning"]
     report = json.loads((tmp_path / "out/report.json").read_text())
-    assert len(report["metrics"]) == 10 and all(0 <= value <= 1 for value in report["metrics"].values())
+    assert len(report["metrics"]) >= 10 and all(0 <= value <= 1 for value in report["metrics"].values())
     assert (tmp_path / "out/index.html").exists()
 
 
