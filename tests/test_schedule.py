@@ -107,6 +107,7 @@ def test_a_run_ends_in_its_report_and_page(finished: Path) -> None:
         "swap_accuracy_match",
         "caption_exact_attributes",
         "generation_attribute_accuracy",
+        "generation_attribute_accuracy_known",
     ]
     assert set(report["metrics"]) <= set(report["protocol"])
     assert all(0 <= value <= 1 for value in report["metrics"].values())
