@@ -426,6 +426,8 @@ def test_dropped_words_are_read_as_unknown_and_still_written() -> None:
     targets, mask = one.model.caption_targets(plain), batch["text_mask"]
     expected = caption_loss(logits(step.image, hidden, mask), targets, mask, label_smoothing=0.0)
     assert torch.equal(dropped, expected) and dropped != whole
+    at_the_end, _ = ITG(label_smoothing=0.0, word_dropout=0.5)(Step(one.model, batch, 1.0))
+    assert torch.equal(at_the_end, whole)
     for share in (-0.1, 1.0):
         with pytest.raises(ValueError, match=f"word_dropout is a share of words, at least 0 and below 1, got {share}"):
             ITG(word_dropout=share)

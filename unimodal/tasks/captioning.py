@@ -27,7 +27,8 @@ class ITG(Objective):
     Args:
         weight: weight in the sum of losses.
         label_smoothing: share of each target spread over the vocabulary.
-        word_dropout: share of the words that the decoder reads as its unknown word; what it has to write stays.
+        word_dropout: share of the words that the decoder reads as its unknown word; what it has to write stays. The share falls linearly
+            to 0 at the end of the stage, for captions are written from whole words.
     """
 
     keys = ("image",)
@@ -49,7 +50,7 @@ class ITG(Objective):
                 raise ValueError(
                     "ITG: a language model has no unknown word that could stand for a dropped one; set word_dropout to 0"
                 )
-            hidden = torch.rand(ids.shape, device=ids.device) < self.word_dropout
+            hidden = torch.rand(ids.shape, device=ids.device) < self.word_dropout * (1 - step.progress)
             hidden[:, 0] = False  # the start says that a caption begins
             ids = ids.masked_fill(hidden, step.model.head("captioning").unk_id)
         logits = step.model.caption_logits(step.image, ids, mask)
