@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 from diffusers import UNet2DConditionModel
+from pipeline import pipeline_of, pipeline_pictures
 from toy import toy_model, toy_processor
 
 import unimodal.heads
@@ -410,6 +411,18 @@ def test_wrong_shapes_are_named():
 def test_names_come_from_our_tables_only(kwargs, message):
     with pytest.raises(ValueError, match=message):
         small_head(**kwargs)
+
+
+@pytest.mark.parametrize("steps,scale", [(1, 3.0), (5, 2.0), (7, 1.5)])
+def test_the_sampler_draws_what_diffusers_own_pipeline_draws(steps, scale):
+    head = awake(small_head("unet"))
+    condition = torch.randn(3, 5, 24)
+    noise = torch.stack([torch.randn(head.latent_shape, generator=torch.Generator().manual_seed(i)) for i in range(3)])
+    sources = [torch.Generator().manual_seed(i) for i in range(3)]
+    drawn = head.sample(condition, num_inference_steps=steps, guidance_scale=scale, generator=sources)
+    expected = pipeline_pictures(pipeline_of(head), head, condition, noise, steps, scale)
+    torch.testing.assert_close(drawn, expected, rtol=0, atol=1e-5)
+    assert drawn.std() > 0.05 and 0 < (drawn > 0).float().mean() < 1  # or there is nothing to compare
 
 
 def test_a_model_with_a_unet_draws_the_same_after_saving(tmp_path):

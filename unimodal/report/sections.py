@@ -138,11 +138,12 @@ def caption(data: Caption) -> str:
 def drawing(data: Drawing) -> str:
     judged = f"{mark(data['right'])} " if "right" in data else ""
     verdict = f"<small>{judged}{escape(data.get('verdict', ''))}</small>"
-    return figure(data["picture"], data["text"], f"{escape(data['text'])}{verdict}")
+    kind = "plain" if data.get("right", True) else "faulty"
+    return figure(data["picture"], data["text"], f"{escape(data['text'])}{verdict}", kind)
 
 
-def figure(picture: Picture, description: str, words: str) -> str:
-    return f"<figure>{image(picture, description)}<figcaption>{words}</figcaption></figure>"
+def figure(picture: Picture, description: str, words: str, kind: str = "plain") -> str:
+    return f'<figure class="{kind}">{image(picture, description)}<figcaption>{words}</figcaption></figure>'
 
 
 def found_all(found: Sequence[Found], query: str) -> list[str]:
