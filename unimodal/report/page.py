@@ -37,7 +37,7 @@ SECTIONS: dict[str, tuple[str, Callable[[Report], str]]] = {
         lambda report: grid("narrow", map(sections.caption, report["captions"])),
     ),
     "Drawings": (
-        "What the generation head drew for the first texts of the split, none left out, and what a program that reads the pixels finds wrong.",
+        "What the generation head drew for the first texts, none left out, and what a program that reads the pixels finds wrong.",
         lambda report: grid("narrow", map(sections.drawing, report["drawings"])),
     ),
 }
