@@ -274,17 +274,19 @@ def draw_tab(gradio: Any, model: Unimodal, options: dict[str, Any]) -> None:
     with gradio.Row():
         steps = gradio.Slider(1, 50, 20, step=1, label="Steps from noise to picture")
         seed = gradio.Slider(0, 100, 0, step=1, label="Seed")
+        candidates = gradio.Slider(1, 16, 1, step=1, label="Pictures among which the model chooses")
     drawn = gradio.Image(
         label="Drawn", interactive=False, format="png", height=320, buttons=["download"], elem_id="drawn"
     )
 
-    def draw(text: str, steps: int, seed: int) -> Image.Image:
+    def draw(text: str, steps: int, seed: int, candidates: int) -> Image.Image:
         if not text.strip():
             raise gradio.Error("Write what to draw, then press Enter.", print_exception=False)
         generator = torch.Generator(model.device).manual_seed(int(seed))
-        return model.generate_image(text, num_inference_steps=int(steps), generator=generator).images[0]
+        settings = {"num_inference_steps": int(steps), "candidates": int(candidates), "generator": generator}
+        return model.generate_image(text, **settings).images[0]
 
-    gradio.on([words.submit, button.click], told(gradio)(draw), [words, steps, seed], [drawn], **options)
+    gradio.on([words.submit, button.click], told(gradio)(draw), [words, steps, seed, candidates], [drawn], **options)
 
 
 def upload(gradio: Any, label: str, height: int) -> Any:
