@@ -16,7 +16,6 @@ import torch
 
 import unimodal
 from unimodal.heads.generation import GenerationHead
-from unimodal.onednn import inference
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from pipeline import pipeline_of, pipeline_pictures  # noqa: E402  (tests are no package)
@@ -32,7 +31,6 @@ def compare(head: GenerationHead, count: int, steps: int, runs: int) -> None:
         [torch.randn(head.latent_shape, generator=torch.Generator().manual_seed(i)) for i in range(count)]
     )
 
-    @inference()  # as `generate_image` draws
     def ours() -> torch.Tensor:
         sources = [torch.Generator().manual_seed(i) for i in range(count)]
         return head.sample(condition, num_inference_steps=steps, guidance_scale=GUIDANCE, generator=sources)

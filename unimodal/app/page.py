@@ -283,8 +283,10 @@ def draw_tab(gradio: Any, model: Unimodal, options: dict[str, Any]) -> None:
         if not text.strip():
             raise gradio.Error("Write what to draw, then press Enter.", print_exception=False)
         generator = torch.Generator(model.device).manual_seed(int(seed))
-        settings = {"num_inference_steps": int(steps), "candidates": int(candidates), "generator": generator}
-        return model.generate_image(text, **settings).images[0]
+        drawings = model.generate_image(
+            text, num_inference_steps=int(steps), candidates=int(candidates), generator=generator
+        )
+        return drawings.images[0]
 
     gradio.on([words.submit, button.click], told(gradio)(draw), [words, steps, seed, candidates], [drawn], **options)
 

@@ -175,27 +175,29 @@ class GenerationHead(nn.Module):
                 device gives the same pictures.
         """
         self._require_condition(condition)
+        count = len(condition)
         if guidance_scale != 1 and self.null_condition is None:
             raise ValueError(
                 f"GenerationHead: guidance_scale={guidance_scale} needs a null condition, and this head was built with "
                 "null_probability=0; use guidance_scale=1, or train with null_probability=0.1"
             )
 
+        guided = guidance_scale != 1 and self.null_condition is not None
+        if guided:  # one call of 2 B rows is cheaper than two of B
+            condition = torch.cat([condition, self.null_condition.expand_as(condition)])
+            condition_mask = None if condition_mask is None else condition_mask.repeat(2, 1)
+
         def velocity(x: Tensor, t: Tensor) -> Tensor:
-            if guidance_scale == 1 or self.null_condition is None:
+            if not guided:
                 return self._velocity(x, t, condition, condition_mask)
-            both = torch.cat(
-                [condition, self.null_condition.expand_as(condition)]
-            )  # one call of 2 B is cheaper than two of B
-            mask = None if condition_mask is None else condition_mask.repeat(2, 1)
-            conditional, unconditional = self._velocity(x.repeat(2, 1, 1, 1), t.repeat(2), both, mask).chunk(2)
-            return guide(conditional, unconditional, guidance_scale)
+            both = self._velocity(x.repeat(2, 1, 1, 1), t.repeat(2), condition, condition_mask)
+            return guide(*both.chunk(2), guidance_scale)
 
         # Each picture's noise by itself, so that it does not depend on the batch; on the generator's own device, so that a seed of the CPU
         # means the same picture on a GPU.
         noise = [
             torch.randn(self.latent_shape, generator=one, device=condition.device if one is None else one.device)
-            for one in one_each(generator, len(condition))
+            for one in one_each(generator, count)
         ]
         start = torch.stack([each.to(condition.device) for each in noise])
         latents = euler_sample(velocity, start, num_inference_steps=num_inference_steps, shift=shift)
