@@ -182,8 +182,8 @@ class GenerationHead(nn.Module):
                 "null_probability=0; use guidance_scale=1, or train with null_probability=0.1"
             )
 
-        guided = guidance_scale != 1 and self.null_condition is not None
-        if guided:  # one call of 2 B rows is cheaper than two of B
+        guided = guidance_scale != 1
+        if guided and self.null_condition is not None:  # one call of 2 B rows is cheaper than two of B
             condition = torch.cat([condition, self.null_condition.expand_as(condition)])
             condition_mask = None if condition_mask is None else condition_mask.repeat(2, 1)
 
@@ -191,7 +191,8 @@ class GenerationHead(nn.Module):
             if not guided:
                 return self._velocity(x, t, condition, condition_mask)
             both = self._velocity(x.repeat(2, 1, 1, 1), t.repeat(2), condition, condition_mask)
-            return guide(*both.chunk(2), guidance_scale)
+            conditional, unconditional = both.chunk(2)
+            return guide(conditional, unconditional, guidance_scale)
 
         # Each picture's noise by itself, so that it does not depend on the batch; on the generator's own device, so that a seed of the CPU
         # means the same picture on a GPU.
