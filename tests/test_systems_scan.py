@@ -144,7 +144,7 @@ def test_settings_are_those_of_the_paper(direction: str, pool: str) -> None:
     assert pool == "avg" or system.pool_sharpness == {"t2i": 6, "i2t": 5}[direction]  # on Flickr30K
     stage = spec.stages["triplet"]
     assert (stage.clip, stage.weight_decay) == (2.0, 0.0)
-    assert spec.scoring.first == "pairs" and spec.scoring.k == 0
+    assert spec.scoring.first == "pair" and spec.scoring.k == 0
 
 
 def test_the_ensemble_is_the_one_of_the_papers_headline() -> None:
