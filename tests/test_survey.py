@@ -12,12 +12,12 @@ from toy import toy_model, toy_processor
 
 from unimodal.cli import main
 from unimodal.data import Scenes
+from unimodal.data.nouns import objects_in, objects_of
 from unimodal.hub import load_checkpoint, save_checkpoint
 from unimodal.survey.data import First, Shots, SurveyData
 from unimodal.survey.encoders import SharedEncoders
 from unimodal.survey.hallucination import drawn_objects_in, hallucination, hallucination_on
 from unimodal.survey.noise import Noise, changed, corrupted, swaps
-from unimodal.survey.nouns import objects_in, objects_of
 from unimodal.survey.page import accuracy, captions, categories, read_results, settings
 from unimodal.survey.run import Run, configs, load_system
 from unimodal.survey.specs import read_spec, systems_folder

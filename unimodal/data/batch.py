@@ -22,6 +22,7 @@ KEYS = {
     "text_features": "float [B, L, C], cached features of a frozen text tower (beside text)",
     "image_id": "long [B], equal for rows that show the same image; drives every multi-positive target and every false-negative mask",
     "text_id": "long [B], the caption",
+    "labels": "float [B, K], which of the model's K categories the image has",
     "negative_text": "long [B, K, L], token ids of captions that are wrong for the image (a swapped attribute or relation)",
     "negative_mask": "bool [B, K, L], True on real tokens; all False in place of a caption that the reader does not have",
     "negative_text_features": "float [B, K, L, C], their cached features (beside negative_text); absent where not all are cached",

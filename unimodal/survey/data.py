@@ -13,13 +13,13 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from unimodal.data.categories import categories_of, one_hot
 from unimodal.data.features import ImageFeatures, SplitFeatures, TextFeatures
 from unimodal.data.pairs import Pairs, fingerprint, require_captions
 from unimodal.data.sampler import hard_batches, random_batches
 from unimodal.files import write_json
 from unimodal.survey.encoders import SharedEncoders
 from unimodal.survey.noise import Noise, changed, corrupted
-from unimodal.survey.nouns import objects_of
 from unimodal.systems import Batch, Images, Stage, Texts
 
 READ = 256  # rows read at a time
@@ -117,7 +117,7 @@ class SurveyData:
         )
         things = [categories_of(pairs) for pairs in (train, val)]
         self.categories = sorted(frozenset().union(*things[0]))
-        self.labels, self.val_labels = (_one_hot(part, self.categories) for part in things)
+        self.labels, self.val_labels = (one_hot(part, self.categories) for part in things)
         self.places = _shots(train, things[0], shots, seed)
         self.rows = [places[0][0] for places in self.places]
         self.captions = [[train.captions(row)[c] for row, c in places] for places in self.places]
@@ -211,22 +211,6 @@ class SurveyData:
     def _pixels(self, pairs: Pairs, rows: Sequence[int]) -> Tensor:
         processor = self.encoders.processor
         return processor.pixels([processor.image_array(pairs.image(i)) for i in rows])
-
-
-def categories_of(pairs: Pairs) -> list[frozenset[str]]:
-    """The categories of each image: the reader's labels, or else the objects that its captions name."""
-    labels = [pairs.labels(i) for i in range(len(pairs))]
-    return labels if any(labels) else [objects_of(pairs.captions(i)) for i in range(len(pairs))]
-
-
-def _one_hot(things: Sequence[frozenset[str]], categories: Sequence[str]) -> Tensor:
-    """[I, K]; a category that training does not know has no column."""
-    place = {name: k for k, name in enumerate(categories)}
-    out = torch.zeros(len(things), len(categories))
-    for i, names in enumerate(things):
-        for name in names & place.keys():
-            out[i, place[name]] = 1
-    return out
 
 
 def _shots(

@@ -1,15 +1,15 @@
 """Objects that a caption names and the picture does not show: CHAIR (Rohrbach et al. 2018, arXiv 1809.02156).
 
 Drawn scenes are known exactly: a named object is there if some object of that colour and shape is. Of photographs the objects are those of
-the noun list (`unimodal.survey.nouns`) that any of the human captions names, so an object that nobody mentioned counts as invented.
+the noun list (`unimodal.data.nouns`) that any of the human captions names, so an object that nobody mentioned counts as invented.
 """
 
 import re
 from collections.abc import Callable, Sequence, Set
 
+from unimodal.data.nouns import objects_in
 from unimodal.data.pairs import Pairs
 from unimodal.data.scenes import COLOURS, SHAPES, Scenes
-from unimodal.survey.nouns import objects_in
 
 _DRAWN = re.compile(rf"\b({'|'.join(COLOURS)})\s+(?:\w+\s+)?({'|'.join(SHAPES)})\b")
 

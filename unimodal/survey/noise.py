@@ -10,8 +10,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+from unimodal.data.nouns import objects_in
 from unimodal.data.pairs import Pairs
-from unimodal.survey.nouns import objects_in
 
 Kind = Literal["random", "category", "swap"]
 
