@@ -36,11 +36,11 @@ ROOMS: dict[str, tuple[set[str], str]] = {
     "backbones": ({"layers", "config"}, "a backbone knows no bridge and no head"),
     "states": ({"layers"}, "states are tensors"),
     "heads": (
-        {"layers", "config", "bridge", "diffusion", "backbones", "states"},
+        {"layers", "config", "bridge", "diffusion", "backbones", "states", "systems"},
         "a head takes tensors, and is built for a backbone",
     ),
     "systems": (
-        {"layers", "config", "losses", "bridge", "tuning", "merge", "retrieval"},
+        {"layers", "config", "losses", "bridge", "tuning", "merge", "retrieval", "backbones"},
         "a system is built from layers and losses, on tokens that others read",
     ),
     "survey": (
@@ -63,7 +63,7 @@ ROOMS: dict[str, tuple[set[str], str]] = {
         "the survey trains and scores systems, it knows no command line",
     ),
     "model": (
-        {"backbones", "bridge", "heads", "layers", "config", "tuning", "states"},
+        {"backbones", "bridge", "heads", "layers", "config", "tuning", "states", "systems"},
         "the model only composes: no losses, no tokenizer, no files",
     ),
     "blocks": ({"layers"}, "a block is found in any module"),
@@ -96,6 +96,8 @@ ROOMS: dict[str, tuple[set[str], str]] = {
             "onednn",
             "retrieval",
             "search",
+            "systems",
+            "heads",
         },
         "a task trains a model, it knows no command line",
     ),

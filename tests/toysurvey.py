@@ -55,6 +55,7 @@ class ToyEncoders:
 
     image_width, text_width, image_tokens, max_length = 24, 20, 9, 12
     vocab_size, pad_id, start_id, end_id, mask_id = WORDS, PAD, START, END, MASK
+    frame, special_ids = ([START], [END]), [PAD, START, END]
 
     def __init__(self) -> None:
         with torch.random.fork_rng():

@@ -21,6 +21,10 @@ FROM_ZERO = (
     "eos_id",
     "unk_id",
     "scoring.k",
+    "pad_id",
+    "start_id",
+    "end_id",
+    "mask_id",
 )  # places, token ids and a depth that may be nothing; other whole numbers are sizes and counts
 LARGEST = 2**63
 Combine = Literal["replace", "sum"]
@@ -201,7 +205,8 @@ class EmbeddingConfig:
     """Retrieval embeddings.
 
     Args:
-        kind: `bridge` embeds what the bridge read; `backbone` is the backbone's own embedding, of a published model or of two towers.
+        kind: `bridge` embeds what the bridge read; `backbone` is the backbone's own embedding, of a published model or of two towers;
+            `system` that of a published design.
         dim: embedding width E.
         pool: how image queries become one vector; `query` keeps one vector per query, scored by the best (BLIP-2).
         text: how a text becomes a vector: `queries` read the backbone's text tokens; `words` takes the first output of the bridge's own
@@ -213,7 +218,7 @@ class EmbeddingConfig:
         quantise: whether the model learns the step of its int8 codes (LSQ, arXiv 1902.08153), for training in few bits.
     """
 
-    kind: Literal["bridge", "backbone"] = "bridge"
+    kind: Literal["bridge", "backbone", "system"] = "bridge"
     dim: int = 256
     pool: Literal["query", "mean", "attention"] = "attention"
     text: Literal["queries", "words"] = "queries"
@@ -230,14 +235,15 @@ class MatchingConfig:
 
     Args:
         kind: `cached` scores text tokens against cached bridged image tokens; `bridge` runs text and queries through the bridge (BLIP-2);
-            `backbone` asks a vision-language model that reads query and document as one conversation (Qwen3-VL-Reranker).
+            `backbone` asks a vision-language model that reads query and document as one conversation (Qwen3-VL-Reranker); `system` is the
+            pair score of a published design.
         hidden: width of the cached matcher.
         layers: blocks of the cached matcher.
         heads: attention heads of the cached matcher.
         dropout: dropout of the cached matcher.
     """
 
-    kind: Literal["cached", "bridge", "backbone"] = "cached"
+    kind: Literal["cached", "bridge", "backbone", "system"] = "cached"
     hidden: int = 256
     layers: int = 2
     heads: int = 4
@@ -285,7 +291,8 @@ class CaptioningConfig:
 
     Args:
         kind: `decoder` is a small decoder on bridged tokens; `bridge` the causal text branch of the bridge (BLIP-2, first stage);
-            `language_model` a published language model that reads them (BLIP-2, second stage); `backbone` a vision-language model's own.
+            `language_model` a published language model that reads them (BLIP-2, second stage); `backbone` a vision-language model's own;
+            `system` those of a published design.
         hidden: width of the decoder.
         layers: blocks of the decoder.
         heads: attention heads of the decoder.
@@ -299,7 +306,7 @@ class CaptioningConfig:
         prompt: what that one reads between the picture and the caption, in training and where a caption is asked for without a prompt.
     """
 
-    kind: Literal["decoder", "bridge", "language_model", "backbone"] = "decoder"
+    kind: Literal["decoder", "bridge", "language_model", "backbone", "system"] = "decoder"
     hidden: int = 256
     layers: int = 3
     heads: int = 4
@@ -363,11 +370,53 @@ class AdapterConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class WordsConfig:
+    """What a system knows of the tokenizer's words.
+
+    Args:
+        pad_id: token that fills a text up.
+        start_id: token that begins every text; None where the tokenizer begins none.
+        end_id: token that ends every text; None where the tokenizer ends none.
+        mask_id: token that stands for a hidden word; None where the tokenizer has no token to spare.
+        known: token ids of the texts that the system holds (instructions, nouns, names of categories), by text.
+    """
+
+    pad_id: int = 0
+    start_id: int | None = None
+    end_id: int | None = None
+    mask_id: int | None = None
+    known: dict[str, tuple[int, ...]] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, kw_only=True)
+class SystemConfig:
+    """A published design on the backbone, in place of bridge and heads.
+
+    Args:
+        name: one of `unimodal.systems.SYSTEMS`.
+        settings: arguments of its class (JSON values only).
+        words: what it knows of the tokenizer; a training fills this in.
+        categories: names of the categories that it learns, where it learns any; a training fills this in.
+    """
+
+    name: str
+    settings: dict[str, Any] = field(default_factory=dict)
+    words: WordsConfig | None = None
+    categories: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True)
 class ModelConfig:
     """One backbone, one bridge and the heads a model has; what is None is absent. Only a published model does without a bridge.
-    `adapters` are what parameter-efficient tuning adds to them, by name. `scoring` is how the model ranks."""
+    `system` is a published design that stands in place of bridge and heads. `adapters` are what parameter-efficient tuning adds, by name.
+    `scoring` is how the model ranks.
+
+    Raises:
+        ValueError: a system stands beside a bridge or a head.
+    """
 
     backbone: BackboneConfig = field(default_factory=BackboneConfig)
+    system: SystemConfig | None = None
     bridge: BridgeConfig | None = field(default_factory=BridgeConfig)
     embedding: EmbeddingConfig | None = field(default_factory=EmbeddingConfig)
     matching: MatchingConfig | None = None
@@ -375,6 +424,27 @@ class ModelConfig:
     generation: GenerationConfig | None = None
     scoring: ScoringRule = field(default_factory=ScoringRule)
     adapters: dict[str, AdapterConfig] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if self.system is None:
+            return
+        for name, default in (("bridge", BridgeConfig()), ("embedding", EmbeddingConfig())):
+            if getattr(self, name) == default:  # nobody asked for it
+                object.__setattr__(self, name, None)
+        parts = {name: getattr(self, name) for name in ("bridge", "embedding", "matching", "captioning", "generation")}
+        beside = [name for name, part in parts.items() if part is not None and getattr(part, "kind", None) != "system"]
+        if beside:
+            raise ValueError(
+                f"system: {self.system.name} stands in place of bridge and heads, got {', '.join(beside)} beside it; leave "
+                f"{'them' if len(beside) > 1 else 'it'} out, or leave system out"
+            )
+
+    @property
+    def chosen(self) -> "ModelConfig":
+        """Without the heads that a system is by itself: what somebody chose."""
+        if self.system is None:
+            return self
+        return dataclasses.replace(self, embedding=None, matching=None, captioning=None)
 
 
 def nearest(name: str, known: typing.Iterable[str]) -> str:
@@ -433,7 +503,7 @@ def _convert(hint: Any, value: Any, where: str) -> Any:
         return float(value)
     if not isinstance(value, hint) or (hint is int and isinstance(value, bool)):
         raise TypeError(f"{where}: expected {hint.__name__}, got {type(value).__name__} {value!r}")
-    if hint is int and not (least := 0 if where.endswith(FROM_ZERO) else 1) <= value < LARGEST:
+    if hint is int and not (least := 0 if where.endswith(FROM_ZERO) or ".known." in where else 1) <= value < LARGEST:
         raise ValueError(f"{where}: expected a whole number of at least {least} and of up to 64 bits, got {value}")
     require_finite(value, where)
     return value

@@ -175,7 +175,7 @@ def integrated_gradients(
 
     def logits(hidden: Tensor) -> Tensor:  # [B, T, D] -> [B]
         mask = images.mask[:1].expand(len(hidden), -1)
-        state = ImageState(hidden, mask, model.bridge.read("image", hidden, mask))
+        state = ImageState(hidden, mask, model.read_bridge("image", hidden, mask))
         return _scores(model, state, text.select(_zeros(hidden)), _rows(hidden))
 
     blank, tokens = images.tokens  # [T, D] each

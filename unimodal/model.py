@@ -15,9 +15,10 @@ from transformers import PreTrainedModel
 from unimodal import heads, tuning
 from unimodal.backbones import Pixels, build_backbone
 from unimodal.bridge import QFormer
-from unimodal.config import AdapterConfig, EmbeddingConfig, ModelConfig, nearest
+from unimodal.config import AdapterConfig, EmbeddingConfig, ModelConfig, WordsConfig, nearest
 from unimodal.layers import KeyValues
 from unimodal.states import ImageState, TextState
+from unimodal.systems import BackboneEncoders, System, build_system, heads_of
 
 # LSQ's `2 E|x| / sqrt(Q)` at Q = 127 for normal coordinates of unit variance.
 FIRST_INT8_STEP = 2 * math.sqrt(2 / math.pi) / math.sqrt(127)
@@ -33,12 +34,19 @@ class UnimodalModel(nn.Module):
 
     backbone: Any
     bridge: Any
+    system: System | None
+    encoders: BackboneEncoders | None
+    log_scale: Tensor
 
     def __init__(self, config: ModelConfig, *, pretrained: bool = False) -> None:
         super().__init__()
+        self.backbone = build_backbone(config.backbone, pretrained=pretrained)
+        self.encoders, self.system = None, None
+        if config.system is not None:
+            self.encoders, self.system = build_system(config.system, self.backbone)
+            config = dataclasses.replace(config, **heads_of(self.system, config.scoring))
         self.config = config
         bridge, embedding = config.bridge, config.embedding
-        self.backbone = build_backbone(config.backbone, pretrained=pretrained)
         self.bridge = None
         if bridge is not None:
             self.bridge = QFormer(
@@ -57,7 +65,7 @@ class UnimodalModel(nn.Module):
                 self.bridge.load_bert(self.backbone.text.state_dict())
         self.heads = nn.ModuleDict()
         self.embeds: heads.Embedder | None = None
-        parts = heads.Parts(config, self.backbone, pretrained)
+        parts = heads.Parts(config, self.backbone, pretrained, self.system)
         if embedding is not None:
             self.embeds, modules = heads.EMBEDDING[embedding.kind](parts)
             self.heads.update(modules)
@@ -82,7 +90,10 @@ class UnimodalModel(nn.Module):
         embedding, backbone = self.config.embedding, self.backbone
         scale = embedding.scale if embedding is not None else 1.0
         bias = embedding.bias if embedding is not None else None
-        self.log_scale = nn.Parameter(torch.tensor(math.log(scale)))
+        if self.system is None:
+            self.log_scale = nn.Parameter(torch.tensor(math.log(scale)))
+        else:  # a system has a temperature of its own
+            self.register_buffer("log_scale", torch.tensor(math.log(scale)))
         self.pair_bias = None if bias is None else nn.Parameter(torch.tensor(float(bias)))
         if pretrained and self._embeds_by_backbone and backbone.log_scale is not None:
             self.log_scale.data.fill_(backbone.log_scale)
@@ -105,9 +116,9 @@ class UnimodalModel(nn.Module):
 
     @property
     def modalities(self) -> tuple[str, ...]:
-        """The kinds of item that it reads, by its backbone or by the bridge's text branch."""
-        by_bridge = self.bridge is not None and self.bridge.has_text
-        return tuple(dict.fromkeys((*self.backbone.modalities, *(("text",) if by_bridge else ()))))
+        """The kinds of item that it reads, by its backbone, by the bridge's text branch or by its system."""
+        reads_words = self.system is not None or (self.bridge is not None and self.bridge.has_text)
+        return tuple(dict.fromkeys((*self.backbone.modalities, *(("text",) if reads_words else ()))))
 
     @property
     def language_captioner(self) -> heads.LanguageModelCaptioner | None:
@@ -142,6 +153,23 @@ class UnimodalModel(nn.Module):
         self.backbone.sources = {part: source for part, source in found.items() if part in self.backbone.parts}
         if self.language_captioner is not None:
             self.language_captioner.sources = {part: found[part] for part in found.keys() - self.backbone.sources}
+
+    def learn_words(self, words: WordsConfig) -> None:
+        """Tell the system which tokenizer the ids of texts are of.
+
+        Raises:
+            ValueError: the model has no system, or its system has learned the words of another tokenizer.
+        """
+        settings = self.config.system
+        if self.system is None or self.encoders is None or settings is None:
+            raise ValueError("learn_words: this model has no system, and its heads take ids as they come")
+        if settings.words not in (None, words):
+            raise ValueError(
+                "learn_words: the system has learned the ids of another tokenizer; give the tokenizer of the checkpoint that it comes from"
+            )
+        self.config = dataclasses.replace(self.config, system=dataclasses.replace(settings, words=words))
+        self.encoders.words = words
+        self.system.learn_words()
 
     # Adapters: small parts around the weights, several of which may stand by; see `unimodal.tuning`.
 
@@ -227,9 +255,11 @@ class UnimodalModel(nn.Module):
             features, mask = self.backbone.image_features(pixels), self.backbone.image_mask(pixels)
         own = None if self.embeds is None else self.embeds.own_image(self, features, mask)
         hidden, mask = self.backbone.image_tokens(features, mask)
+        if self.encoders is not None:
+            hidden = self.encoders.placed(hidden)
         cache = None if self.captioner is None else self.captioner.cache()
         memory = None if self.matcher is None else self.matcher.memory(self, hidden, mask)
-        return ImageState(hidden, mask, self._read("image", memory or hidden, mask, cache), cache, memory, own)
+        return ImageState(hidden, mask, self.read_bridge("image", memory or hidden, mask, cache), cache, memory, own)
 
     def encode_text(self, ids: Tensor, mask: Tensor, *, features: Tensor | None = None) -> TextState:
         """Read texts: token ids and mask, both [M, L]; with the backbone's cached features [M, L, C], the tower does not run."""
@@ -241,9 +271,11 @@ class UnimodalModel(nn.Module):
             features = self.backbone.text_features(ids, mask)
         own = None if self.embeds is None else self.embeds.own_text(self, features, ids, mask)
         hidden, mask = self.backbone.text_tokens(features, mask)
-        return TextState(ids, mask, hidden, self._read("text", hidden, mask), own)
+        return TextState(ids, mask, hidden, self.read_bridge("text", hidden, mask), own)
 
-    def _read(self, queries: str, memory: Tensor | KeyValues, mask: Tensor, cache: KeyValues | None = None) -> Tensor:
+    def read_bridge(
+        self, queries: str, memory: Tensor | KeyValues, mask: Tensor, cache: KeyValues | None = None
+    ) -> Tensor:
         """Bridged tokens [B, N, W]; [B, 0] where the model has no such queries."""
         if self.bridge is None or queries not in self.bridge.query_sets:
             return self.log_scale.new_empty(len(mask), 0)
@@ -318,6 +350,11 @@ class UnimodalModel(nn.Module):
         if self.config.embedding is None:
             raise ValueError(self._without("embedding"))
         return self.config.embedding
+
+    @property
+    def image_vectors(self) -> int:
+        """The number of vectors of an image's embedding, of which the best counts; 0 where an image has a single one."""
+        return self._embeds.vectors(self)
 
     @property
     def scale(self) -> Tensor:

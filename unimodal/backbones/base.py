@@ -41,7 +41,11 @@ class Backbone(nn.Module):
         sources: for each part the Hub id or path its weights came from, the revision and the sha256 of the weights; empty where it
             started from random numbers.
         vocab_size: number of text tokens.
+        max_length: longest text in tokens.
         prefix_tokens: how many image tokens (class, registers) come before those of the image grid.
+        most_image_tokens: T of an image; the most where pictures differ.
+        placed: whether image tokens hold where they stand, by positions that `image_tokens` adds.
+        text_width: width of text tokens; D unless they are left as wide as their tower makes them.
         embeds: E of its own embedding; None where it has none.
         whole: whether it reads all parts of an item as one sequence; otherwise images and texts are read apart.
         offers: the heads that it is by itself (`kind: backbone`).
@@ -54,7 +58,10 @@ class Backbone(nn.Module):
     parts: dict[str, str]
     sources: dict[str, dict[str, str | None]]
     vocab_size: int
+    max_length: int
     prefix_tokens: int = 0
+    most_image_tokens: int
+    placed: bool = False
     embeds: int | None = None
     whole: bool = False
     offers: tuple[str, ...] = ()
@@ -63,6 +70,10 @@ class Backbone(nn.Module):
     sees: tuple[str, ...] = ()
     reads: tuple[str, ...] = ()
     own: tuple[str, ...] = ()
+
+    @property
+    def text_width(self) -> int:
+        return self.width
 
     def tower(self, kind: str) -> tuple[str, ...]:
         """Patterns over its parameter names: what the raw features of `kind` (image, text) depend on. All parts with a source, unless it

@@ -53,13 +53,16 @@ class Blip2Backbone(Backbone):
         self.model: Any
         self.model, self.sources = load_published(Blip2Vision, config, pretrained=pretrained)
         settings = self.model.config
-        self.width = settings.vision_config.hidden_size
+        vision = settings.vision_config
+        self.width = vision.hidden_size
+        self.most_image_tokens = (vision.image_size // vision.patch_size) ** 2 + self.prefix_tokens
         if width not in (None, self.width):
             raise ValueError(
                 f"backbone.width: the tokens of this blip-2 are {self.width} wide and go to the bridge as they are, got {width}; "
                 "set backbone.width to null"
             )
         reader = settings.qformer_config if settings.qformer_config.use_qformer_text_input else settings.text_config
+        self.max_length = reader.max_position_embeddings
         self.vocab_size = reader.vocab_size  # of the tokenizer that its authors release with it
 
     def random_pixels(self, count: int, generator: torch.Generator) -> Pixels:

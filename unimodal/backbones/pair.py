@@ -63,15 +63,23 @@ class PretrainedPair(Backbone):
         else:
             self.sees = (*self.sees, *after_tower)
         self.vocab_size = settings.text_config.vocab_size
+        self.max_length = settings.text_config.max_position_embeddings
         self.embeds = settings.projection_dim if self.name == "clip" else settings.text_config.projection_size
         self.log_scale = self.model.logit_scale.item()
         self.bias = None if self.name == "clip" else self.model.logit_bias.item()
         self.prefix_tokens = 1 if self.name == "clip" else 0
+        vision = settings.vision_config
+        patches = vision.num_patches if self.name == "siglip2" else (vision.image_size // vision.patch_size) ** 2
+        self.most_image_tokens = patches + self.prefix_tokens
         self.width = width or image_width
         self.projects = width is not None
         if width is not None:
             self.image_projection = nn.Sequential(nn.Linear(image_width, width), nn.LayerNorm(width))
             self.text_projection = nn.Sequential(nn.Linear(text_width, width), nn.LayerNorm(width))
+
+    @property
+    def text_width(self) -> int:
+        return self.width if self.projects else self.model.config.text_config.hidden_size
 
     def tower(self, kind: str) -> tuple[str, ...]:
         """All that tokens depend on but our projection of them."""

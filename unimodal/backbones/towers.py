@@ -99,6 +99,7 @@ class TwoTowers(Backbone):
                         "both the same image_size, mean and std, and towers, or stages, of the same stride"
                     )
                 self.vision_width += others.shape[-1]
+        self.most_image_tokens, self.placed = features.shape[1], grid is not None
         positions = sincos_positions(*grid, width) if grid else torch.zeros(features.shape[1], width)
         self.register_buffer("image_positions", positions, persistent=False)
         self.vision_projection = nn.Sequential(nn.LayerNorm(self.vision_width), nn.Linear(self.vision_width, width))

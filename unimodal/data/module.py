@@ -6,7 +6,7 @@ index), so a resumed run sees exactly the batches that an uninterrupted one woul
 
 import math
 import random
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -22,6 +22,7 @@ from unimodal.backbones import Backbone
 from unimodal.backbones.published import find_published
 from unimodal.config import ModelConfig
 from unimodal.data.batch import Batch
+from unimodal.data.categories import categories_of, one_hot
 from unimodal.data.features import ImageFeatures, SplitFeatures, TextFeatures, trained
 from unimodal.data.negatives import Negatives, read_negatives
 from unimodal.data.pairs import Pairs, is_gallery, require_captions
@@ -69,7 +70,9 @@ class TrainingSamples(Dataset):
         mined: Negatives | None = None,
         hard_texts: int = 1,
         hard_images: int = 1,
+        categories: Sequence[str] = (),
     ):
+        self.labels = one_hot(categories_of(pairs), categories) if categories else None
         self.mined, self.hard_texts, self.hard_images = mined, hard_texts, hard_images
         self.pairs, self.processor, self.seed, self.false_captions = pairs, processor, seed, false_captions
         self.mirror, self.crop, self.target_size, self.cache = mirror, crop, target_size, cache
@@ -126,6 +129,8 @@ class TrainingSamples(Dataset):
             "text": ids[: len(samples)],
             "text_mask": mask[: len(samples)],
         }
+        if self.labels is not None:
+            batch["labels"] = self.labels[[s["index"] for s in samples]]
         places = self.false_captions + (self.hard_texts if self.mined is not None else 0)
         if self.processor.writer is not None:
             batch["caption"], batch["caption_mask"] = self.processor.writer.captions(captions)
@@ -335,6 +340,7 @@ class PairData(pl.LightningDataModule):
         self.negatives, self.hard_texts, self.hard_images = negatives, hard_texts, hard_images
         self.neighbours: Tensor | None = None
         self.processor: Processor | None = None
+        self.categories: Sequence[str] = ()
         self.caches: dict[str, SplitFeatures] = {}
 
     def setup(self, stage: str) -> None:
@@ -366,6 +372,8 @@ class PairData(pl.LightningDataModule):
         """
         if start is not None:
             self._require_tokenizer(start)
+        if config.system is not None:
+            self.categories = config.system.categories
         self.processor = self._processor(config, backbone) if start is None else start
         needs_writer = language_captioner is not None and self.processor.writer is None
         if needs_writer and config.captioning and (named := config.captioning.language_model):
@@ -464,6 +472,7 @@ class PairData(pl.LightningDataModule):
             mined=None if self.negatives is None else read_negatives(self.negatives, self.train),
             hard_texts=self.hard_texts,
             hard_images=self.hard_images,
+            categories=self.categories,
         )
         if self.hard_neighbours and self.neighbours is None:
             raise RuntimeError("hard_neighbours asks for mined neighbours, which the task mines in its setup")

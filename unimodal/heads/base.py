@@ -23,6 +23,7 @@ class Body(Protocol):
 
     backbone: Any
     bridge: Any
+    system: Any
     heads: nn.ModuleDict
 
 
@@ -142,6 +143,10 @@ class Embedder:
     """
 
     by_backbone = False
+
+    def vectors(self, body: Body) -> int:
+        """The number of vectors of an image, of which the best counts; 0 where an image has a single one."""
+        return 0
 
     def own_image(self, body: Body, features: Tensor, mask: Tensor | None) -> Tensor | None:
         """What the backbone itself makes of raw image features, for `ImageState.own`."""

@@ -15,14 +15,17 @@ from unimodal.heads.captioning import BridgeCaptioner, CaptionDecoder, OwnCaptio
 from unimodal.heads.embedding import BridgedEmbedder, EmbeddingHead, OwnEmbedder
 from unimodal.heads.language_model import LanguageModelCaptioner
 from unimodal.heads.matching import AnswerHead, BridgeMatchingHead, CachedMatchingHead
+from unimodal.heads.system import SystemCaptioner, SystemEmbedder, SystemMatchingHead
+from unimodal.systems import System, embedding_shape
 
 
 class Parts(NamedTuple):
-    """What heads are built for: a configuration, its backbone, and whether weights of sources are loaded."""
+    """What heads are built for: a configuration, its backbone, whether weights of sources are loaded, and its system, if any."""
 
     config: ModelConfig
     backbone: Any
     pretrained: bool
+    system: System | None = None
 
     def bridge_width(self, who: str) -> int:
         """W.
@@ -35,6 +38,18 @@ class Parts(NamedTuple):
                 f"{who} reads what a bridge read, and this model has none; give model.bridge a configuration"
             )
         return self.config.bridge.width
+
+    def require_system(self, who: str) -> System:
+        """The system.
+
+        Raises:
+            ValueError: there is none.
+        """
+        if self.system is None:
+            raise ValueError(
+                f"{who}: kind is 'system', and the model has none; name one in system, or set another kind"
+            )
+        return self.system
 
     def require_text_tokens(self, who: str) -> None:
         """Raises:
@@ -89,7 +104,16 @@ def _own_embedding(parts: Parts) -> tuple[Embedder, dict[str, nn.Module]]:
     return OwnEmbedder(), {}
 
 
+def _system_embedding(parts: Parts) -> tuple[Embedder, dict[str, nn.Module]]:
+    system = parts.require_system("embedding")
+    return SystemEmbedder(system.towers, embedding_shape(system)[1]), {}
+
+
 # Matching.
+
+
+def _system_matching(settings: MatchingConfig, parts: Parts) -> MatchingHead:
+    return SystemMatchingHead(parts.require_system("matching").towers)
 
 
 def _cached(settings: MatchingConfig, parts: Parts) -> MatchingHead:
@@ -149,6 +173,11 @@ def _language_model(settings: CaptioningConfig, parts: Parts) -> CaptioningHead:
     return LanguageModelCaptioner(language_model, width=parts.bridge_width("the captioning head"), sources=origin)
 
 
+def _system_captions(settings: CaptioningConfig, parts: Parts) -> CaptioningHead:
+    parts.require_system("captioning")
+    return SystemCaptioner()
+
+
 def _own_captions(settings: CaptioningConfig, parts: Parts) -> CaptioningHead:
     parts.require_offered("captioning")
     return OwnCaptioner()
@@ -165,15 +194,18 @@ def _refuse_conversations(parts: Parts) -> None:
 EMBEDDING: dict[str, Callable[[Parts], tuple[Embedder, dict[str, nn.Module]]]] = {
     "bridge": _bridged_embedding,
     "backbone": _own_embedding,
+    "system": _system_embedding,
 }
 MATCHING: dict[str, Callable[[MatchingConfig, Parts], MatchingHead]] = {
     "cached": _cached,
     "bridge": _in_bridge,
     "backbone": _answer,
+    "system": _system_matching,
 }
 CAPTIONING: dict[str, Callable[[CaptioningConfig, Parts], CaptioningHead]] = {
     "decoder": _decoder,
     "bridge": _speaking_bridge,
     "language_model": _language_model,
     "backbone": _own_captions,
+    "system": _system_captions,
 }

@@ -5,7 +5,7 @@ or attention pooling. A learned gate can mix in a pooled view of the backbone's 
 bridge need not relearn.
 """
 
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -82,6 +82,10 @@ class BridgedEmbedder(Embedder):
 
     def __init__(self, *, words: bool) -> None:
         self.words = words
+
+    def vectors(self, body: Body) -> int:
+        head: Any = body.heads["image_embedding"]
+        return len(body.bridge.query_sets["image"]) if head.pool == "query" else 0
 
     def image(self, body: Body, state: ImageState) -> Tensor:
         return body.heads["image_embedding"](state.bridged, state.tokens, state.mask)

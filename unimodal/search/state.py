@@ -60,9 +60,8 @@ class State:
 
 def shape_of(encoder: Encoder, kind: str) -> tuple[int, ...]:
     """Of the embedding of one document, (E,) or (N, E)."""
-    several = encoder.model.embedding.pool == "query" and kind == "image"
-    width = encoder.model.embedding.dim
-    return (len(encoder.model.bridge.query_sets["image"]), width) if several else (width,)
+    width, several = encoder.model.embedding.dim, encoder.model.image_vectors if kind == "image" else 0
+    return (several, width) if several else (width,)
 
 
 def stage_of(

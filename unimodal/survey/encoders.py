@@ -44,6 +44,8 @@ class SharedEncoders:
         self.vocab_size, self.max_length = backbone.vocab_size, self.processor.max_length
         ids, mask = self.tokenise(["a"])
         self.start_id, self.end_id = int(ids[0, 0]), int(ids[0, mask[0].sum() - 1])
+        self.frame = [self.start_id], [self.end_id]
+        self.special_ids = [self.pad_id, self.start_id, self.end_id]
         if self.mask_id is None:  # a tokenizer without one: the unknown word hides a word as well
             self.mask_id = tokenizer.unk_token_id
         with torch.no_grad():

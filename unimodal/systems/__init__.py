@@ -5,6 +5,9 @@
 | `base.py`     | what a system is, its stages and its way of scoring         |
 | `towers.py`   | layers on top of the shared frozen encoders                 |
 | `words.py`    | masked words                                                |
+| `encoders.py` | a model's backbone as its system reads it                  |
+| `hosted.py`   | a system as a part of a model                               |
+| `table.py`    | the systems by name                                         |
 | `momentum.py` | a slow teacher and its queue                                |
 | `albef.py`    | ALBEF                                                       |
 | `adapted.py`  | the encoders as they come, full fine-tuning, learned context, adapters, LoRA |
@@ -32,11 +35,14 @@ from unimodal.systems.cdisa import CDISA
 from unimodal.systems.cimn import CIMN
 from unimodal.systems.clip import CLIP, DualEncoder, SigLIP
 from unimodal.systems.elip import ELIPB, ELIPC, ELIPS
+from unimodal.systems.encoders import BackboneEncoders
+from unimodal.systems.hosted import build_system, embedding_shape, heads_of, known_texts
 from unimodal.systems.mim import MaskedImages
 from unimodal.systems.omnibridge import OmniBridge
 from unimodal.systems.oscar import OSCAR, NounTags, TagProvider
 from unimodal.systems.qwen import QwenEmbedding, QwenReranker
 from unimodal.systems.scan import SCAN, SCANEnsemble
+from unimodal.systems.table import SYSTEMS
 from unimodal.systems.vlgap import VLGAP
 from unimodal.systems.vlmo import VLMo
 
@@ -46,6 +52,7 @@ __all__ = [
     "QwenReranker",
     "VLGAP",
     "BLIP2",
+    "BackboneEncoders",
     "VLMo",
     "ALBEF",
     "FusionEncoder",
@@ -74,5 +81,10 @@ __all__ = [
     "Stage",
     "System",
     "TagProvider",
+    "SYSTEMS",
     "Texts",
+    "build_system",
+    "embedding_shape",
+    "heads_of",
+    "known_texts",
 ]

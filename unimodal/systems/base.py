@@ -6,7 +6,7 @@ losses, layers, towers, momentum and scoring rules are shared.
 Legend: B images, M texts, P pairs, T image tokens, L text length, C width of an encoder's tokens, E embedding width, K categories.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple, Protocol
 
@@ -52,7 +52,7 @@ class Batch(NamedTuple):
 
 
 class Encoders(Protocol):
-    """The frozen encoders that all systems share.
+    """What a system reads by: a model's backbone (`BackboneEncoders`), or frozen encoders that several systems share.
 
     Attributes:
         image_width, text_width: C of each.
@@ -66,18 +66,34 @@ class Encoders(Protocol):
     text_width: int
     image_tokens: int
     vocab_size: int
-    pad_id: int
-    start_id: int
-    end_id: int
-    mask_id: int
     max_length: int
     backbone: Any
+
+    @property
+    def pad_id(self) -> int: ...
+
+    @property
+    def frame(self) -> tuple[list[int], list[int]]:
+        """What stands before every text and what stands after it, as far as the tokenizer has any."""
+
+    @property
+    def special_ids(self) -> list[int]:
+        """Tokens that stand for no word: padding, start and end, as far as there are any."""
+
+    @property
+    def start_id(self) -> int: ...
+
+    @property
+    def end_id(self) -> int: ...
+
+    @property
+    def mask_id(self) -> int: ...
 
     def tokenise(self, texts: Sequence[str]) -> tuple[Tensor, Tensor]:
         """Texts -> ids [M, L] and mask [M, L]."""
 
     def read_texts(self, ids: Tensor, mask: Tensor) -> Texts:
-        """What the frozen text encoder makes of these ids, without gradient."""
+        """What the text encoder makes of these ids."""
 
 
 State = tuple[Tensor, ...]
@@ -107,6 +123,21 @@ class System(nn.Module):
         super().__init__()
         self._encoders = (encoders,)  # in a tuple, or the backbone's weights would count as the system's
 
+    @classmethod
+    def known_texts(cls, settings: Mapping[str, Any]) -> Sequence[str]:
+        """The texts that a system of these settings holds by heart: instructions, nouns, names of categories."""
+        return ()
+
+    @property
+    def embeds(self) -> bool:
+        """Whether it has an embedding."""
+        return type(self).embed_images is not System.embed_images
+
+    @property
+    def writes(self) -> bool:
+        """Whether it writes captions."""
+        return type(self).write is not System.write
+
     @property
     def scores_pairs(self) -> bool:
         """Whether it has a pair score."""
@@ -115,6 +146,15 @@ class System(nn.Module):
     @property
     def encoders(self) -> Encoders:
         return self._encoders[0]
+
+    def learn_words(self) -> None:
+        """Called when the encoders have another tokenizer than before: read anew what is held of texts.
+
+        Raises:
+            ValueError: it writes captions, and the tokenizer neither begins nor ends texts.
+        """
+        if self.writes:
+            _ = self.encoders.start_id, self.encoders.end_id  # each says what is missing
 
     def prepare(self, batches: Iterator[Batch]) -> None:
         """What is fitted once, in closed form, before any stage: reads the training split in order, every caption once."""

@@ -8,8 +8,8 @@ Legend: B images, M texts, P pairs, T image tokens, L caption length, G length o
 W width.
 """
 
-from collections.abc import Iterator, Sequence
-from typing import Protocol
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -40,6 +40,9 @@ class TagProvider(Protocol):
     def prepare(self, batches: Iterator[Batch]) -> None:
         """What is fitted on the training split before any stage."""
 
+    def learn_words(self) -> None:
+        """Called when the encoders have another tokenizer than before."""
+
     def __call__(self, tokens: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
         """Image tokens [B, T, C] and their mask [B, T] -> ids of the tags' word pieces [B, G], without start and end, and their mask."""
 
@@ -62,16 +65,25 @@ class NounTags(nn.Module):
             raise ValueError(f"tags: got {len(nouns)} nouns and {count} of them an image; expected 1 up to all of them")
         self.count = count
         self._encoders = (encoders,)
-        self.cca = CanonicalCorrelation(encoders)
-        ids, mask = encoders.tokenise(nouns)
-        words = mask & ~torch.isin(ids, torch.tensor([encoders.start_id, encoders.end_id]))
+        self.cca, self.nouns = CanonicalCorrelation(encoders), nouns
+        self.learn_words()
+        self.register_buffer("vectors", torch.zeros(len(nouns), self.cca.dim))
+
+    def learn_words(self) -> None:
+        """Read the nouns in the tokens of the encoders' tokenizer.
+
+        Raises:
+            ValueError: tags may be longer than the text encoder reads.
+        """
+        encoders, count = self._encoders[0], self.count
+        ids, mask = encoders.tokenise(self.nouns)
+        words = mask & ~torch.isin(ids, torch.tensor(encoders.special_ids))
         if (longest := count * int(words.sum(1).max()) + 2) > encoders.max_length:
             raise ValueError(
                 f"tags: {count} nouns may take {longest} tokens, the text encoder reads {encoders.max_length}; lower count"
             )
         for name, value in (("ids", ids), ("mask", mask), ("words", words)):
             self.register_buffer(name, value, persistent=False)  # follows from the settings
-        self.register_buffer("vectors", torch.zeros(len(nouns), self.cca.dim))
 
     def prepare(self, batches: Iterator[Batch]) -> None:
         self.cca.prepare(batches)
@@ -116,6 +128,7 @@ class OSCAR(System):
         encoders: the shared ones.
         width, layers, heads, dropout: of the stream.
         tags: names what images show; by default `NounTags`.
+        tag_count: how many nouns an image has.
     """
 
     def __init__(
@@ -126,9 +139,10 @@ class OSCAR(System):
         heads: int = 8,
         dropout: float = 0.1,
         tags: TagProvider | None = None,
+        tag_count: int = 5,
     ) -> None:
         super().__init__(encoders)
-        self.tags = NounTags(encoders) if tags is None else tags
+        self.tags = NounTags(encoders, count=tag_count) if tags is None else tags
         self.text_project, self.image_project = (
             nn.Sequential(nn.LayerNorm(c), nn.Linear(c, width)) for c in (encoders.text_width, encoders.image_width)
         )
@@ -164,15 +178,16 @@ class OSCAR(System):
         ids, mask = ids[rows], mask[rows]
         tag_holes, tag_words = hide_words(ids, mask, self.encoders)
         holes, words = hide_words(batch.texts.ids, batch.texts.mask, self.encoders)
+        first = len(self.encoders.frame[0])  # the start stands before the caption
         hidden = self._stream(
             self._embed_text(self.encoders.read_texts(holes, batch.texts.mask), 0),
             batch.texts.mask,
-            self._embed_text(self.encoders.read_texts(tag_holes, mask), 1)[:, 1:],
-            mask[:, 1:],
+            self._embed_text(self.encoders.read_texts(tag_holes, mask), 1)[:, first:],
+            mask[:, first:],
             self.image_project(batch.images.tokens),
             batch.images.mask,
         )
-        asked = torch.cat([words, tag_words[:, 1:]], 1)  # [B, L + G]
+        asked = torch.cat([words, tag_words[:, first:]], 1)  # [B, L + G]
         return {
             "mlm": self.words.loss(hidden[:, : asked.shape[1]], asked),
             "tags": F.binary_cross_entropy_with_logits(self.own_tags(hidden[:, 0])[:, 0].float(), own.float()),
@@ -181,16 +196,26 @@ class OSCAR(System):
     def read_tags(self, images: Images) -> tuple[Tensor, Tensor]:
         """The tags of images as a text of their own, start and end around them: ids [B, G + 2] and mask, padding last."""
         ids, mask = self.tags(images.tokens, images.mask)
-        start, end = (ids.new_full((len(ids), 1), i) for i in (self.encoders.start_id, self.encoders.end_id))
-        ids, mask = torch.cat([start, ids, end], 1), F.pad(mask, (1, 1), value=True)
+        start, end = (ids.new_tensor(tokens).expand(len(ids), -1) for tokens in self.encoders.frame)
+        ids = torch.cat([start, ids, end], 1)
+        mask = F.pad(mask, (start.shape[1], end.shape[1]), value=True)
         order = (~mask).long().argsort(dim=1, stable=True)  # word pieces close up over the padding of shorter tags
+        order = order[:, : self.encoders.max_length]  # what is beyond is padding: `NounTags` has seen to it
         return ids.gather(1, order).masked_fill(~mask.gather(1, order), self.encoders.pad_id), mask.gather(1, order)
+
+    @classmethod
+    def known_texts(cls, settings: Mapping[str, Any]) -> Sequence[str]:
+        return NOUNS
+
+    def learn_words(self) -> None:
+        self.tags.learn_words()
 
     def image_state(self, images: Images) -> State:
         """Image tokens [B, T, W], their mask, the image's tags [B, G, W] and theirs."""
         ids, mask = self.read_tags(images)
-        tags = self._embed_text(self.encoders.read_texts(ids, mask), 1)[:, 1:]  # the start stands before the caption
-        return self.image_project(images.tokens), images.mask, tags, mask[:, 1:]
+        first = len(self.encoders.frame[0])  # the start stands before the caption
+        tags = self._embed_text(self.encoders.read_texts(ids, mask), 1)[:, first:]
+        return self.image_project(images.tokens), images.mask, tags, mask[:, first:]
 
     def text_state(self, texts: Texts) -> State:
         """Caption tokens [M, L, W] and their mask."""

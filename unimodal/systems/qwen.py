@@ -13,7 +13,7 @@ Legend: B pairs, M texts, P pairs, T item tokens, G instruction tokens, S positi
 
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -75,16 +75,21 @@ class Reader(nn.Module):
                 for side, c in (("image", encoders.image_width), ("text", encoders.text_width))
             }
         )
-        for name, words in instructions.items():
-            told = encoders.read_texts(*encoders.tokenise([words]))
-            self.register_buffer(name, told.tokens.detach().clone())  # [1, G, C]
+        self.instructions = dict(instructions)
+        self.learn_words(encoders)
         self.end = nn.Parameter(torch.zeros(width))
-        longest = max(self.get_buffer(name).shape[1] for name in instructions)
-        places = longest + parts * max(encoders.image_tokens, encoders.max_length) + 1
+        places = encoders.max_length + parts * max(encoders.image_tokens, encoders.max_length) + 1
         self.places = nn.Embedding(places, width)
         self.layers = nn.ModuleList(Layer(width, heads, dropout=dropout) for _ in range(layers))
         self.norm = nn.LayerNorm(width)
         self.apply(init_weights)
+
+    def learn_words(self, encoders: Encoders) -> None:
+        """Read the instructions in the tokens of the encoders' tokenizer."""
+        device = self.project["text"][1].weight.device  # type: ignore[index]
+        for name, words in self.instructions.items():
+            ids, mask = (x.to(device) for x in encoders.tokenise([words]))
+            self.register_buffer(name, encoders.read_texts(ids, mask).tokens.detach().clone())  # [1, G, C]
 
     def item(self, side: str, tokens: Tensor, mask: Tensor) -> Part:
         """The encoder's tokens of one side as a part."""
@@ -130,6 +135,13 @@ class QwenReranker(System):
         super().__init__(encoders)
         self.reader = Reader(encoders, width, layers, heads, dropout, {"rerank": instruction}, parts=2)
         self.answer = nn.Linear(width, 1, bias=False)
+
+    def learn_words(self) -> None:
+        self.reader.learn_words(self.encoders)
+
+    @classmethod
+    def known_texts(cls, settings: Mapping[str, Any]) -> Sequence[str]:
+        return (settings.get("instruction", RERANK),)
 
     def image_state(self, images: Images) -> State:
         """The document: projected tokens [B, T, W] and their mask."""
@@ -207,11 +219,25 @@ class QwenEmbedding(System):
         self.projection = nn.Linear(width, dim)
         self.scale = Scale(20.0)
         self.step = nn.Parameter(torch.tensor(FIRST_STEP))
-        self.labels = None
-        if category_names:
-            self.labels = encoders.read_texts(*encoders.tokenise(list(category_names)))
+        self.category_names = list(category_names)
+        self.labels: Texts | None = None
+        self._read_labels()
         self.reranker = QwenReranker(encoders, width, layers, heads, dropout)
         self.before = Teacher(self._embedder())
+
+    def learn_words(self) -> None:
+        for reader in (self.reader, self.reranker.reader):
+            reader.learn_words(self.encoders)
+        self._read_labels()
+
+    def _read_labels(self) -> None:
+        if self.category_names:
+            self.labels = self.encoders.read_texts(*self.encoders.tokenise(self.category_names))
+
+    @classmethod
+    def known_texts(cls, settings: Mapping[str, Any]) -> Sequence[str]:
+        told = (settings.get("query_instruction", FIND), settings.get("instruction", DEFAULT))
+        return (*told, RERANK, *settings.get("category_names", ()))
 
     def _embedder(self) -> nn.ModuleList:
         return nn.ModuleList([self.reader, self.projection])

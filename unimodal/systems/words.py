@@ -22,7 +22,7 @@ def hide_words(
 
     Of the chosen words eight in ten become the mask token, one a random word and one stays; start, end and padding are never chosen.
     """
-    special = torch.tensor([encoders.pad_id, encoders.start_id, encoders.end_id], device=ids.device)
+    special = torch.tensor(encoders.special_ids, device=ids.device)
     words = mask & ~torch.isin(ids, special)
     draw = torch.rand(ids.shape, generator=generator).to(ids.device).masked_fill(~words, 2.0)
     chosen = (draw < share) | (draw == draw.amin(1, keepdim=True)) & words

@@ -11,6 +11,7 @@ from unimodal.tasks.optimizer import OptimizerSettings
 from unimodal.tasks.resume import Interrupted, LocalCheckpoints, Resume
 from unimodal.tasks.retrieval import ITC, Distillation, EmbeddingObjective, MaskedITC, Retrieval, SigmoidITC
 from unimodal.tasks.strategy import FSDP2
+from unimodal.tasks.system import SystemLosses
 
 __all__ = [
     "EMA",
@@ -42,5 +43,6 @@ __all__ = [
     "SigmoidITC",
     "StageProof",
     "Step",
+    "SystemLosses",
     "Task",
 ]

@@ -25,10 +25,12 @@ from unimodal.config import ModelConfig
 from unimodal.data.batch import Batch, check_batch, image_inputs, text_inputs
 from unimodal.data.pairs import Pairs
 from unimodal.data.processor import Processor
+from unimodal.data.tokens import words_of
 from unimodal.distributed import sum_over_ranks, world_size
 from unimodal.losses import Wrong
 from unimodal.model import ImageState, TextState, UnimodalModel
 from unimodal.sharding import clip_gradients, is_sharded, shard, whole_state
+from unimodal.systems import known_texts
 from unimodal.tasks.evaluation import Evaluation, EvaluationSettings
 from unimodal.tasks.mining import kept_neighbours
 from unimodal.tasks.optimizer import OptimizerSettings, build_optimizer
@@ -195,6 +197,19 @@ class Objective:
     def prepare(self, pairs: Pairs, processor: Processor) -> None:
         """Called before the first step with the training split and the preprocessing: for what depends on the whole split."""
 
+    def fit(self, model: UnimodalModel, split: Iterable[Batch]) -> None:
+        """Called once before the first step of a system that is new, with the training split in order, every image with all its captions:
+        for what is fitted in closed form."""
+
+    def begin(self, model: UnimodalModel) -> None:
+        """Called before the first step of a stage, and not when a stage goes on."""
+
+    def after_step(self, model: UnimodalModel) -> None:
+        """Called after every step of the optimizer."""
+
+    def end(self, model: UnimodalModel) -> None:
+        """Called when the last step of a stage is done."""
+
     def __call__(self, step: Step) -> tuple[Tensor, Report]:
         raise NotImplementedError(f"{type(self).__name__} is an objective without a loss; implement __call__(step)")
 
@@ -283,10 +298,12 @@ class Task(pl.LightningModule):
         self.model = UnimodalModel(replace(config, adapters=known), pretrained=pretrained and start is None)
         missing = list(self.model.state_dict()) if start is None else start.fill(self.model)
         self.new_heads = {name.split(".")[1] for name in missing if name.startswith("heads.")}
+        self.new_system = any(name.startswith("system.") for name in missing)
         for name, adapter in config.adapters.items():
             if name not in known:
                 self.model.add_adapter(name, adapter)  # now, since some start from the weights that they are put on
         self.model.set_adapter([name for name, adapter in config.adapters.items() if adapter.active])
+        self.config = self.model.config
         return missing
 
     def _require_trained(self, missing: list[str]) -> None:
@@ -306,6 +323,9 @@ class Task(pl.LightningModule):
         self.processor = data.bind(
             self.config, self.model.backbone, self.model.language_captioner, self.start_processor
         )
+        if self.config.system is not None:
+            self.model.learn_words(words_of(self.processor, known_texts(self.config.system)))
+            self.config = self.model.config
         return self.processor
 
     # Several devices.
@@ -414,12 +434,35 @@ class Task(pl.LightningModule):
         return self
 
     def on_train_start(self) -> None:
+        if self.global_step == 0:
+            self._begin_stage()
         self.train()  # a run that resumes inside an epoch sees no start of one
         # Counting the steps of `max_epochs` makes the loader before its state is read, and the trainer reads it once.
         self.trainer.fit_loop._load_combined_loader_states()
 
+    def _begin_stage(self) -> None:
+        """Let the objectives fit and start what they keep."""
+        self.eval()
+        for objective in self.objectives.values():
+            if self.new_system:
+                objective.fit(self.model, self._split_in_order())
+            objective.begin(self.model)
+
+    def _split_in_order(self) -> Iterator[Batch]:
+        for batch in self.data.mining_dataloader():
+            yield self.data.transfer_batch_to_device(batch, self.device, 0)
+
     def on_train_epoch_start(self) -> None:
         self.train()
+
+    def optimizer_step(self, *args: Any, **options: Any) -> None:
+        super().optimizer_step(*args, **options)
+        for objective in self.objectives.values():  # before anybody saves the state of this step
+            objective.after_step(self.model)
+
+    def on_train_end(self) -> None:
+        for objective in self.objectives.values():
+            objective.end(self.model)
 
     def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
         optimizer = build_optimizer(self.model, self.factors, self.optimizer)

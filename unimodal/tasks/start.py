@@ -28,10 +28,11 @@ FREE = (
     "captioning.prompt",
     "generation.null_probability",
     "adapters.*.active",
+    "system.words",
 )
 # What a model may get that the checkpoint lacks.
 ADDED = (
-    *("bridge", "embedding", "matching", "captioning", "generation"),
+    *("bridge", "embedding", "matching", "captioning", "generation", "system"),
     *("backbone.width", "backbone.embedding", "embedding.bias", "embedding.quantise"),
 )
 
@@ -70,7 +71,7 @@ class Start:
             return held
         refused = [
             line
-            for name, there, here in _differing(given, self._beside(given))
+            for name, there, here in _differing(given.chosen, self._beside(given))
             if (line := _refusal(name, there, here))
         ]
         if refused:
@@ -78,12 +79,17 @@ class Start:
                 f"init_from {self.name}: {'; '.join(refused)}. Leave out what differs, and the checkpoint's own is taken; to train "
                 "another model, leave init_from out"
             )
-        return _completed(given, held)
+        whole = _completed(given, held)
+        if whole.system is None or held.system is None:
+            return whole
+        return dataclasses.replace(whole, system=dataclasses.replace(whole.system, words=held.system.words))
 
     def _beside(self, given: ModelConfig) -> ModelConfig:
         """The checkpoint's configuration; without its backbone's own embedding, which has no weights of a head, where a configuration
         has another one beside it."""
         held, embeds = self.model.config, self.model.embeds
+        if given.system is not None:
+            return held.chosen
         if embeds is None or not embeds.by_backbone or held.embedding is None or given.embedding is None:
             return held
         return held if given.embedding.kind == held.embedding.kind else dataclasses.replace(held, embedding=None)
@@ -101,7 +107,7 @@ class Start:
             shape = f"the shape {list(here[name].shape)}" if name in here else "nothing"
             settings = [
                 f"{setting} is {_shown(theirs)} there and {_shown(ours)} here"
-                for setting, theirs, ours in _differing(model.config, self._beside(model.config))
+                for setting, theirs, ours in _differing(model.config.chosen, self._beside(model.config))
             ]
             raise StartError(
                 f"init_from {self.name}: {len(unfit)} of its tensors do not fit this model, for example {name}, which has the shape "
