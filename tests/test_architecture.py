@@ -147,6 +147,7 @@ ROOMS: dict[str, tuple[set[str], str]] = {
             "words",
             "retrieval",
             "backbones",
+            "systems",
         },
         "the command line is the only entry point",
     ),

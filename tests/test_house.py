@@ -3,6 +3,8 @@
 The matrix is generated from the table of systems and from the stages of their recipes.
 """
 
+import re
+import shlex
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
@@ -12,16 +14,19 @@ import numpy as np
 import pytest
 import pytorch_lightning as pl
 import torch
+from PIL import Image
 from test_published import saved
+from test_start import own_pairs
 from toy import toy_config
 
 import unimodal
-from unimodal import Unimodal
+from unimodal import Unimodal, cli, words
+from unimodal.cli.system import schedule_of
 from unimodal.config import ModelConfig, SystemConfig, from_dict, to_dict
 from unimodal.data import Scenes
 from unimodal.data.module import EvaluationBatches, PairData
 from unimodal.hub import save_checkpoint
-from unimodal.survey.specs import read_spec
+from unimodal.stages import placed
 from unimodal.systems import SYSTEMS, System
 from unimodal.systems.hosted import class_of
 from unimodal.tasks import Evaluation, EvaluationSettings, Joint, OptimizerSettings, SystemLosses
@@ -50,10 +55,11 @@ def recipe(name: str) -> Path:
 @cache
 def stages_of(name: str) -> dict[str, dict[str, float]]:
     """What each stage of a system trains, by patterns over the model's parameter names."""
-    return {
-        stage: {f"system.{pattern}": factor for pattern, factor in settings.trainable.items()}
-        for stage, settings in read_spec(recipe(name)).stages.items()
-    }
+    content = words.load(recipe(name).read_text(encoding="utf-8"))
+    if not content.get("stages"):
+        return {}  # it is fitted in closed form
+    stages = schedule_of(content)["stages"]
+    return {stage: settings["model"]["init_args"]["trainable"] for stage, settings in stages.items()}
 
 
 def small(name: str) -> SystemConfig:
@@ -97,11 +103,23 @@ def task(config: ModelConfig, name: str, stage: str, before: Path | None = None)
     )
 
 
-def fitted(one: Joint, steps: int, folder: Path) -> Joint:
+class Kept(pl.Callback):
+    """Saves the state after so many steps."""
+
+    def __init__(self, steps: int, path: Path) -> None:
+        self.steps, self.path = steps, path
+
+    def on_train_batch_end(self, trainer: pl.Trainer, *_: Any) -> None:
+        if trainer.global_step == self.steps:
+            trainer.save_checkpoint(self.path)
+
+
+def fitted(one: Joint, steps: int, folder: Path, *callbacks: pl.Callback, go_on: Path | None = None) -> Joint:
     """The task after so many steps."""
     trainer = pl.Trainer(
         accelerator="cpu",
         max_steps=steps,
+        callbacks=list(callbacks),
         limit_val_batches=0,
         logger=False,
         enable_checkpointing=False,
@@ -110,7 +128,7 @@ def fitted(one: Joint, steps: int, folder: Path) -> Joint:
         use_distributed_sampler=False,
         default_root_dir=str(folder),
     )
-    trainer.fit(one, datamodule=data())
+    trainer.fit(one, datamodule=data(), ckpt_path=go_on, weights_only=True)
     return one
 
 
@@ -141,7 +159,8 @@ def test_a_system_trains_and_travels(name: str, backbone: str, sources: dict[str
     for stage in stages_of(name):
         one = fitted(task(config, name, stage, before), 1, tmp_path)
         trained = {n: p for n, p in one.model.named_parameters() if p.requires_grad}
-        assert trained and all(n.startswith("system.") for n in trained)
+        places = placed(one.model)
+        assert trained and not [n for n in trained if places[n][0].startswith("towers.")]
         assert not [n for n, p in trained.items() if p.grad is None]
         assert one.processor is not None
         before = save_checkpoint(one.model.eval(), one.processor, tmp_path / stage)
@@ -154,6 +173,47 @@ def test_a_system_trains_and_travels(name: str, backbone: str, sources: dict[str
     is_searched(opened, pictures, captions)
     explanation = opened.explain(pictures[0], captions[0], steps=2)
     assert np.isfinite(explanation.heatmap).all() and explanation.heatmap.any()
+
+
+@pytest.mark.parametrize(("name", "stage"), [(name, stage) for name in SYSTEMS for stage in stages_of(name)])
+def test_a_stage_that_goes_on_ends_where_it_would_have_ended(
+    name: str, stage: str, sources: dict[str, Any], tmp_path: Path
+) -> None:
+    """A teacher, a queue, a buffer of trust are resumed, too."""
+    config = from_dict(ModelConfig, {"backbone": sources["towers"], "system": to_dict(small(name))})
+    path = tmp_path / "resume.ckpt"
+    whole = fitted(task(config, name, stage), 5, tmp_path, Kept(3, path))
+    one = fitted(task(config, name, stage), 5, tmp_path, go_on=path)
+    there, here = whole.model.state_dict(), one.model.state_dict()
+    assert there.keys() == here.keys()
+    assert not [key for key, value in there.items() if not torch.equal(value, here[key])]
+
+
+def test_the_readme_trains_albef_on_own_data_with_an_own_clip(
+    sources: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Its files and commands as they stand, but for sizes and the device."""
+    text = (RECIPES / "README.md").read_text(encoding="utf-8")
+    own = re.search(r"```yaml\n# own.yaml\n(.*?)```", text, re.DOTALL)
+    commands = re.search(r"```bash\n(unimodal fit .*?)```", text, re.DOTALL)
+    assert own is not None and commands is not None
+    settings = words.load(own[1])
+    settings["data"]["batch_size"] = 6
+    settings["trainer"] = {"accelerator": "cpu", "max_steps": 2, "enable_progress_bar": False}
+    settings["model"]["init_args"]["config"]["system"] = to_dict(small("albef")) | {"words": None, "categories": []}
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "configs").symlink_to(RECIPES.parent)
+    (tmp_path / "my-clip").symlink_to(sources["clip"]["published"]["source"])
+    (tmp_path / "own.yaml").write_text(words.dump(settings))
+    for name in ("train", "val"):
+        own_pairs(tmp_path, 12)
+        (tmp_path / "pairs.csv").rename(tmp_path / f"{name}.csv")
+    (tmp_path / "photos").mkdir()
+    for name in ("photo.jpg", "other.jpg", "photos/one.jpg"):
+        Image.new("RGB", (32, 32), "red").save(tmp_path / name)
+    for command in commands[1].strip().splitlines():
+        assert cli.main(shlex.split(command)[1:]) == 0, (command, capsys.readouterr().err)
+    assert "one.jpg" in capsys.readouterr().out
 
 
 def same_outputs(one: Unimodal, other: Unimodal, pictures: list[Any], captions: list[str]) -> None:

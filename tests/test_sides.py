@@ -53,4 +53,4 @@ def test_samples_are_mirrored_only_where_no_side_is_named(told: str, false: list
     pairs = Told("train", count=24)
     pairs.told, pairs.false = told, false
     samples = TrainingSamples(pairs, toy_processor(), seed=0, mirror=True, target_size=None, cache=None)
-    assert any(samples[0, i]["mirrored"] for i in range(24)) == mirrored
+    assert any(samples[0, i, 0]["mirrored"] for i in range(24)) == mirrored

@@ -176,7 +176,7 @@ def test_processes_share_one_mined_group(world: int) -> None:
     settings: Any = {"batch_size": 6 // world, "workers": 0, "neighbours": neighbours, "world": world}
     loaders = [TrainingLoader(samples, rank=rank, **settings) for rank in range(world)]
     for _ in range(2):
-        plans = [[[index for _, index in rows] for rows in loader.plan()] for loader in loaders]
+        plans = [[[index for _, index, _ in rows] for rows in loader.plan()] for loader in loaders]
         read = [[batch["image_id"].tolist() for batch in loader] for loader in loaders]
         assert read == plans and len(read[0]) == 4
         together = [sorted(sum(parts, [])) for parts in zip(*read)]

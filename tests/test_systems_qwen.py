@@ -122,6 +122,12 @@ def test_a_reader_does_not_see_padding(side: str) -> None:
         torch.testing.assert_close(reader("query", reader.item("text", tokens, mask)), plain, atol=1e-5, rtol=1e-4)
 
 
+def turned(reader: Reader, instruction: str) -> None:
+    """Its instruction backwards; once more, and it is as before."""
+    ids = reader.get_buffer(f"{instruction}_ids")
+    ids.copy_(ids.flip(1))
+
+
 def test_a_reader_sees_the_instruction_and_its_last_position_everything() -> None:
     torch.manual_seed(0)
     encoders, pairs = ToyEncoders(), toy_pairs(4)
@@ -129,9 +135,9 @@ def test_a_reader_sees_the_instruction_and_its_last_position_everything() -> Non
     with torch.no_grad():
         item = reader.item("text", pairs.texts.tokens, pairs.texts.mask)
         plain = reader("query", item)
-        reader.get_buffer("query").mul_(-1)
+        turned(reader, "query")
         assert not torch.allclose(reader("query", item), plain)
-        reader.get_buffer("query").mul_(-1)
+        turned(reader, "query")
         for place in range(3):
             other = pairs.texts.tokens.clone()
             other[:, place] = torch.randn_like(other[:, place])
@@ -238,7 +244,7 @@ def test_a_reader_looks_back_and_never_ahead() -> None:
     reader = Reader(encoders, 16, 2, 2, 0.0, {"query": "find it"}).eval()
     states: list[torch.Tensor] = []
     reader.layers[-1].register_forward_hook(lambda layer, inputs, output: states.append(output))
-    told = reader.get_buffer("query").shape[1]
+    told = reader.get_buffer("query_ids").shape[1]
     with torch.no_grad():
         for factor in (1.0, -1.0):
             tokens = pairs.texts.tokens.clone()
@@ -256,8 +262,10 @@ def test_the_instructions_are_the_reports() -> None:
         (system.reader, "document", "Represent the user's input."),
         (system.reranker.reader, "rerank", "Given a search query, retrieve relevant candidates that answer the query."),
     ):
-        told = system.encoders.read_texts(*system.encoders.tokenise([words])).tokens
-        assert torch.equal(reader.get_buffer(name), told)
+        ids, mask = system.encoders.tokenise([words])
+        assert torch.equal(reader.get_buffer(f"{name}_ids"), ids) and torch.equal(
+            reader.get_buffer(f"{name}_mask"), mask
+        )
 
 
 @torch.no_grad()
@@ -272,11 +280,11 @@ def test_queries_are_told_a_task_and_documents_the_default() -> None:
     system._classified(image, torch.eye(2)[[0, 1, 0]])
     assert asked == ["query", "document", "document"]
     for name, vectors, others in (("query", text, image), ("document", image, text)):
-        system.reader.get_buffer(name).mul_(-1)
+        turned(system.reader, name)
         after = {"query": system.embed_texts(pairs.texts), "document": system.embed_images(pairs.images)}
         assert not torch.allclose(after[name], vectors)
         assert torch.equal(after["document" if name == "query" else "query"], others)
-        system.reader.get_buffer(name).mul_(-1)
+        turned(system.reader, name)
 
 
 def forms(x: torch.Tensor, dims: tuple[int, ...], step: float) -> list[torch.Tensor]:
@@ -459,3 +467,20 @@ def test_cosent_has_the_gradient_of_its_value_even_among_equals() -> None:
     cosine = torch.tensor([0.3, -0.2, 0.3, 0.9], dtype=torch.float64, requires_grad=True)
     rating = torch.tensor([1.0, 0.0, 1.0, 0.0])
     assert torch.autograd.gradcheck(lambda x: cosent_loss(x, rating, scale=3.0), [cosine])
+
+
+def test_a_reader_of_an_older_survey_opens() -> None:
+    """It held the tokens of its instructions, and as many places as those took."""
+    torch.manual_seed(0)
+    reader = Reader(ToyEncoders(), 16, 2, 2, 0.0, {"query": "find it"}).eval()
+    older = reader.state_dict()
+    older["places.weight"] = older["places.weight"][:-8].clone()
+    older["query"] = torch.zeros(1, 4, 20)
+    other = Reader(ToyEncoders(), 16, 2, 2, 0.0, {"query": "find it"}).eval()
+    other.load_state_dict(older)
+    pairs = toy_pairs(3)
+    item = reader.item("text", pairs.texts.tokens, pairs.texts.mask)
+    with torch.no_grad():
+        assert torch.equal(
+            reader("query", item), other("query", other.item("text", pairs.texts.tokens, pairs.texts.mask))
+        )

@@ -27,6 +27,7 @@ FROM_ZERO = (
     "mask_id",
 )  # places, token ids and a depth that may be nothing; other whole numbers are sizes and counts
 LARGEST = 2**63
+BY_BACKBONE, BY_SYSTEM = "backbone", "system"  # kinds of heads that a model's other parts are by themselves
 Combine = Literal["replace", "sum"]
 
 
@@ -408,7 +409,8 @@ class SystemConfig:
 @dataclass(frozen=True, kw_only=True)
 class ModelConfig:
     """One backbone, one bridge and the heads a model has; what is None is absent. Only a published model does without a bridge.
-    `system` is a published design that stands in place of bridge and heads. `adapters` are what parameter-efficient tuning adds, by name.
+    `system` is a published design that stands in place of bridge and heads, also of the backbone's own embedding. `adapters` are what
+    parameter-efficient tuning adds, by name.
     `scoring` is how the model ranks.
 
     Raises:
@@ -428,11 +430,12 @@ class ModelConfig:
     def __post_init__(self) -> None:
         if self.system is None:
             return
-        for name, default in (("bridge", BridgeConfig()), ("embedding", EmbeddingConfig())):
-            if getattr(self, name) == default:  # nobody asked for it
-                object.__setattr__(self, name, None)
+        if self.bridge == BridgeConfig():  # nobody asked for it
+            object.__setattr__(self, "bridge", None)
+        if self.embedding == EmbeddingConfig() or BY_BACKBONE in kinds_of(self.embedding):
+            object.__setattr__(self, "embedding", None)
         parts = {name: getattr(self, name) for name in ("bridge", "embedding", "matching", "captioning", "generation")}
-        beside = [name for name, part in parts.items() if part is not None and getattr(part, "kind", None) != "system"]
+        beside = [name for name, part in parts.items() if part is not None and BY_SYSTEM not in kinds_of(part)]
         if beside:
             raise ValueError(
                 f"system: {self.system.name} stands in place of bridge and heads, got {', '.join(beside)} beside it; leave "
@@ -445,6 +448,11 @@ class ModelConfig:
         if self.system is None:
             return self
         return dataclasses.replace(self, embedding=None, matching=None, captioning=None)
+
+
+def kinds_of(*parts: Any) -> set[str]:
+    """The kinds of these heads' configurations; a part that has none, or is absent, adds nothing."""
+    return {part.kind for part in parts if hasattr(part, "kind")}
 
 
 def nearest(name: str, known: typing.Iterable[str]) -> str:

@@ -43,15 +43,44 @@ def called(name: str) -> tuple[str, ...]:
     return (name, base_name(name), *([] if adapter is None else [f"adapters.{adapter}"]))
 
 
+GROUPS = ("towers.", "projections.", "around.")
+
+
+def placed(model: nn.Module) -> dict[str, tuple[str, ...]]:
+    """What else a pattern may call a parameter of a model, by where it stands: `towers.image` and `towers.text` if raw features of the
+    backbone depend on it, `projections.image` and `projections.text` if it turns them into tokens that the model reads. Projections and all
+    that stands behind the backbone are also called `around.` and their name."""
+    if not isinstance(model, UnimodalModel):
+        return {}
+    backbone = model.backbone
+    out: dict[str, tuple[str, ...]] = {}
+    kinds = [kind for kind in backbone.modalities if model.system is None or kind in model.system.towers]
+    tokens = {"image": backbone.sees, "text": backbone.reads}
+    for name, _ in model.named_parameters():
+        own = base_name(name).removeprefix("backbone.")
+        if not name.startswith("backbone."):
+            out[name] = (f"around.{name}",)
+        elif tower := next((kind for kind in backbone.modalities if _matches(own, backbone.tower(kind))), None):
+            out[name] = (f"towers.{tower}",)
+        elif kind := next((kind for kind in kinds if _matches(own, tokens.get(kind, ()))), None):
+            out[name] = (f"projections.{kind}", f"around.{name}")
+    return out
+
+
+def _matches(name: str, patterns: Iterable[str]) -> bool:
+    return any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)
+
+
 def rates(model: nn.Module, trainable: dict[str, float]) -> dict[str, float]:
-    """Learning-rate factor of every parameter; 0 is frozen. The last pattern that matches a name (`called`) decides.
+    """Learning-rate factor of every parameter; 0 is frozen. The last pattern that matches a name (`called`, `placed`) decides.
 
     Raises:
         ValueError: for a pattern that matches no parameter (names the nearest), or when nothing trains.
     """
-    names = {name: called(name) for name, _ in model.named_parameters()}
+    places = placed(model)
+    names = {name: (*called(name), *places.get(name, ())) for name, _ in model.named_parameters()}
     for pattern in trainable:
-        if not any(fnmatch.filter(forms, pattern) for forms in names.values()):
+        if not (pattern.startswith(GROUPS) or any(fnmatch.filter(forms, pattern) for forms in names.values())):
             tops = {".".join(form.split(".")[:2]) for forms in names.values() for form in forms}
             raise ValueError(f"trainable pattern {pattern!r} matches no parameter; {nearest(pattern, tops)}")
     out = {}

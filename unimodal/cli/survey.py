@@ -13,11 +13,11 @@ from rich.console import Console
 from unimodal.cli.options import Parser, number, whole, words
 from unimodal.cli.output import require_free_folder, say
 from unimodal.data.guess import open_split
+from unimodal.data.noise import Noise
 from unimodal.data.pairs import Pairs
 from unimodal.recipes import CHECKPOINT, shipped_checkpoint
 from unimodal.survey.data import First, Shots, SurveyData
 from unimodal.survey.encoders import SharedEncoders
-from unimodal.survey.noise import Noise
 from unimodal.survey.page import PAGE, accuracy, printed, read_results, taxonomy, write_page
 from unimodal.survey.run import CONFIG, Run, configs, run_system
 from unimodal.survey.specs import systems_folder

@@ -21,7 +21,7 @@ from pytorch_lightning.plugins.environments import SLURMEnvironment, TorchElasti
 from pytorch_lightning.utilities.exceptions import MisconfigurationException
 
 from unimodal import files, words
-from unimodal.cli import starting
+from unimodal.cli import starting, system
 from unimodal.cli.messages import ConfigError, short
 from unimodal.cli.schedule import LOCK, merge, output_folder, run_schedule, stage_configs
 from unimodal.cli.stage import save_stage
@@ -250,6 +250,9 @@ def read_schedule(files: list[Path], overrides: list[str]) -> dict[str, Any] | N
     content: dict[str, Any] = {}
     for file in files:
         content = merge(content, _read(file, "--config"))
+    if "system" in content:
+        added = {key: value for key, value in content.items() if key not in system.KEYS}
+        content = merge(system.schedule_of(content), added)
     if "stages" not in content:
         return None
     for key, value in _overrides(overrides):

@@ -25,6 +25,7 @@ from unimodal.data.batch import Batch
 from unimodal.data.categories import categories_of, one_hot
 from unimodal.data.features import ImageFeatures, SplitFeatures, TextFeatures, trained
 from unimodal.data.negatives import Negatives, read_negatives
+from unimodal.data.noise import Noise, NoisyCaptions
 from unimodal.data.pairs import Pairs, is_gallery, require_captions
 from unimodal.data.processor import Processor, scenes_tokenizer
 from unimodal.data.published import open_processor, open_writer
@@ -54,7 +55,7 @@ def as_targets(pixels: Tensor, size: int) -> Tensor:
 
 
 class TrainingSamples(Dataset):
-    """Samples by (epoch, index): one picture, one of its captions, false captions where the reader has them, mined wrong ones."""
+    """Samples by (epoch, index, row): one picture, one of its captions, false captions where the reader has them, mined wrong ones."""
 
     def __init__(
         self,
@@ -84,11 +85,11 @@ class TrainingSamples(Dataset):
             self.arrays[index] = torch.as_tensor(self.processor.image_array(self.pairs.image(index)))
         return self.arrays[index]
 
-    def __getitem__(self, key: tuple[int, int]) -> dict[str, Any]:
-        epoch, index = key
+    def __getitem__(self, key: tuple[int, int, int]) -> dict[str, Any]:
+        epoch, index, row = key
         draw = random.Random(f"{self.seed}-{epoch}-{index}")
         captions = self.pairs.captions(index)
-        chosen = draw.randrange(len(captions))
+        chosen = (draw.randrange(len(captions)) + row) % len(captions)
         caption = captions[chosen]
         false = self.pairs.negatives(index, chosen)
         turned = self.mirror and draw.random() < 0.5
@@ -115,7 +116,7 @@ class TrainingSamples(Dataset):
             sample["array"] = array if self.crop == 1 else cropped(array, self.crop, draw)
         return sample
 
-    def __getitems__(self, keys: list[tuple[int, int]]) -> list[dict[str, Any]]:
+    def __getitems__(self, keys: list[tuple[int, int, int]]) -> list[dict[str, Any]]:
         return [self[key] for key in keys]
 
     def collate(self, samples: list[dict[str, Any]]) -> Batch:
@@ -204,7 +205,8 @@ class TrainingLoader:
 
     Args:
         samples: what is drawn from.
-        batch_size: samples of a batch, on each rank.
+        batch_size: images of a batch, on each rank.
+        captions: rows of each image.
         workers: loader processes.
         neighbours: mined neighbours that stand beside each image in its batch, if any.
         rank: which part of the global batch is read here.
@@ -218,6 +220,7 @@ class TrainingLoader:
         samples: TrainingSamples,
         *,
         batch_size: int,
+        captions: int = 1,
         workers: int,
         neighbours: Tensor | None,
         rank: int,
@@ -226,11 +229,12 @@ class TrainingLoader:
         repeat: bool = False,
     ):
         self.samples, self.batch_size, self.workers, self.neighbours = samples, batch_size, workers, neighbours
+        self.captions = captions
         self.rank, self.world, self.limit, self.repeat = rank, world, limit, repeat
         self.epoch, self.step, self.resumed = 0, 0, False
         self.plan()  # too few images are an error now: a trainer would take a loader of length 0 for finished work
 
-    def plan(self) -> list[list[tuple[int, int]]]:
+    def plan(self) -> list[list[tuple[int, int, int]]]:
         """The epoch's batches for this rank; the global batch is cut in contiguous parts."""
         whole = self.batch_size * self.world
         if self.neighbours is None:
@@ -238,7 +242,9 @@ class TrainingLoader:
         else:
             batches = hard_batches(self.neighbours, whole, self.samples.seed, self.epoch)
         mine = batches[:, self.rank * self.batch_size : (self.rank + 1) * self.batch_size]
-        return [[(self.epoch, index) for index in row] for row in mine.tolist()]
+        return [
+            [(self.epoch, i, caption) for i in images for caption in range(self.captions)] for images in mine.tolist()
+        ]
 
     def __len__(self) -> int:
         return len(self.samples.pairs) // (self.batch_size * self.world)
@@ -296,6 +302,8 @@ class PairData(pl.LightningDataModule):
         feature_precision: `half` (float16), or `int8` with a scale for each token, in half the space.
         target_size: side of the picture to generate; None leaves the target out.
         false_captions: the reader's own false captions shown with each picture, where it has them.
+        captions_per_image: rows of a batch that show the same image, each with its next caption; an image with fewer shows one again.
+        noise: share of the training captions that are replaced by those of other images on purpose, for what learns to live with them.
         hard_neighbours: mined neighbours that stand beside each image in its batch; 0 draws batches at random.
         negatives: file of hard negatives of the training split (`unimodal mine`); in a schedule also the name of a stage that mines.
         hard_texts: captions of that file shown with each picture, drawn anew in every epoch.
@@ -318,6 +326,8 @@ class PairData(pl.LightningDataModule):
         feature_precision: Precision = "half",
         target_size: int | None = None,
         false_captions: int = 1,
+        captions_per_image: int = 1,
+        noise: float = 0.0,
         hard_neighbours: int = 0,
         negatives: str | None = None,
         hard_texts: int = 1,
@@ -337,6 +347,7 @@ class PairData(pl.LightningDataModule):
         self.feature_cache, self.target_size, self.workers = feature_cache, target_size, workers
         self.cached_features, self.feature_precision = cached_features, feature_precision
         self.false_captions, self.hard_neighbours = false_captions, hard_neighbours
+        self.captions_per_image, self.noise = captions_per_image, noise
         self.negatives, self.hard_texts, self.hard_images = negatives, hard_texts, hard_images
         self.neighbours: Tensor | None = None
         self.processor: Processor | None = None
@@ -461,7 +472,7 @@ class PairData(pl.LightningDataModule):
         if self.processor is None:
             raise RuntimeError("PairData.bind(config, backbone) must run before its loaders are made")
         samples = TrainingSamples(
-            self.train,
+            NoisyCaptions(self.train, Noise(self.noise, seed=self.seed)) if self.noise else self.train,
             self.processor,
             seed=self.seed,
             mirror=self.mirror,
@@ -480,6 +491,7 @@ class PairData(pl.LightningDataModule):
         loader = TrainingLoader(
             samples,
             batch_size=self.batch_size,
+            captions=self.captions_per_image,
             workers=self.workers,
             neighbours=self.neighbours,
             rank=trainer.global_rank if trainer else 0,

@@ -15,11 +15,11 @@ from torch import Tensor
 
 from unimodal.data.categories import categories_of, one_hot
 from unimodal.data.features import ImageFeatures, SplitFeatures, TextFeatures
+from unimodal.data.noise import Noise, changed, corrupted
 from unimodal.data.pairs import Pairs, fingerprint, require_captions
 from unimodal.data.sampler import hard_batches, random_batches
 from unimodal.files import write_json
 from unimodal.survey.encoders import SharedEncoders
-from unimodal.survey.noise import Noise, changed, corrupted
 from unimodal.systems import Batch, Images, Stage, Texts
 
 READ = 256  # rows read at a time

@@ -111,12 +111,14 @@ class System(nn.Module):
     Attributes:
         needs_pixels: whether it reads pixels beside the encoder's tokens.
         towers: the shared encoders whose tokens it reads; one that reads ids by itself has no use for the text tower.
+        stage_towers: the towers whose tokens a stage reads, by the stage's name; a stage that is not named reads all of `towers`.
         looks: patterns over the names of the layers by which texts look at image tokens, `Attention` or an `nn.Softmax` of such scores:
             a key for each image token, after those of class tokens.
     """
 
     needs_pixels = False
     towers: tuple[str, ...] = ("image", "text")
+    stage_towers: Mapping[str, tuple[str, ...]] = {}
     looks: tuple[str, ...] = ()
 
     def __init__(self, encoders: Encoders) -> None:

@@ -75,7 +75,7 @@ class Reader(nn.Module):
                 for side, c in (("image", encoders.image_width), ("text", encoders.text_width))
             }
         )
-        self.instructions = dict(instructions)
+        self._encoders, self.instructions = (encoders,), dict(instructions)
         self.learn_words(encoders)
         self.end = nn.Parameter(torch.zeros(width))
         places = encoders.max_length + parts * max(encoders.image_tokens, encoders.max_length) + 1
@@ -85,11 +85,26 @@ class Reader(nn.Module):
         self.apply(init_weights)
 
     def learn_words(self, encoders: Encoders) -> None:
-        """Read the instructions in the tokens of the encoders' tokenizer."""
+        """Read the instructions in the ids of the encoders' tokenizer."""
         device = self.project["text"][1].weight.device  # type: ignore[index]
         for name, words in self.instructions.items():
-            ids, mask = (x.to(device) for x in encoders.tokenise([words]))
-            self.register_buffer(name, encoders.read_texts(ids, mask).tokens.detach().clone())  # [1, G, C]
+            for part, value in zip(("ids", "mask"), encoders.tokenise([words])):  # [1, G]
+                self.register_buffer(f"{name}_{part}", value.to(device), persistent=False)  # follows from the settings
+
+    def _load_from_state_dict(self, state: dict[str, Any], prefix: str, *rest: Any) -> None:
+        """Results of a survey before 2026-12 hold the instructions' tokens, and fewer places."""
+        for name in self.instructions:
+            state.pop(prefix + name, None)
+        places = state.get(f"{prefix}places.weight")
+        if places is not None and len(places) < len(self.places.weight):
+            beyond = self.places.weight.detach()[len(places) :].to(places)
+            state[f"{prefix}places.weight"] = torch.cat([places, beyond])
+        super()._load_from_state_dict(state, prefix, *rest)
+
+    def _instruction(self, name: str) -> Tensor:
+        """The instruction of that name as the text encoder makes it, which may train, [1, G, W]."""
+        ids, mask = self.get_buffer(f"{name}_ids"), self.get_buffer(f"{name}_mask")
+        return self.project["text"](self._encoders[0].read_texts(ids, mask).tokens)
 
     def item(self, side: str, tokens: Tensor, mask: Tensor) -> Part:
         """The encoder's tokens of one side as a part."""
@@ -98,7 +113,7 @@ class Reader(nn.Module):
     def forward(self, instruction: str, *items: Part) -> Tensor:
         """The instruction of that name, items, end token -> the state there, [B, W]."""
         rows = len(items[0][0])
-        led = self.project["text"](self.get_buffer(instruction)).expand(rows, -1, -1)
+        led = self._instruction(instruction).expand(rows, -1, -1)
         x = torch.cat([led, *(states for states, _ in items), self.end.expand(rows, 1, -1)], 1)  # [B, S, W]
         mask = torch.cat([mask.new_ones(rows, led.shape[1]) for mask in (items[0][1],)] + [m for _, m in items], 1)
         mask = F.pad(mask, (0, 1), value=True)
@@ -220,19 +235,19 @@ class QwenEmbedding(System):
         self.scale = Scale(20.0)
         self.step = nn.Parameter(torch.tensor(FIRST_STEP))
         self.category_names = list(category_names)
-        self.labels: Texts | None = None
-        self._read_labels()
+        self._hold_labels()
         self.reranker = QwenReranker(encoders, width, layers, heads, dropout)
         self.before = Teacher(self._embedder())
 
     def learn_words(self) -> None:
         for reader in (self.reader, self.reranker.reader):
             reader.learn_words(self.encoders)
-        self._read_labels()
+        self._hold_labels()
 
-    def _read_labels(self) -> None:
+    def _hold_labels(self) -> None:
         if self.category_names:
-            self.labels = self.encoders.read_texts(*self.encoders.tokenise(self.category_names))
+            for part, value in zip(("ids", "mask"), self.encoders.tokenise(self.category_names)):  # [K, L]
+                self.register_buffer(f"label_{part}", value, persistent=False)  # follows from the settings
 
     @classmethod
     def known_texts(cls, settings: Mapping[str, Any]) -> Sequence[str]:
@@ -281,7 +296,7 @@ class QwenEmbedding(System):
             out["answer"] = self.reranker.judged(batch, likely)
             if batch.labels is not None:
                 out["sts"] = self._every_form(partial(self._graded, labels=batch.labels), text)
-                if self.labels is not None:
+                if self.category_names:
                     out["classification"] = self._classified(image, batch.labels)
         return out
 
@@ -317,8 +332,8 @@ class QwenEmbedding(System):
 
     def _classified(self, image: Tensor, labels: Tensor) -> Tensor:
         """Each picture finds one of its own labels among labels that are wrong for it, and no other item of the batch."""
-        assert self.labels is not None
-        label = self.reader.item("text", self.labels.tokens, self.labels.mask)
+        held = self.encoders.read_texts(self.get_buffer("label_ids"), self.get_buffer("label_mask"))
+        label = self.reader.item("text", held.tokens, held.mask)
         documents = self._embed("document", label)  # [categories, E]
         wrong = (1 - labels).sum(1)
         known = (labels.sum(1) > 0) & (wrong >= 1)

@@ -99,6 +99,8 @@ class VLMo(System):
         dim: E.
     """
 
+    stage_towers = {"vision": ("image",), "text": ("text",)}
+
     def __init__(
         self,
         encoders: Encoders,

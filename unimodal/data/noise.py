@@ -8,7 +8,7 @@ import random
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from unimodal.data.nouns import objects_in
 from unimodal.data.pairs import Pairs
@@ -100,3 +100,26 @@ def swaps(text: str, draw: random.Random) -> list[str]:
             other = draw.choice([word for word in kind if word != found[0].lower()])
             out.append(text[: found.start()] + other + text[found.end() :])
     return out
+
+
+class NoisyCaptions:
+    """A split with a share of its captions corrupted (`unimodal.data.pairs.Pairs`).
+
+    Args:
+        pairs: the split.
+        noise: how much, which kind, which seed.
+    """
+
+    def __init__(self, pairs: Pairs, noise: Noise) -> None:
+        clean = [pairs.captions(i) for i in range(len(pairs))]
+        places = [[(i, c) for c in range(len(texts))] for i, texts in enumerate(clean)]
+        self.pairs, self.noisy = pairs, corrupted(pairs, clean, places, noise)
+
+    def __len__(self) -> int:
+        return len(self.pairs)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.pairs, name)
+
+    def captions(self, i: int) -> list[str]:
+        return self.noisy[i]
