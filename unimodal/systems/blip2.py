@@ -122,4 +122,4 @@ class BLIP2(System):
             hidden = self.bridge.caption(QUERIES, self._as_caption(ids), memory)[:, -1]
             return self.bridge.lm_logits(hidden)[:, : self.encoders.vocab_size]
 
-        return write_words(next_word, len(images.tokens), self.encoders)
+        return write_words(next_word, len(images.tokens), self.encoders, device=images.tokens.device)

@@ -58,10 +58,12 @@ class Mapper(nn.Module):
         return self.dropout(self.layers(text).view(len(text), self.prompts, self.width))
 
 
-def every_pair(score: Callable[[Tensor, Tensor], Tensor], count: int, *, at_once: int = AT_ONCE) -> Tensor:
-    """Scores [B, B] of all images with all texts of a batch of `count`, by a function of image rows [P] and text rows [P], `at_once` pairs
-    at a time; what a part needs for its gradient is computed again, not kept."""
-    parts = torch.arange(count * count).split(at_once)  # row-major: images, then texts
+def every_pair(
+    score: Callable[[Tensor, Tensor], Tensor], count: int, *, at_once: int = AT_ONCE, device: torch.device | None = None
+) -> Tensor:
+    """Scores [B, B] of all images with all texts of a batch of `count`, by a function of image rows [P] and text rows [P] on a device,
+    `at_once` pairs at a time; what a part needs for its gradient is computed again, not kept."""
+    parts = torch.arange(count * count, device=device).split(at_once)  # row-major: images, then texts
     if len(parts) == 1:
         return score(parts[0] // count, parts[0] % count).view(count, count)
     scores = [checkpoint(score, part // count, part % count, use_reentrant=False) for part in parts]
@@ -120,7 +122,7 @@ class PromptedDualEncoder(DualEncoder):
         def score(i: Tensor, j: Tensor) -> Tensor:
             return self._cosine(tuple(x[i] for x in image), text[j], prompts[j])
 
-        return {"elip": self.prompted_loss(every_pair(score, len(text)), batch.image_id)}
+        return {"elip": self.prompted_loss(every_pair(score, len(text), device=text.device), batch.image_id)}
 
     def prompted_loss(self, scores: Tensor, image_id: Tensor) -> Tensor:
         """What the cosines [B, B] of prompted images with texts cost."""
@@ -240,6 +242,6 @@ class ELIPB(BLIP2):
         """Logits [P] of a match, each image read again with its text's prompts, which the Q-Former does not see."""
         *text, condition = texts
         hidden, mask = self.image_tower.read(images[0], images[1], self.mapper(condition))
-        kept = torch.ones(hidden.shape[1], dtype=torch.bool)
+        kept = torch.ones(hidden.shape[1], dtype=torch.bool, device=hidden.device)
         kept[1 : 1 + self.mapper.prompts] = False
         return super().score_pairs((hidden[:, kept], mask[:, kept]), tuple(text))

@@ -77,7 +77,9 @@ class NounTags(nn.Module):
         """
         encoders, count = self._encoders[0], self.count
         ids, mask = encoders.tokenise(self.nouns)
-        words = mask & ~torch.isin(ids, torch.tensor(encoders.special_ids))
+        if "vectors" in self._buffers:
+            ids, mask = ids.to(self.get_buffer("vectors").device), mask.to(self.get_buffer("vectors").device)
+        words = mask & ~torch.isin(ids, ids.new_tensor(encoders.special_ids))
         if (longest := count * int(words.sum(1).max()) + 2) > encoders.max_length:
             raise ValueError(
                 f"tags: {count} nouns may take {longest} tokens, the text encoder reads {encoders.max_length}; lower count"

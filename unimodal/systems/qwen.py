@@ -171,7 +171,8 @@ class QwenReranker(System):
 
     def losses(self, batch: Batch, stage: str, progress: float) -> dict[str, Tensor]:
         """Wrong pairs are drawn at random: alone it has no embedder that could mine them."""
-        return {"answer": self.judged(batch, torch.zeros(len(batch.image_id), len(batch.image_id)))}
+        rows = len(batch.image_id)
+        return {"answer": self.judged(batch, batch.images.tokens.new_zeros(rows, rows))}
 
     def judged(self, batch: Batch, scores: Tensor) -> Tensor:
         """The loss on true pairs and on wrong ones, drawn by an embedder's scores [image, text]."""
@@ -247,7 +248,9 @@ class QwenEmbedding(System):
     def _hold_labels(self) -> None:
         if self.category_names:
             for part, value in zip(("ids", "mask"), self.encoders.tokenise(self.category_names)):  # [K, L]
-                self.register_buffer(f"label_{part}", value, persistent=False)  # follows from the settings
+                self.register_buffer(
+                    f"label_{part}", value.to(self.step.device), persistent=False
+                )  # follows from the settings
 
     @classmethod
     def known_texts(cls, settings: Mapping[str, Any]) -> Sequence[str]:
@@ -326,7 +329,7 @@ class QwenEmbedding(System):
 
     def _graded(self, text: Tensor, *, labels: Tensor) -> Tensor:
         """Captions are the more alike the more categories their images share: CoSENT over neighbours in the batch."""
-        other = torch.arange(len(text)).roll(1)
+        other = torch.arange(len(text), device=text.device).roll(1)
         shared = (labels * labels[other]).sum(1) / (labels + labels[other]).clamp(max=1).sum(1).clamp(min=1)
         return cosent_loss((text * text[other]).sum(1), shared, scale=self.scale())
 
@@ -355,7 +358,7 @@ class QwenEmbedding(System):
         scores = similarity(image, text).T  # [text, image]
         same = batch.image_id[:, None] == batch.image_id[None]
         wrong = scores.masked_fill(same, -2.0).topk(min(NEGATIVES, len(text) - 1), 1).indices
-        own = torch.arange(len(text))
+        own = torch.arange(len(text), device=text.device)
         candidates = torch.cat([own[:, None], wrong], 1)
         given = torch.cat([torch.ones_like(own[:, None], dtype=torch.bool), ~same.gather(1, wrong)], 1)
         rows = own[:, None].expand_as(candidates).flatten()

@@ -101,7 +101,7 @@ class VLGAP(FusionEncoder):
 
     def losses(self, batch: Batch, stage: str, progress: float) -> dict[str, Tensor]:
         if stage == "clean":
-            return self._learn(batch, torch.arange(len(batch.image_id)), 0.0)
+            return self._learn(batch, torch.arange(len(batch.image_id), device=batch.image_id.device), 0.0)
         return self._learn(*self._trusted(batch), self.alpha * min(1.0, progress / 0.2))
 
     def _learn(self, batch: Batch, rows: Tensor, alpha: float) -> dict[str, Tensor]:
@@ -168,7 +168,7 @@ class VLGAP(FusionEncoder):
 
     def _remember(self, found: Trust) -> None:
         count = self.buffer.shape[1]
-        rows = (self.get_buffer("filled") + torch.arange(len(found.match))) % count
+        rows = (self.get_buffer("filled") + torch.arange(len(found.match), device=self.buffer.device)) % count
         self.buffer[0, rows], self.buffer[1, rows] = found.match.float(), found.words.float()
         self.get_buffer("filled").add_(len(found.match))
 
@@ -176,7 +176,7 @@ class VLGAP(FusionEncoder):
         """Which pairs [B] are among the trusted share, by the ranks of both values in the buffer."""
         known = self.buffer[:, : int(self.get_buffer("filled").clamp(max=self.buffer.shape[1]))]  # [2, K]
         if known.shape[1] < ENOUGH or self.keep == 1:
-            return torch.ones(len(found.match), dtype=torch.bool)
+            return torch.ones_like(found.match, dtype=torch.bool)
 
         def confidence(match: Tensor, words: Tensor) -> Tensor:
             ranks = [
@@ -201,7 +201,7 @@ class VLGAP(FusionEncoder):
         def next_word(ids: Tensor) -> Tensor:
             return self._word_logits(image, ids, torch.ones_like(ids, dtype=torch.bool))[:, -1]
 
-        return write_words(next_word, len(images.tokens), self.encoders, top_p=top_p)
+        return write_words(next_word, len(images.tokens), self.encoders, top_p=top_p, device=images.tokens.device)
 
     @torch.no_grad()
     def write(self, images: Images) -> list[list[int]]:
@@ -215,7 +215,8 @@ class VLGAP(FusionEncoder):
         mask = torch.zeros(ids.shape, dtype=torch.bool)
         for i, row in enumerate(whole):
             ids[i, : len(row)], mask[i, : len(row)] = torch.tensor(row), True
-        return encoders.read_texts(ids, mask)
+        device = self.word_bias.device
+        return encoders.read_texts(ids.to(device), mask.to(device))
 
 
 def _replaced(texts: Texts, other: Texts, rows: Tensor, by: Tensor, pad_id: int) -> Texts:

@@ -35,7 +35,12 @@ def hide_words(
 
 @torch.no_grad()
 def write_words(
-    next_word: Callable[[Tensor], Tensor], count: int, encoders: Encoders, *, top_p: float | None = None
+    next_word: Callable[[Tensor], Tensor],
+    count: int,
+    encoders: Encoders,
+    *,
+    top_p: float | None = None,
+    device: torch.device | None = None,
 ) -> list[list[int]]:
     """The likeliest word at a time: ids of `count` texts without start and end.
 
@@ -44,9 +49,10 @@ def write_words(
         count: M.
         encoders: whose ids they are; a text is at most `max_length` long.
         top_p: draw from the fewest words whose probabilities sum to this instead (Holtzman et al. 2019, arXiv 1904.09751).
+        device: of the ids.
     """
-    ids = torch.full((count, 1), encoders.start_id)
-    ended = torch.zeros(count, dtype=torch.bool)
+    ids = torch.full((count, 1), encoders.start_id, device=device)
+    ended = torch.zeros(count, dtype=torch.bool, device=device)
     while ids.shape[1] < encoders.max_length and not ended.all():
         logits = next_word(ids).float()
         word = logits.argmax(-1) if top_p is None else _drawn(logits, top_p)
