@@ -215,3 +215,20 @@ def test_the_match_logit_alone_ranks_the_candidates() -> None:
             else:
                 assert again[q] == ranks[q]
         assert not torch.equal(again, ranks)
+
+
+def test_a_stage_starts_teacher_and_queue_together() -> None:
+    """Features of another teacher, whose images a later stage would count as right, do not stay."""
+    torch.manual_seed(0)
+    system, pairs = ALBEF(ToyEncoders(), 16, 1, 2, 0.0, dim=8, queue=16), toy_pairs(6)
+    for _ in range(2):
+        system.losses(pairs, "joint", 0.5)
+    assert (system.queue.ids >= 0).sum() == 12 and int(system.queue.place) == 12
+    with torch.no_grad():
+        for parameter in system.parameters():
+            parameter.add_(0.1)
+    system.start_stage("retrieval")
+    assert (system.queue.ids == -1).all() and int(system.queue.place) == 0
+    torch.testing.assert_close(system.queue.image.norm(dim=-1), torch.ones(16))
+    for name, parameter in system.named_parameters():
+        assert torch.equal(system.teacher.get_buffer(name.replace(".", "/")), parameter)

@@ -16,20 +16,38 @@ Legend: B local batch, R ranks.
 """
 
 from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+_ALONE = ContextVar("alone", default=False)
+
+
+@contextmanager
+def alone() -> Iterator[None]:
+    """A block in which this process is the only rank: for losses of rows that were gathered before, the global batch on every rank."""
+    token = _ALONE.set(True)
+    try:
+        yield
+    finally:
+        _ALONE.reset(token)
+
 
 def world_size() -> int:
     """Number of ranks; 1 without a process group."""
-    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+    return dist.get_world_size() if _together() else 1
 
 
 def rank() -> int:
     """Index of this rank; 0 without a process group."""
-    return dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
+    return dist.get_rank() if _together() else 0
+
+
+def _together() -> bool:
+    return not _ALONE.get() and dist.is_available() and dist.is_initialized()
 
 
 @torch.no_grad()

@@ -123,7 +123,9 @@ class ALBEF(FusionEncoder):
         self.teacher = Teacher(self, momentum)
 
     def start_stage(self, stage: str) -> None:
+        """Teacher and queue start anew together: features of another teacher would be compared with those of this one."""
         self.teacher.start(self)
+        self.queue.start()
 
     def after_step(self, stage: str) -> None:
         self.teacher.follow(self)

@@ -71,9 +71,19 @@ class Queue(nn.Module):
     def __init__(self, places: int, dim: int) -> None:
         super().__init__()
         for side in ("image", "text"):
-            self.register_buffer(side, F.normalize(torch.randn(places, dim), dim=-1))
-        self.register_buffer("ids", torch.full((places,), -1))
-        self.register_buffer("place", torch.zeros((), dtype=torch.long))
+            self.register_buffer(side, torch.empty(places, dim))
+        self.register_buffer("ids", torch.empty(places, dtype=torch.long))
+        self.register_buffer("place", torch.empty((), dtype=torch.long))
+        self.start()
+
+    @torch.no_grad()
+    def start(self) -> None:
+        """Forget what was pushed: random unit vectors of no image."""
+        generator = torch.Generator().manual_seed(0)  # all ranks begin alike
+        for features in (self.image, self.text):
+            features.copy_(F.normalize(torch.randn(features.shape, generator=generator), dim=-1))
+        self.ids.fill_(-1)
+        self.place.zero_()
 
     @torch.no_grad()
     def push(self, image: Tensor, text: Tensor, ids: Tensor) -> None:

@@ -1,0 +1,64 @@
+"""Every system on two processes is the same as on one: weights and whatever it keeps of its training, after two steps of each stage."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import pytorch_lightning as pl
+import ranks
+import torch
+from pytorch_lightning.utilities import rank_zero_only
+from test_house import small, stages_of
+from toy import toy_config
+
+from unimodal.config import ModelConfig
+from unimodal.data import Scenes
+from unimodal.data.module import PairData
+from unimodal.systems import SYSTEMS
+from unimodal.tasks import Joint, LossLog, OptimizerSettings, SystemLosses
+
+ROWS, STEPS = 8, 2
+STAGES = [(name, stage) for name in SYSTEMS for stage in stages_of(name)]
+
+
+def train(folder: Path, name: str, stage: str, world: int, strategy: str) -> None:
+    config = ModelConfig(backbone=toy_config().backbone, system=small(name))
+    task = Joint(config, {"own": SystemLosses(stage)}, stages_of(name)[stage], OptimizerSettings(lr=1e-3, warmup=0.0))
+    trainer = pl.Trainer(
+        max_steps=STEPS, callbacks=[LossLog()], default_root_dir=folder, accelerator="cpu", devices=world, strategy=strategy,
+        limit_val_batches=0, logger=False, enable_progress_bar=False, enable_model_summary=False,
+        enable_checkpointing=False, use_distributed_sampler=False,
+    )  # fmt: skip
+    data = PairData(Scenes("train", count=16), Scenes("val", count=2), batch_size=ROWS // world, captions_per_image=2)
+    trainer.fit(task, datamodule=data)
+    torch.save(task.model.state_dict(), folder / f"weights-{trainer.global_rank}.pt")
+
+
+def each(rank: int, world: int, folder: Path) -> None:
+    """What each of the two processes does."""
+    rank_zero_only.rank = rank
+    for name, stage in STAGES:
+        train(folder / name / stage, name, stage, world, "ddp")
+
+
+@pytest.fixture(scope="module")
+def together(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("ranks")
+    for name, stage in STAGES:
+        (folder / name / stage).mkdir(parents=True)
+    ranks.start(each, folder, world=2)
+    return folder
+
+
+@pytest.mark.timeout(900)  # two processes that import everything
+@pytest.mark.parametrize(("name", "stage"), STAGES)
+def test_two_ranks_learn_as_one(name: str, stage: str, together: Path, tmp_path: Path) -> None:
+    train(tmp_path, name, stage, 1, "auto")
+    one = torch.load(tmp_path / "weights-0.pt", weights_only=True)
+    for rank in range(2):
+        found: dict[str, Any] = torch.load(together / name / stage / f"weights-{rank}.pt", weights_only=True)
+        assert found.keys() == one.keys()
+        for key, value in one.items():
+            torch.testing.assert_close(
+                found[key], value, atol=1e-5, rtol=1e-4, msg=lambda text, key=key: f"{key}: {text}"
+            )
