@@ -178,6 +178,21 @@ def test_pictures_prepared_one_by_one_are_the_same(pair: tuple[str, Any, Any, Pa
         torch.testing.assert_close(a, b, atol=1e-6, rtol=0)
 
 
+def test_siglips_pool_leaves_out_what_a_mask_hides(tmp_path: Path) -> None:
+    """As if the hidden places were not there; a mask that hides nothing changes nothing."""
+    saved("siglip", tmp_path)
+    backbone = unimodal.from_pretrained(tmp_path).model.backbone
+    features = torch.randn(2, 16, backbone.width)
+    mask = torch.ones(2, 16, dtype=torch.bool)
+    with torch.no_grad():
+        whole = backbone.image_embedding(features, None)
+        torch.testing.assert_close(backbone.image_embedding(features, mask), whole)
+        mask[:, 10:] = False
+        torch.testing.assert_close(
+            backbone.image_embedding(features, mask), backbone.image_embedding(features[:, :10], None)
+        )
+
+
 def test_siglip_2_reads_lower_case(tmp_path: Path) -> None:
     saved("siglip2_fixed", tmp_path)
     model = unimodal.from_pretrained(tmp_path)

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from test_published import saved
 from toy import toy_model, toy_processor
 
 from unimodal.cli import main
@@ -422,13 +423,15 @@ def test_a_coarser_grid_is_the_average_of_the_finer(encoders: Path) -> None:
     fine = SharedEncoders(encoders)
     side = int(fine.image_tokens**0.5)
     pixels = torch.randn(2, 3, 32, 32)
-    tokens = fine.read_images(pixels).tokens
+    tokens = fine.unplaced(fine.read_images(pixels).tokens)
     for grid in (1, 2, 3, side):
-        found = SharedEncoders(encoders, grid).read_images(pixels).tokens
+        coarse = SharedEncoders(encoders, grid)
+        found = coarse.unplaced(coarse.read_images(pixels).tokens)
         assert found.shape == (2, grid * grid, tokens.shape[2])
         torch.testing.assert_close(found.mean(1), tokens.mean(1), atol=1e-5, rtol=1e-4)
     square = tokens.unflatten(1, (side, side))  # a cell of two by two is the mean of the tokens under it
-    half = SharedEncoders(encoders, side // 2).read_images(pixels).tokens.unflatten(1, (side // 2, side // 2))
+    coarse = SharedEncoders(encoders, side // 2)
+    half = coarse.unplaced(coarse.read_images(pixels).tokens).unflatten(1, (side // 2, side // 2))
     torch.testing.assert_close(half[:, 1, 0], square[:, 2:4, 0:2].mean((1, 2)), atol=1e-5, rtol=1e-4)
     with pytest.raises(
         ValueError, match=f"grid: got {side + 1}, .* a grid of {side}; expected a side from 1 to {side}"
@@ -550,3 +553,26 @@ def test_the_scoring_of_an_older_survey_is_read(before: str, now: dict[str, Any]
         f"title: one\npaper: one\ninteraction: one\nsystem: {{class_path: unimodal.systems.CLIP}}\nscoring: {before}\n"
     )
     assert read_spec(path).scoring == Scoring(**now)
+
+
+@pytest.mark.parametrize("published", ["clip", "siglip"])
+def test_encoders_as_their_authors_publish_them(
+    published: str, photographs: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """SigLIP's tokenizer begins no text; CLIP's has one id for padding and end, and no mask token."""
+    saved(published, tmp_path / published)
+    encoders = SharedEncoders(tmp_path / published)
+    special = [encoders.words.mask_id, encoders.words.end_id, encoders.pad_id]
+    assert encoders.words.mask_id not in special[1:] and (encoders.words.start_id is None) == (published == "siglip")
+    systems = ("as_it_comes", "clip", "albef", "vlmo")
+    assert survey(tmp_path / published, photographs, tmp_path / "out", "--systems", *systems) == 0, (
+        capsys.readouterr().err
+    )
+
+
+def test_the_systems_know_where_image_tokens_are(encoders: Path) -> None:
+    shared = SharedEncoders(encoders)
+    features = shared.backbone.image_features(shared.backbone.random_pixels(2, torch.Generator().manual_seed(0)))
+    there, turned = (shared.as_images(x, None).tokens for x in (features, features.flip(1)))
+    assert not torch.allclose(there, turned.flip(1), atol=1e-3)
+    torch.testing.assert_close(shared.unplaced(there), features, atol=1e-5, rtol=1e-4)

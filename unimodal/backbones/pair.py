@@ -130,6 +130,12 @@ class PretrainedPair(Backbone):
             pooled = self.model.visual_projection(tower.post_layernorm(features[:, 0]))
         elif mask is None:
             pooled = tower.head(features)
+        elif self.name == "siglip":  # transformers' head of the fixed resolution takes no mask
+            head = tower.head
+            pooled = head.attention(
+                head.probe.expand(len(features), -1, -1), features, features, key_padding_mask=~mask
+            )[0]
+            pooled = (pooled + head.mlp(head.layernorm(pooled)))[:, 0]
         else:
             pooled = tower.head(features, mask)
         return unit(pooled)

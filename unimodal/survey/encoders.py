@@ -9,12 +9,13 @@ import torch
 from torch import Tensor
 
 from unimodal.backbones import Pixels
+from unimodal.data.tokens import words_of
 from unimodal.hub import load_checkpoint
-from unimodal.systems import Images, Texts
+from unimodal.systems import BackboneEncoders, Images, Texts, positions_like
 
 
-class SharedEncoders:
-    """What `unimodal.systems.Encoders` asks for, of a checkpoint's backbone.
+class SharedEncoders(BackboneEncoders):
+    """What `unimodal.systems.Encoders` asks for, of a checkpoint's backbone: its raw features, with the positions of image tokens.
 
     Args:
         checkpoint: folder or Hub id of a checkpoint whose backbone reads images and texts apart.
@@ -32,30 +33,21 @@ class SharedEncoders:
     def __init__(self, checkpoint: str | Path, grid: int | None = None) -> None:
         self.source, self.grid = str(checkpoint), grid
         model, self.processor = load_checkpoint(checkpoint)
-        self.backbone = model.backbone.eval().requires_grad_(False)
-        backbone = self.backbone
+        backbone = model.backbone.eval().requires_grad_(False)
         if backbone.whole or not {"image", "text"} <= set(backbone.modalities):
             raise ValueError(
                 f"{checkpoint}: the survey needs a backbone that reads images and texts apart, this one reads "
                 f"{' and '.join(backbone.modalities)}{' as one sequence' if backbone.whole else ''}; give another checkpoint"
             )
-        tokenizer = self.processor.tokenizer
-        self.pad_id, self.mask_id = tokenizer.pad_token_id, tokenizer.mask_token_id
-        self.vocab_size, self.max_length = backbone.vocab_size, self.processor.max_length
-        ids, mask = self.tokenise(["a"])
-        self.start_id, self.end_id = int(ids[0, 0]), int(ids[0, mask[0].sum() - 1])
-        self.frame = [self.start_id], [self.end_id]
-        self.special_ids = [self.pad_id, self.start_id, self.end_id]
-        if self.mask_id is None:  # a tokenizer without one: the unknown word hides a word as well
-            self.mask_id = tokenizer.unk_token_id
+        super().__init__(backbone, words_of(self.processor))
+        self.max_length = self.processor.max_length
         with torch.no_grad():
-            pixels = backbone.random_pixels(1, torch.Generator().manual_seed(0))
-            features = backbone.image_features(pixels)
+            features = backbone.image_features(backbone.random_pixels(1, torch.Generator().manual_seed(0)))
             self.image_tokens, self.image_width = features.shape[1:]
             self.coarser = None if grid is None else self._averages(grid)
             if self.coarser is not None:
                 self.image_tokens = len(self.coarser)
-            self.text_width = backbone.text_features(ids, mask).shape[-1]
+            self.text_width = backbone.text_features(*self.tokenise(["a"])).shape[-1]
         self.sizes = {kind: self._size(backbone.tower(kind)) for kind in ("image", "text")}
 
     def _size(self, patterns: Sequence[str]) -> int:
@@ -82,7 +74,12 @@ class SharedEncoders:
             if mask is not None and not mask.all():
                 raise ValueError("grid: pictures of different sizes have no common grid; leave --grid out")
             tokens, mask = self.coarser @ tokens, None
+        tokens = tokens + positions_like(tokens, self.backbone.prefix_tokens)
         return Images(tokens, tokens.new_ones(tokens.shape[:2], dtype=torch.bool) if mask is None else mask)
+
+    def unplaced(self, tokens: Tensor) -> Tensor:
+        """The encoder's tokens [B, T, C] as they came, of those that systems see."""
+        return tokens - positions_like(tokens, self.backbone.prefix_tokens)
 
     def _averages(self, grid: int) -> Tensor:
         """What makes a grid of `grid` x `grid` tokens of the encoder's: [prefix + grid^2, T], each row a weighted mean."""

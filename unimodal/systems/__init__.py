@@ -35,7 +35,7 @@ from unimodal.systems.cdisa import CDISA
 from unimodal.systems.cimn import CIMN
 from unimodal.systems.clip import CLIP, DualEncoder, SigLIP
 from unimodal.systems.elip import ELIPB, ELIPC, ELIPS
-from unimodal.systems.encoders import BackboneEncoders
+from unimodal.systems.encoders import BackboneEncoders, positions_like
 from unimodal.systems.hosted import build_system, embedding_shape, heads_of, known_texts
 from unimodal.systems.mim import MaskedImages
 from unimodal.systems.omnibridge import OmniBridge
@@ -87,4 +87,5 @@ __all__ = [
     "embedding_shape",
     "heads_of",
     "known_texts",
+    "positions_like",
 ]

@@ -48,7 +48,7 @@ class AsItComes(System):
         )
 
     def embed_images(self, images: Images) -> Tensor:
-        return self.encoders.backbone.image_embedding(images.tokens, images.mask)
+        return self.encoders.backbone.image_embedding(self.encoders.unplaced(images.tokens), images.mask)
 
     def embed_texts(self, texts: Texts) -> Tensor:
         return self.encoders.backbone.text_embedding(texts.tokens, texts.ids, texts.mask)

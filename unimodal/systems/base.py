@@ -95,6 +95,9 @@ class Encoders(Protocol):
     def read_texts(self, ids: Tensor, mask: Tensor) -> Texts:
         """What the text encoder makes of these ids."""
 
+    def unplaced(self, tokens: Tensor) -> Tensor:
+        """Image tokens [B, T, C] without the positions that were added to them."""
+
 
 State = tuple[Tensor, ...]
 

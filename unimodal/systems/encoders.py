@@ -7,6 +7,7 @@ import math
 from collections.abc import Sequence
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from unimodal.backbones import Backbone
@@ -72,16 +73,12 @@ class BackboneEncoders:
         return token
 
     def placed(self, tokens: Tensor) -> Tensor:
-        """Image tokens [B, T, C] with their positions, where the backbone adds none: sine and cosine of row and column for a square
-        grid, of the place in the sequence otherwise. Class and register tokens have none."""
-        prefix = self.backbone.prefix_tokens
-        count = tokens.shape[1] - prefix
-        if self.backbone.placed or count < 1:
-            return tokens
-        side = math.isqrt(count)
-        grid = (side, side) if side * side == count else (count, 1)
-        positions = sincos_positions(*grid, tokens.shape[2]).to(tokens)
-        return torch.cat([tokens[:, :prefix], tokens[:, prefix:] + positions], 1)
+        """Image tokens [B, T, C] with their positions, where the backbone adds none."""
+        return tokens if self.backbone.placed else tokens + positions_like(tokens, self.backbone.prefix_tokens)
+
+    def unplaced(self, tokens: Tensor) -> Tensor:
+        """Image tokens [B, T, C] without what `placed` added."""
+        return tokens if self.backbone.placed else tokens - positions_like(tokens, self.backbone.prefix_tokens)
 
     def tokenise(self, texts: Sequence[str]) -> tuple[Tensor, Tensor]:
         """Texts that the configuration knows -> ids [M, L] and mask [M, L].
@@ -105,3 +102,12 @@ class BackboneEncoders:
         """What the text tower makes of these ids; with gradient where the tower trains."""
         tokens, mask = self.backbone.text_tokens(self.backbone.text_features(ids, mask), mask)
         return Texts(ids, mask, tokens * mask[..., None])
+
+
+def positions_like(tokens: Tensor, prefix: int) -> Tensor:
+    """Positions [T, C] of image tokens [B, T, C]: sine and cosine of row and column for a square grid, of the place in the sequence
+    otherwise; zeros for the `prefix` class and register tokens before them, and in what a width leaves beyond a multiple of four."""
+    count, width = tokens.shape[1] - prefix, tokens.shape[2]
+    side = math.isqrt(count)
+    positions = sincos_positions(*((side, side) if side * side == count else (count, 1)), width - width % 4)
+    return F.pad(positions, (0, width % 4, prefix, 0)).to(tokens)
