@@ -15,13 +15,16 @@ from unimodal.config import ModelConfig
 from unimodal.data import Scenes
 from unimodal.data.module import PairData
 from unimodal.systems import SYSTEMS
-from unimodal.tasks import Joint, LossLog, OptimizerSettings, SystemLosses
+from unimodal.tasks import FSDP2, Joint, LossLog, OptimizerSettings, SystemLosses
 
 ROWS, STEPS = 8, 2
 STAGES = [(name, stage) for name in SYSTEMS for stage in stages_of(name)]
 
 
-def train(folder: Path, name: str, stage: str, world: int, strategy: str) -> None:
+CUT = [("vlmo", "joint"), ("oscar", "retrieval")]  # also with weights that are cut among the processes
+
+
+def train(folder: Path, name: str, stage: str, world: int, strategy: Any) -> None:
     config = ModelConfig(backbone=toy_config().backbone, system=small(name))
     task = Joint(config, {"own": SystemLosses(stage)}, stages_of(name)[stage], OptimizerSettings(lr=1e-3, warmup=0.0))
     trainer = pl.Trainer(
@@ -31,7 +34,8 @@ def train(folder: Path, name: str, stage: str, world: int, strategy: str) -> Non
     )  # fmt: skip
     data = PairData(Scenes("train", count=16), Scenes("val", count=2), batch_size=ROWS // world, captions_per_image=2)
     trainer.fit(task, datamodule=data)
-    torch.save(task.model.state_dict(), folder / f"weights-{trainer.global_rank}.pt")
+    weights = task.whole_model().state_dict()
+    torch.save(weights, folder / f"weights-{trainer.global_rank}.pt")
 
 
 def each(rank: int, world: int, folder: Path) -> None:
@@ -39,6 +43,12 @@ def each(rank: int, world: int, folder: Path) -> None:
     rank_zero_only.rank = rank
     for name, stage in STAGES:
         train(folder / name / stage, name, stage, world, "ddp")
+    for name, stage in CUT:
+        train(folder / "cut" / name, name, stage, world, FSDP2())
+    try:
+        train(folder / "cut" / "albef", "albef", "joint", world, FSDP2())
+    except ValueError as error:
+        (folder / "cut" / "albef" / f"refused-{rank}.txt").write_text(str(error))
 
 
 @pytest.fixture(scope="module")
@@ -46,6 +56,8 @@ def together(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("ranks")
     for name, stage in STAGES:
         (folder / name / stage).mkdir(parents=True)
+    for name in ("vlmo", "oscar", "albef"):
+        (folder / "cut" / name).mkdir(parents=True)
     ranks.start(each, folder, world=2)
     return folder
 
@@ -62,3 +74,21 @@ def test_two_ranks_learn_as_one(name: str, stage: str, together: Path, tmp_path:
             torch.testing.assert_close(
                 found[key], value, atol=1e-5, rtol=1e-4, msg=lambda text, key=key: f"{key}: {text}"
             )
+
+
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize(("name", "stage"), CUT)
+def test_weights_that_are_cut_learn_as_whole_ones(name: str, stage: str, together: Path) -> None:
+    whole, cut = (
+        torch.load(folder / "weights-0.pt", weights_only=True)
+        for folder in (together / name / stage, together / "cut" / name)
+    )
+    assert whole.keys() == cut.keys()
+    for key, value in whole.items():
+        torch.testing.assert_close(cut[key], value, atol=1e-4, rtol=1e-3, msg=lambda text, key=key: f"{key}: {text}")
+
+
+def test_a_teacher_is_not_cut_apart_from_its_student(together: Path) -> None:
+    for rank in range(2):
+        refusal = (together / "cut" / "albef" / f"refused-{rank}.txt").read_text()
+        assert "which FSDP2 would cut apart from them; train it with strategy ddp" in refusal

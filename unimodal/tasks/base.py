@@ -41,7 +41,7 @@ from unimodal.tuning import adapter_of, base_name
 Losses = dict[str, Tensor]
 Report = dict[str, Tensor]
 # What reads a sharded model: the parameters of no block are whole in these methods of a task.
-WHOLE_IN = ("training_step", "validation_step", "test_step", "predict_step", "_end", "probe")
+WHOLE_IN = ("_begin_stage", "training_step", "validation_step", "test_step", "predict_step", "_end", "probe")
 
 
 class Step:
@@ -363,7 +363,8 @@ class Task(pl.LightningModule):
     def whole_model(self) -> UnimodalModel:
         """The model in float32; one that is cut among the processes is put together on the first one, and all must ask."""
         if not is_sharded(self):
-            return self.model.float()  # whatever it trained in
+            low = (torch.float16, torch.bfloat16)  # what it may have trained in; statistics in float64 stay
+            return self.model._apply(lambda tensor: tensor.float() if tensor.dtype in low else tensor)
         state = whole_state(self.model)
         model = self.model
         if self.global_rank == 0:

@@ -11,7 +11,9 @@ from unimodal.data.batch import image_inputs, text_inputs
 from unimodal.distributed import alone, gather, gather_with_grad, world_size
 from unimodal.heads.system import images_of, texts_of
 from unimodal.model import UnimodalModel
+from unimodal.sharding import is_sharded
 from unimodal.systems import Batch, Images, System, Texts
+from unimodal.systems.momentum import Teacher
 from unimodal.tasks.base import Objective, Report, Step
 
 
@@ -47,6 +49,17 @@ class SystemLosses(Objective):
         _system(model).prepare(_in_order(model, split))
 
     def begin(self, model: UnimodalModel) -> None:
+        """Start the system's stage.
+
+        Raises:
+            ValueError: the system has a teacher, a slow copy of its weights, and the weights are cut among the processes (FSDP2).
+        """
+        parts = list(_system(model).modules())
+        if any(map(is_sharded, model.modules())) and any(isinstance(part, Teacher) for part in parts):
+            raise ValueError(
+                "SystemLosses: this system has a teacher, a slow copy of its weights, which FSDP2 would cut apart from them; train it with "
+                "strategy ddp (configs/trainer/ddp.yaml)"
+            )
         _system(model).start_stage(self.stage)
 
     def after_step(self, model: UnimodalModel) -> None:
