@@ -42,9 +42,8 @@ def losses(
 ) -> tuple[Any, Any]:
     """The losses, and what was drawn: hidden words, wrong pairs and the similarity that these were drawn by."""
     seen: dict[str, Any] = {}
-    seen["words"] = hide_words(
-        pairs.texts.ids, pairs.texts.mask, system.encoders, generator=torch.Generator().manual_seed(1)
-    )
+    torch.manual_seed(1)
+    seen["words"] = hide_words(pairs.texts.ids, pairs.texts.mask, system.encoders)
 
     def draw(similarity: Tensor, image_id: Tensor, text_image_id: Tensor) -> tuple[Tensor, Tensor]:
         seen["similarity"] = similarity

@@ -111,7 +111,7 @@ def test_a_doubtful_caption_gives_way_to_the_teachers_own_where_that_is_trusted(
     answers = iter([torch.tensor([True, False, False, False]), torch.tensor([True, False, True])])
     monkeypatch.setattr(VLGAP, "_accepts", lambda self, found: next(answers))
     written = [[20, 21], [22], [23, 24, 25, 26, 27, 28, 29]]
-    monkeypatch.setattr(VLGAP, "_write", lambda self, images, top_p=None: written if top_p == 0.9 else None)
+    monkeypatch.setattr(VLGAP, "_write", lambda self, images, draws=None: None if draws is None else written)
     kept, rows = system._trusted(pairs)
     assert rows.tolist() == [0, 1, 3] and kept.image_id.tolist() == [0, 1, 2, 3] and kept.images is pairs.images
     told = [ids[mask].tolist() for ids, mask in zip(kept.texts.ids, kept.texts.mask)]

@@ -252,7 +252,7 @@ def test_the_training_matrix_in_chunks_is_the_one_pair_by_pair(name: str, monkey
         type(system), "prompted_loss", lambda self, scores, ids: matrices.append(scores) or loss(self, scores, ids)
     )
     for at_once in (1024, 5):
-        monkeypatch.setattr(elip_module, "every_pair", lambda score, n, a=at_once: every_pair(score, n, at_once=a))
+        monkeypatch.setattr(elip_module, "every_pair", lambda *parts, a=at_once: every_pair(*parts, at_once=a))
         system.zero_grad()
         system.losses(pairs, "elip", 0.0)["elip"].backward()
         gradients.append(system.mapper.layers[0].weight.grad.clone())

@@ -15,39 +15,22 @@ Gather with gradient: Radford et al. 2021 (CLIP). Ring exchange: Zhai et al. 202
 Legend: B local batch, R ranks.
 """
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-from contextvars import ContextVar
+from collections.abc import Iterator, Sequence
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from torch import Tensor
-
-_ALONE = ContextVar("alone", default=False)
-
-
-@contextmanager
-def alone() -> Iterator[None]:
-    """A block in which this process is the only rank: for losses of rows that were gathered before, the global batch on every rank."""
-    token = _ALONE.set(True)
-    try:
-        yield
-    finally:
-        _ALONE.reset(token)
 
 
 def world_size() -> int:
     """Number of ranks; 1 without a process group."""
-    return dist.get_world_size() if _together() else 1
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
 def rank() -> int:
     """Index of this rank; 0 without a process group."""
-    return dist.get_rank() if _together() else 0
-
-
-def _together() -> bool:
-    return not _ALONE.get() and dist.is_available() and dist.is_initialized()
+    return dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
 
 
 @torch.no_grad()
@@ -69,10 +52,41 @@ def gather_with_grad(x: Tensor) -> Tensor:
     return x if world_size() == 1 else _Gather.apply(x)
 
 
+def gather_padded(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """Like `gather_with_grad`, of tensors that may be longer on some ranks: dimensions after the first are filled up with zeros (False in a
+    mask) to the longest of all ranks, [B, L, ...] -> [R * B, longest L, ...]."""
+    if world_size() == 1:
+        return tensors
+    out = []
+    for x in tensors:
+        missing = [most - size for size, most in zip(x.shape, _longest(x.shape))]
+        x = F.pad(x, [side for size in reversed(missing[1:]) for side in (0, size)])
+        out.append(gather_with_grad(x) if x.is_floating_point() else gather(x))
+    return tuple(out)
+
+
 def local_rows(x: Tensor) -> Tensor:
     """The rows of a gathered tensor that this rank brought, [R * B, ...] -> [B, ...]: undoes `gather`."""
     rows = x.shape[0] // world_size()
     return x[rank() * rows : (rank() + 1) * rows]
+
+
+@torch.no_grad()
+def shared(x: Tensor) -> Tensor:
+    """The first rank's `x`, on every rank: what is drawn at random for the global batch must be drawn once."""
+    if world_size() > 1:
+        dist.broadcast(x := x.contiguous(), src=0)
+    return x
+
+
+def random_rows(shape: Sequence[int], device: torch.device) -> Tensor:
+    """Uniform numbers of this shape [B, ...] for the rows of this rank, cut out of one draw for the global batch: a row gets the numbers
+    that it gets in one process. Ranks may bring different lengths after the first dimension."""
+    if world_size() == 1:
+        return torch.rand(*shape, device=device)
+    rows, *longest = _longest(shape)
+    drawn = shared(torch.rand(world_size() * rows, *longest, device=device))
+    return local_rows(drawn)[tuple(slice(size) for size in shape)]
 
 
 @torch.no_grad()
@@ -131,10 +145,21 @@ def _pass_on(x: Tensor, step: int) -> Tensor:
     return received
 
 
+def _shapes(shape: Sequence[int]) -> list[tuple[int, ...]]:
+    """The shapes that the ranks bring, in rank order."""
+    shapes: list = [None] * world_size()
+    dist.all_gather_object(shapes, tuple(shape))
+    return shapes
+
+
+def _longest(shape: Sequence[int]) -> tuple[int, ...]:
+    """Of each dimension the most that a rank brings."""
+    return tuple(map(max, zip(*_shapes(shape), strict=True)))
+
+
 def _require_equal_shapes(x: Tensor) -> None:
     """Unequal shapes would hang some backends and mix up rows on others, so ranks compare them first."""
-    shapes: list = [None] * world_size()
-    dist.all_gather_object(shapes, tuple(x.shape))
+    shapes = _shapes(x.shape)
     for other, shape in enumerate(shapes):
         if shape != shapes[0]:
             raise ValueError(

@@ -1,7 +1,8 @@
 """Hinge of triplets in which samples have mass and attract each other: heavy and near ones count most.
 
 Our reading of the gravitation loss of CIMN, of which the abstract alone is public: it brings the mass of a sample into the objective and
-does not treat all samples alike, as a triplet loss does. Legend: B pairs, E embedding width, N items.
+does not treat all samples alike, as a triplet loss does. Legend: B pairs of all ranks together, E
+embedding width, N items.
 """
 
 import torch

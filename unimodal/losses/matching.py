@@ -1,16 +1,15 @@
 """Image-text matching: which wrong pairs to show the matching head, and how to judge its logits.
 
 Negatives drawn by contrastive similarity: Li et al. 2021 (ALBEF, arXiv 2107.07651); over all ranks: Bao et al. 2022
-(VLMo, arXiv 2111.02358) and Li et al. 2023 (BLIP-2, arXiv 2301.12597). Legend: I images, T texts, P pairs.
+(VLMo, arXiv 2111.02358) and Li et al. 2023 (BLIP-2, arXiv 2301.12597). Legend: I images, T texts, P pairs, B local pairs, R ranks.
 
-On R ranks, sample from the gathered batch and keep your own rows:
+On R ranks, sample from the gathered batch and keep your own rows, as `in_batch_matching` does:
 
     scores = scale * similarity(gather(image), gather(text))
-    text_index, image_index = sample_hard_negatives(scores, gather(image_id), gather(image_id), generator)
-    wrong_text = gather_with_grad(text_states)[local_rows(text_index)]
+    text_index, image_index = sample_hard_negatives(scores, gather(image_id), gather(image_id))
+    wrong_text = gather_with_grad(text_states)[local_rows(shared(text_index))]
 
-With a generator seeded alike on all ranks this draws what one process would draw. With unlike seeds the rows are still
-valid draws: a rank only reads its own.
+`shared` gives all ranks the draw of the first one, which is the draw of one process.
 """
 
 from collections.abc import Callable
@@ -19,7 +18,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from unimodal import distributed
 from unimodal.layers import at_least_float32
+from unimodal.losses.numerics import mean_over_real
 
 
 @torch.no_grad()
@@ -70,7 +71,7 @@ def _gumbel(like: Tensor, generator: torch.Generator | None) -> Tensor:
 
 
 def matching_loss(logits: Tensor, labels: Tensor) -> Tensor:
-    """Two-way cross-entropy over pairs; a scalar.
+    """Two-way cross-entropy, the mean over the pairs of all ranks, which may bring unequal numbers of them; a scalar.
 
     | Inputs | Shape | Meaning                                                      |
     |--------|-------|--------------------------------------------------------------|
@@ -83,23 +84,31 @@ def matching_loss(logits: Tensor, labels: Tensor) -> Tensor:
     if logits.dim() != 1 or logits.shape != labels.shape:
         raise ValueError(f"Got logits {tuple(logits.shape)} and labels {tuple(labels.shape)}; expected [P] for both.")
     logits = at_least_float32(logits)
-    return F.binary_cross_entropy_with_logits(logits, labels.to(logits.dtype))
+    total = F.binary_cross_entropy_with_logits(logits, labels.to(logits.dtype), reduction="sum")
+    return mean_over_real(total, torch.ones_like(labels, dtype=torch.bool))
 
 
-def in_batch_matching(score: Callable[[Tensor, Tensor], Tensor], similarity: Tensor, image_id: Tensor) -> Tensor:
+def in_batch_matching(
+    score: Callable[[Tensor, Tensor], Tensor], similarity: Tensor, image_id: Tensor, own: Tensor | None = None
+) -> Tensor:
     """`matching_loss` of a batch's true pairs, with a hard wrong text for each image and a hard wrong image for each text; a scalar.
 
-    | Inputs     | Shape    | Meaning                                                                              |
-    |------------|----------|--------------------------------------------------------------------------------------|
-    | score      | function | image rows [P] and text rows [P] -> logits [P]; asked once, for the 3 B pairs         |
-    | similarity | [B, B]   | as in `sample_hard_negatives`                                                         |
-    | image_id   | [B]      | rows of equal ids are never drawn as wrong                                            |
+    | Inputs     | Shape              | Meaning                                                                           |
+    |------------|--------------------|-----------------------------------------------------------------------------------|
+    | score      | function           | rows of images [P] and of texts [P] among the pairs of all ranks -> logits [P];    |
+    |            |                    | asked once, for the 3 B pairs of this rank                                        |
+    | similarity | [R * B, R * B]     | as in `sample_hard_negatives`, of the pairs of all ranks                          |
+    | image_id   | [R * B]            | rows of equal ids are never drawn as wrong                                        |
+    | own        | [B], default equal | which of the pairs are this rank's                                                |
+    |            | shares of all      |                                                                                   |
 
     Raises ValueError as `sample_hard_negatives` does.
     """
-    wrong_text, wrong_image = sample_hard_negatives(similarity, image_id, image_id)
-    true = torch.arange(len(image_id), device=image_id.device)
-    logits = score(torch.cat([true, true, wrong_image]), torch.cat([true, wrong_text, true]))
+    wrong_text, wrong_image = (
+        distributed.shared(rows) for rows in sample_hard_negatives(similarity, image_id, image_id)
+    )
+    true = distributed.local_rows(torch.arange(len(image_id), device=image_id.device)) if own is None else own
+    logits = score(torch.cat([true, true, wrong_image[true]]), torch.cat([true, wrong_text[true], true]))
     return matching_loss(logits, torch.arange(len(logits), device=logits.device) < len(true))
 
 

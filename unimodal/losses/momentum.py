@@ -1,13 +1,14 @@
 """Contrast against a slow teacher's features and a queue of earlier ones, with soft targets: Li et al. 2021 (ALBEF, arXiv 2107.07651); the
 queue, He et al. 2019 (MoCo, arXiv 1911.05722).
 
-Legend: B pairs, Q queued features of each side, E embedding width.
+Legend: B local pairs, Q queued features of each side, E embedding width. Across ranks: see `unimodal.distributed`.
 """
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from unimodal import distributed
 from unimodal.layers import at_least_float32
 
 
@@ -23,6 +24,7 @@ def momentum_contrast(
     *,
     temperature: Tensor | float,
     alpha: float,
+    gather: bool = True,
 ) -> Tensor:
     """Each image finds its texts among the teacher's batch and the queue, each text its images; the mean of both directions, a scalar.
 
@@ -34,8 +36,9 @@ def momentum_contrast(
     | image_id, queue_id          | [B], [Q] | which image a row shows; targets are uniform over equal ids               |
     | temperature                 | scalar | divides the cosine                                                          |
     | alpha                       | number | share of the teacher's own distribution in the targets                      |
+    | gather                      | bool   | the batches of all ranks, with gradient of the student's; else the local one |
 
-    With alpha 0 and an empty queue, and the student as its own teacher, it is symmetric InfoNCE.
+    The queue is the same on all ranks. With alpha 0 and an empty queue, and the student as its own teacher, it is symmetric InfoNCE.
     Raises ValueError on shapes that do not fit.
     """
     if not len(image) == len(text) == len(teacher_image) == len(teacher_text) == len(image_id):
@@ -47,7 +50,10 @@ def momentum_contrast(
         raise ValueError(
             f"Got queues of {len(queue_image)} images, {len(queue_text)} texts and {len(queue_id)} ids; expected equal lengths."
         )
-    positive = image_id[:, None] == torch.cat([image_id, queue_id])[None]  # [B, B + Q]
+    if gather:
+        image, text = distributed.gather_with_grad(image), distributed.gather_with_grad(text)
+        teacher_image, teacher_text, image_id = map(distributed.gather, (teacher_image, teacher_text, image_id))
+    positive = image_id[:, None] == torch.cat([image_id, queue_id])[None]  # [R * B, R * B + Q]
     hard = positive / positive.sum(1, keepdim=True)
 
     def direction(student: Tensor, teacher: Tensor, others: Tensor) -> Tensor:

@@ -1,6 +1,6 @@
 """Hinge of triplets: the true partner must be nearer than a wrong one by a margin.
 
-VSE++ (Faghri et al. 2018, arXiv 1707.05612); as SCAN uses it, Lee et al. 2018 (arXiv 1803.08024). Legend: I images, T texts.
+VSE++ (Faghri et al. 2018, arXiv 1707.05612); as SCAN uses it, Lee et al. 2018 (arXiv 1803.08024). Legend: B pairs of all ranks together.
 """
 
 import torch

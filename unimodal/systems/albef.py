@@ -10,8 +10,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from unimodal.distributed import gather, gather_padded
 from unimodal.layers import unit
 from unimodal.losses import in_batch_matching, momentum_contrast
+from unimodal.losses.numerics import mean_over_real
+from unimodal.retrieval import similarity
 from unimodal.systems.base import Batch, Encoders, Images, State, System, Texts
 from unimodal.systems.momentum import Queue, Teacher
 from unimodal.systems.towers import Fusion, Tower
@@ -76,13 +79,16 @@ class FusionEncoder(System):
         """Logits [P] of a match."""
         return self.itm_head(self.fusion(*texts, *images)[:, 0])[:, 0]
 
-    def matching(self, image: State, text: State, similarity: Tensor, image_id: Tensor) -> Tensor:
-        """The matching loss of a batch, hard wrong pairs drawn by `similarity` [B, B]."""
+    def matching(
+        self, image: State, text: State, similarity: Tensor, image_id: Tensor, own: Tensor | None = None
+    ) -> Tensor:
+        """The matching loss of the batch of all ranks, hard wrong pairs drawn by `similarity` [R * B, R * B]; `own` as in
+        `in_batch_matching`."""
 
         def score(i: Tensor, j: Tensor) -> Tensor:
             return self.score_pairs(tuple(x[i] for x in image), tuple(x[j] for x in text))
 
-        return in_batch_matching(score, similarity, image_id)
+        return in_batch_matching(score, similarity, image_id, own)
 
 
 class ALBEF(FusionEncoder):
@@ -90,7 +96,8 @@ class ALBEF(FusionEncoder):
 
     Stages: `joint`, all three; `retrieval`, contrast and matching, the paper's fine-tuning. All captions of an image are right in both,
     those in the queue too. The paper's pre-training takes a pair's own partner alone for right, but its queue is a small part of its data,
-    where ours may hold an image many times.
+    where ours may hold an image many times. At each stage the teacher starts from the student and the queue, which holds what the teacher
+    made, from nothing. That is an inferred design: the paper does not say what fine-tuning keeps of either.
 
     Args:
         encoders: the shared ones.
@@ -151,8 +158,9 @@ class ALBEF(FusionEncoder):
             temperature=self.temperature,
             alpha=alpha,
         )
-        similarity = (image_embedding @ text_embedding.T).detach() / self.temperature.detach()
-        out = {"ita": ita, "itm": self.matching(image, text, similarity, batch.image_id)}
+        likely = similarity(gather(image_embedding), gather(text_embedding)) / self.temperature.detach()
+        itm = self.matching(gather_padded(*image), gather_padded(*text), likely, gather(batch.image_id))
+        out = {"ita": ita, "itm": itm}
         if stage == "joint":
             out["mlm"] = self._hidden_words(batch.texts, image, slow, alpha)
         self.queue.push(slow_image, slow_text, batch.image_id)
@@ -165,8 +173,9 @@ class ALBEF(FusionEncoder):
         with self.teacher.acting(self):
             soft = self._word_logits(slow, hidden, asked).softmax(-1)
         logits = self._word_logits(image, hidden, asked)
-        hard = F.cross_entropy(logits, asked[asked != NOT_ASKED])
-        return (1 - alpha) * hard - alpha * (soft * logits.log_softmax(-1)).sum(-1).mean()
+        hard = F.cross_entropy(logits, asked[asked != NOT_ASKED], reduction="sum")
+        total = (1 - alpha) * hard - alpha * (soft * logits.log_softmax(-1)).sum()
+        return mean_over_real(total, asked != NOT_ASKED)
 
     def _word_logits(self, image: State, holes: Texts, asked: Tensor) -> Tensor:
         """Logits [words asked for, V] of hidden words, of the image at hand."""

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from unimodal.bridge import QFormer
+from unimodal.distributed import gather, gather_padded, local_rows, world_size
 from unimodal.layers import KeyValues, unit
 from unimodal.losses import caption_loss, in_batch_matching, info_nce
 from unimodal.retrieval import similarity
@@ -93,19 +94,25 @@ class BLIP2(System):
 
     def losses(self, batch: Batch, stage: str, progress: float) -> dict[str, Tensor]:
         ids, mask = batch.texts.ids, batch.texts.mask
-        # Before fine-tuning every row is an image of its own.
-        image_id = batch.image_id if stage == "retrieve" else torch.arange(len(ids), device=ids.device)
-        memory = self.bridge.project_memory(*self.memory(batch.images))
+        # Before fine-tuning every row, of whatever rank, is an image of its own.
+        rows = torch.arange(world_size() * len(ids), device=ids.device)
+        image_id = batch.image_id if stage == "retrieve" else local_rows(rows)
+        tokens = self.memory(batch.images)
+        memory = self.bridge.project_memory(*tokens)
         cache = KeyValues()  # what the queries read, for the captions
         image = self._embed_queries(self.bridge.read(QUERIES, memory, cache=cache))
         text = self.embed_texts(batch.texts)
         itc = info_nce(image, text, image_id, scale=self.scale(), label_smoothing=SMOOTHING)
-        scores = self.scale().detach() * similarity(image.detach(), text.detach())
+        scores = self.scale().detach() * similarity(gather(image), gather(text))
+        # Other ranks' images and texts may be wrong ones of ours.
+        memories = memory if world_size() == 1 else self.bridge.project_memory(*gather_padded(*tokens))
+        every_ids, every_mask = gather_padded(ids, mask)
 
         def match(i: Tensor, j: Tensor) -> Tensor:
-            return self.itm_head(self.bridge.match(QUERIES, ids[j], mask[j], memory.shared(i))).mean((1, 2))
+            read = self.bridge.match(QUERIES, every_ids[j], every_mask[j], memories.shared(i))
+            return self.itm_head(read).mean((1, 2))
 
-        itm = in_batch_matching(match, scores, image_id)
+        itm = in_batch_matching(match, scores, gather(image_id))
         hidden = self.bridge.caption(QUERIES, self._as_caption(ids), cache=cache, text_mask=mask)
         itg = caption_loss(self.bridge.lm_logits(hidden), ids, mask, label_smoothing=SMOOTHING)
         return {"itc": itc, "itm": itm, "itg": itg}

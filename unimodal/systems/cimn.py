@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from unimodal.distributed import gather, gather_padded, gather_with_grad, local_rows, random_rows
 from unimodal.layers import init_weights, key_mask_to_bias, masked_mean
 from unimodal.losses import gravitation_loss, masses
 from unimodal.systems.base import Batch, Encoders, Images, System, Texts
@@ -162,13 +163,20 @@ class CIMN(System):
         )
 
     def losses(self, batch: Batch, stage: str, progress: float) -> dict[str, Tensor]:
-        images, texts, ids = batch.images, batch.texts, batch.image_id
-        image, text = self.embed_images(images), self.embed_texts(texts)
+        images, texts, ids = batch.images, batch.texts, gather(batch.image_id)
         # The second view of an image lacks some of its tokens; that of a caption is another of the same image, where the batch has one.
         other = (ids[:, None] == ids[None]).fill_diagonal_(False)
         partner = torch.where(other.any(1), other.long().argmax(1), torch.arange(len(ids), device=ids.device))
-        image_view = self.image(images.tokens, drop_nodes(images.mask))
-        text_view = self.text(texts.tokens[partner], drop_nodes(texts.mask[partner]))
+        words, mask = (x[local_rows(partner)] for x in gather_padded(texts.tokens, texts.mask))
+        image, text, image_view, text_view = map(
+            gather_with_grad,
+            (
+                self.embed_images(images),
+                self.embed_texts(texts),
+                self.image(images.tokens, drop_nodes(images.mask)),
+                self.text(words, drop_nodes(mask)),
+            ),
+        )
         image_mass, text_mass = masses(image, text)
         return {
             "inter": gravitation_loss(image @ text.T, image_mass, text_mass, ids),
@@ -188,5 +196,5 @@ class CIMN(System):
 
 def drop_nodes(mask: Tensor) -> Tensor:
     """The mask [B, N] without a share of its real nodes; one stays at least."""
-    draw = torch.rand(mask.shape, device=mask.device).masked_fill(~mask, -1.0)
+    draw = random_rows(mask.shape, mask.device).masked_fill(~mask, -1.0)
     return mask & ((draw >= DROPPED) | (draw == draw.amax(1, keepdim=True)))

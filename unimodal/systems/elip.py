@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from unimodal.distributed import gather, gather_padded, gather_with_grad, local_rows, shared
 from unimodal.layers import at_least_float32, unit
 from unimodal.losses import matching_loss, pairwise_sigmoid
 from unimodal.retrieval import similarity
@@ -59,15 +60,15 @@ class Mapper(nn.Module):
 
 
 def every_pair(
-    score: Callable[[Tensor, Tensor], Tensor], count: int, *, at_once: int = AT_ONCE, device: torch.device | None = None
+    score: Callable[[Tensor, Tensor], Tensor], images: Tensor, texts: Tensor, *, at_once: int = AT_ONCE
 ) -> Tensor:
-    """Scores [B, B] of all images with all texts of a batch of `count`, by a function of image rows [P] and text rows [P] on a device,
-    `at_once` pairs at a time; what a part needs for its gradient is computed again, not kept."""
-    parts = torch.arange(count * count, device=device).split(at_once)  # row-major: images, then texts
-    if len(parts) == 1:
-        return score(parts[0] // count, parts[0] % count).view(count, count)
-    scores = [checkpoint(score, part // count, part % count, use_reentrant=False) for part in parts]
-    return torch.cat(scores).view(count, count)
+    """Scores [B, M] of all images of rows `images` [B] with all texts of rows `texts` [M], by a function of image rows [P] and text rows
+    [P], `at_once` pairs at a time; what a part needs for its gradient is computed again, not kept."""
+    rows, columns = images.repeat_interleave(len(texts)).split(at_once), texts.repeat(len(images)).split(at_once)
+    if len(rows) == 1:
+        return score(rows[0], columns[0]).view(len(images), len(texts))
+    scores = [checkpoint(score, i, j, use_reentrant=False) for i, j in zip(rows, columns)]
+    return torch.cat(scores).view(len(images), len(texts))
 
 
 def text_to_image_loss(scores: Tensor, image_id: Tensor, *, scale: Tensor | float) -> Tensor:
@@ -117,15 +118,19 @@ class PromptedDualEncoder(DualEncoder):
         if stage == "base":
             return super().losses(batch, stage, progress)
         image, (text,) = self.image_state(batch.images), self.text_state(batch.texts)
-        prompts = self.mapper(text)  # once for each text: all its images are read with the same
+        # Prompts are made once for each text: all its images, whatever rank holds them, are read with the same.
+        text, prompts = gather_padded(text, self.mapper(text))
+        ids = gather(batch.image_id)
 
         def score(i: Tensor, j: Tensor) -> Tensor:
             return self._cosine(tuple(x[i] for x in image), text[j], prompts[j])
 
-        return {"elip": self.prompted_loss(every_pair(score, len(text), device=text.device), batch.image_id)}
+        texts = torch.arange(len(ids), device=ids.device)
+        images = texts[: len(batch.image_id)]
+        return {"elip": self.prompted_loss(gather_with_grad(every_pair(score, images, texts)), ids)}
 
     def prompted_loss(self, scores: Tensor, image_id: Tensor) -> Tensor:
-        """What the cosines [B, B] of prompted images with texts cost."""
+        """What the cosines [B, B] of prompted images with texts cost, of all ranks together."""
         raise NotImplementedError(f"{type(self).__name__} has no loss of prompted images; implement prompted_loss")
 
     def image_state(self, images: Images) -> State:
@@ -218,11 +223,16 @@ class ELIPB(BLIP2):
         if stage != "elip":
             return super().losses(batch, stage, progress)
         with torch.no_grad():
-            alike = self.scale() * similarity(self.embed_images(batch.images), self.embed_texts(batch.texts))
-        true = torch.arange(len(alike), device=alike.device)
-        rows, columns = torch.cat([true, sample_spared_negatives(alike, batch.image_id)]), true.repeat(2)
-        images, texts = self.image_state(batch.images), self.text_state(batch.texts)
-        logits = self.score_pairs(tuple(x[rows] for x in images), tuple(x[columns] for x in texts))
+            image, text = self.embed_images(batch.images), self.embed_texts(batch.texts)
+            wrong = sample_spared_negatives(
+                self.scale() * similarity(gather(image), gather(text)), ids := gather(batch.image_id)
+            )
+        true = local_rows(torch.arange(len(ids), device=ids.device))
+        rows = torch.cat([true, local_rows(shared(wrong))])
+        images, texts = gather_padded(*self.image_state(batch.images)), self.text_state(batch.texts)
+        logits = self.score_pairs(
+            tuple(x[rows] for x in images), tuple(x.repeat(2, *[1] * (x.ndim - 1)) for x in texts)
+        )
         return {"itm": matching_loss(logits, torch.arange(len(logits), device=logits.device) < len(true))}
 
     def image_state(self, images: Images) -> State:
@@ -242,6 +252,5 @@ class ELIPB(BLIP2):
         """Logits [P] of a match, each image read again with its text's prompts, which the Q-Former does not see."""
         *text, condition = texts
         hidden, mask = self.image_tower.read(images[0], images[1], self.mapper(condition))
-        kept = torch.ones(hidden.shape[1], dtype=torch.bool, device=hidden.device)
-        kept[1 : 1 + self.mapper.prompts] = False
-        return super().score_pairs((hidden[:, kept], mask[:, kept]), tuple(text))
+        first, _, rest = hidden.tensor_split([1, 1 + self.mapper.prompts], 1)
+        return super().score_pairs((torch.cat([first, rest], 1), mask[:, self.mapper.prompts :]), tuple(text))

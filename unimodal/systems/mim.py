@@ -10,6 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from unimodal.distributed import random_rows
+from unimodal.losses.numerics import mean_over_real
 from unimodal.systems.base import Batch, Encoders, Images
 from unimodal.systems.clip import CLIP
 
@@ -17,14 +19,16 @@ from unimodal.systems.clip import CLIP
 def hide_tokens(mask: Tensor, share: float) -> Tensor:
     """Which of the real tokens are hidden, bool [B, T]: the same share of each row, at least one."""
     count = (mask.sum(1, keepdim=True) * share).floor().clamp(min=1)
-    draw = torch.rand(mask.shape, device=mask.device).masked_fill(~mask, 2.0)
+    draw = random_rows(mask.shape, mask.device).masked_fill(~mask, 2.0)
     return (draw.argsort(1).argsort(1) < count) & mask
 
 
 def masked_image_loss(predicted: Tensor, tokens: Tensor, hidden: Tensor) -> Tensor:
-    """Mean squared error of hidden tokens, each normalised to mean 0 and variance 1: predicted and tokens [B, T, C], hidden [B, T]."""
+    """Mean squared error of the hidden tokens of all ranks, each normalised to mean 0 and variance 1: predicted and tokens [B, T, C],
+    hidden [B, T]."""
     target = F.layer_norm(tokens, tokens.shape[-1:])
-    return F.mse_loss(predicted[hidden].float(), target[hidden].float())
+    total = F.mse_loss(predicted[hidden].float(), target[hidden].float(), reduction="sum") / tokens.shape[-1]
+    return mean_over_real(total, hidden)
 
 
 class Restorer(nn.Module):

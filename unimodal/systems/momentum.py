@@ -10,6 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from unimodal import distributed
+
 
 class Teacher(nn.Module):
     """The exponential average of a module's parameters, kept as buffers: no optimizer sees them and no gradient reaches them.
@@ -56,7 +58,8 @@ def _flat(name: str) -> str:
 
 
 class Queue(nn.Module):
-    """The last Q features of both sides with the ids of their images; random unit vectors at first, of no image.
+    """The last Q features of both sides with the ids of their images; random unit vectors at first, of no image. On several ranks it holds
+    those of all and is the same on each.
 
     Args:
         places: Q.
@@ -87,7 +90,9 @@ class Queue(nn.Module):
 
     @torch.no_grad()
     def push(self, image: Tensor, text: Tensor, ids: Tensor) -> None:
-        """Take in features [B, E] and their ids in place of the oldest; beyond the end it goes on at the start."""
+        """Take in features [B, E] of this rank's pairs, and those of all others in rank order, with their ids [B] in place of the oldest;
+        beyond the end it goes on at the start."""
+        image, text, ids = map(distributed.gather, (image, text, ids))
         if not len(self.ids):
             return
         count = min(len(ids), len(self.ids))

@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from unimodal.distributed import gather, gather_padded, local_rows, shared
 from unimodal.layers import init_weights, key_mask_to_bias
 from unimodal.losses import matching_loss, sample_hard_negatives
 from unimodal.systems.base import Batch, Encoders, Images, State, System, Texts
@@ -75,10 +76,8 @@ class NounTags(nn.Module):
         Raises:
             ValueError: tags may be longer than the text encoder reads.
         """
-        encoders, count = self._encoders[0], self.count
-        ids, mask = encoders.tokenise(self.nouns)
-        if "vectors" in self._buffers:
-            ids, mask = ids.to(self.get_buffer("vectors").device), mask.to(self.get_buffer("vectors").device)
+        encoders, count, device = self._encoders[0], self.count, self.cca.get_buffer("correlations").device
+        ids, mask = (x.to(device) for x in encoders.tokenise(self.nouns))
         words = mask & ~torch.isin(ids, ids.new_tensor(encoders.special_ids))
         if (longest := count * int(words.sum(1).max()) + 2) > encoders.max_length:
             raise ValueError(
@@ -163,9 +162,10 @@ class OSCAR(System):
     def losses(self, batch: Batch, stage: str, progress: float) -> dict[str, Tensor]:
         if stage == "pretrain":
             return self._pretrain(batch)
-        image, text = self.image_state(batch.images), self.text_state(batch.texts)
-        wrong_image, wrong_text = random_negatives(batch.image_id)
-        true = torch.arange(len(batch.image_id), device=batch.image_id.device)
+        image, text = gather_padded(*self.image_state(batch.images)), gather_padded(*self.text_state(batch.texts))
+        ids = gather(batch.image_id)
+        wrong_image, wrong_text = (local_rows(shared(rows)) for rows in random_negatives(ids))
+        true = local_rows(torch.arange(len(ids), device=ids.device))
         rows, columns = torch.cat([true, wrong_image]), torch.cat([true, wrong_text])
         # A state holds an image together with its tags: who replaces the one replaces the other.
         logits = self.score_pairs(tuple(x[rows] for x in image), tuple(x[columns] for x in text))
@@ -174,10 +174,9 @@ class OSCAR(System):
 
     def _pretrain(self, batch: Batch) -> dict[str, Tensor]:
         """Hidden words of caption and tags, and whether the tags are the image's own: with probability 0.5 they are another's."""
-        ids, mask = self.read_tags(batch.images)
-        rows = mixed_tags(batch.image_id)
-        own = rows == torch.arange(len(rows), device=rows.device)
-        ids, mask = ids[rows], mask[rows]
+        rows = shared(mixed_tags(gather(batch.image_id)))
+        own = local_rows(rows == torch.arange(len(rows), device=rows.device))
+        ids, mask = (x[local_rows(rows)] for x in gather_padded(*self.read_tags(batch.images)))
         tag_holes, tag_words = hide_words(ids, mask, self.encoders)
         holes, words = hide_words(batch.texts.ids, batch.texts.mask, self.encoders)
         first = len(self.encoders.frame[0])  # the start stands before the caption

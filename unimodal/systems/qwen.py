@@ -19,6 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from unimodal.distributed import gather, gather_padded, gather_with_grad, local_rows, shared, world_size
 from unimodal.layers import HIDDEN, init_weights, key_mask_to_bias, unit
 from unimodal.losses import (
     Mined,
@@ -171,17 +172,19 @@ class QwenReranker(System):
 
     def losses(self, batch: Batch, stage: str, progress: float) -> dict[str, Tensor]:
         """Wrong pairs are drawn at random: alone it has no embedder that could mine them."""
-        rows = len(batch.image_id)
-        return {"answer": self.judged(batch, batch.images.tokens.new_zeros(rows, rows))}
+        pairs = world_size() * len(batch.image_id)
+        return {"answer": self.judged(batch, torch.zeros(pairs, pairs, device=batch.image_id.device))}
 
     def judged(self, batch: Batch, scores: Tensor) -> Tensor:
-        """The loss on true pairs and on wrong ones, drawn by an embedder's scores [image, text]."""
-        images, texts = self.image_state(batch.images), self.text_state(batch.texts)
+        """The loss on true pairs and on wrong ones, drawn by an embedder's scores [image, text] of the pairs of all ranks."""
+        images, texts = (
+            gather_padded(*state) for state in (self.image_state(batch.images), self.text_state(batch.texts))
+        )
 
         def score(i: Tensor, j: Tensor) -> Tensor:
             return self.score_pairs(tuple(x[i] for x in images), tuple(x[j] for x in texts))
 
-        return in_batch_matching(score, scores, batch.image_id)
+        return in_batch_matching(score, scores, gather(batch.image_id))
 
 
 class Order(NamedTuple):
@@ -248,9 +251,8 @@ class QwenEmbedding(System):
     def _hold_labels(self) -> None:
         if self.category_names:
             for part, value in zip(("ids", "mask"), self.encoders.tokenise(self.category_names)):  # [K, L]
-                self.register_buffer(
-                    f"label_{part}", value.to(self.step.device), persistent=False
-                )  # follows from the settings
+                device = self.projection.weight.device
+                self.register_buffer(f"label_{part}", value.to(device), persistent=False)  # follows from the settings
 
     @classmethod
     def known_texts(cls, settings: Mapping[str, Any]) -> Sequence[str]:
@@ -286,27 +288,29 @@ class QwenEmbedding(System):
         self.scale.clamp()
 
     def losses(self, batch: Batch, stage: str, progress: float) -> dict[str, Tensor]:
-        image, text = self.embed_images(batch.images), self.embed_texts(batch.texts)
+        # From here on the embeddings are those of all ranks, and every loss of the embedder is that of the global batch.
+        image, text = gather_with_grad(self.embed_images(batch.images)), gather_with_grad(self.embed_texts(batch.texts))
         if stage == "distil":
             order = self._order(batch, text, image)
             return {"distil": self._every_form(partial(self._distilled, order=order), text, image)}
         out = {
-            name: self._every_form(self._contrast(query, document, batch.image_id, stage), query, document)
+            name: self._every_form(self._contrast(query, document, gather(batch.image_id), stage), query, document)
             for name, query, document in (("t2i", text, image), ("i2t", image, text))
         }
         if stage == "finetune":
             likely = self.scale().detach() * similarity(image.detach(), text.detach())
             out["answer"] = self.reranker.judged(batch, likely)
             if batch.labels is not None:
-                out["sts"] = self._every_form(partial(self._graded, labels=batch.labels), text)
+                labels = gather(batch.labels)
+                out["sts"] = self._every_form(partial(self._graded, labels=labels), text)
                 if self.category_names:
-                    out["classification"] = self._classified(image, batch.labels)
+                    out["classification"] = self._classified(image, labels)
         return out
 
     def _contrast(self, query: Tensor, document: Tensor, ids: Tensor, stage: str) -> Callable[..., Tensor]:
         """What the stage asks of queries and their documents, as a function of both in any form."""
         if stage == "pretrain":
-            return partial(masked_info_nce, ids=ids, scale=self.scale(), within=True)
+            return partial(masked_info_nce, ids=ids, scale=self.scale(), within=True, gather=False)
         half = _first_half(ids)
         right, pool = ids[:, None] == ids[None], half[:, None] != half[None]
         mined = mine_negatives(similarity(query, document), right, pool, count=NEGATIVES)
@@ -319,8 +323,8 @@ class QwenEmbedding(System):
             rows = (part & mined.kept).nonzero()[:, 0]
             if len(rows):
                 wrong = Wrong(document[mined.documents[rows]], mined.given[rows])
-                loss = masked_info_nce(query[rows], document[rows], ids[rows], scale=self.scale(), wrong=wrong)
-                total = total + len(rows) * loss
+                part_of = query[rows], document[rows], ids[rows]
+                total = total + len(rows) * masked_info_nce(*part_of, scale=self.scale(), wrong=wrong, gather=False)
         return total / mined.kept.sum().clamp(min=1)
 
     def _every_form(self, loss: Callable[..., Tensor], *embeddings: Tensor) -> Tensor:
@@ -330,8 +334,8 @@ class QwenEmbedding(System):
     def _graded(self, text: Tensor, *, labels: Tensor) -> Tensor:
         """Captions are the more alike the more categories their images share: CoSENT over neighbours in the batch."""
         other = torch.arange(len(text), device=text.device).roll(1)
-        shared = (labels * labels[other]).sum(1) / (labels + labels[other]).clamp(max=1).sum(1).clamp(min=1)
-        return cosent_loss((text * text[other]).sum(1), shared, scale=self.scale())
+        alike = (labels * labels[other]).sum(1) / (labels + labels[other]).clamp(max=1).sum(1).clamp(min=1)
+        return cosent_loss((text * text[other]).sum(1), alike, scale=self.scale(), gather=False)
 
     def _classified(self, image: Tensor, labels: Tensor) -> Tensor:
         """Each picture finds one of its own labels among labels that are wrong for it, and no other item of the batch."""
@@ -343,8 +347,8 @@ class QwenEmbedding(System):
         count = int(wrong[known].min().clamp(max=NEGATIVES)) if known.any() else 0
         if not count:
             return image.sum() * 0.0
-        right = torch.multinomial(labels[known], 1)
-        others = torch.multinomial(1 - labels[known], count)
+        right = shared(torch.multinomial(labels[known], 1))
+        others = shared(torch.multinomial(1 - labels[known], count))
         chosen = torch.cat([right, others], 1)  # [B, 1 + K]
 
         def listwise(image: Tensor, documents: Tensor) -> Tensor:
@@ -354,19 +358,22 @@ class QwenEmbedding(System):
 
     @torch.no_grad()
     def _order(self, batch: Batch, text: Tensor, image: Tensor) -> Order:
-        """The reranker's scores of each text's image and of the images that the embedder finds most like it."""
+        """The reranker's scores of each text's image and of the images that the embedder finds most like it, of all ranks."""
         scores = similarity(image, text).T  # [text, image]
-        same = batch.image_id[:, None] == batch.image_id[None]
+        ids = gather(batch.image_id)
+        same = ids[:, None] == ids[None]
         wrong = scores.masked_fill(same, -2.0).topk(min(NEGATIVES, len(text) - 1), 1).indices
         own = torch.arange(len(text), device=text.device)
         candidates = torch.cat([own[:, None], wrong], 1)
         given = torch.cat([torch.ones_like(own[:, None], dtype=torch.bool), ~same.gather(1, wrong)], 1)
-        rows = own[:, None].expand_as(candidates).flatten()
-        images, texts = self.reranker.image_state(batch.images), self.reranker.text_state(batch.texts)
+        # Each rank asks the reranker about its own texts.
+        asked = local_rows(candidates)
+        images, texts = gather_padded(*self.reranker.image_state(batch.images)), self.reranker.text_state(batch.texts)
         teacher = self.reranker.score_pairs(
-            tuple(x[candidates.flatten()] for x in images), tuple(x[rows] for x in texts)
+            tuple(x[asked.flatten()] for x in images),
+            tuple(x.repeat_interleave(asked.shape[1], 0) for x in texts),
         )
-        return Order(candidates, given, teacher.view_as(candidates))
+        return Order(candidates, given, gather(teacher.view_as(asked)))
 
     def _distilled(self, text: Tensor, image: Tensor, *, order: Order) -> Tensor:
         student = self.scale() * torch.einsum("be,bke->bk", text, image[order.candidates])

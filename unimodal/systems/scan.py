@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
+from unimodal.distributed import gather_padded, gather_with_grad
 from unimodal.losses import triplet_loss
 from unimodal.systems.base import Batch, Encoders, Images, State, System, Texts
 
@@ -132,7 +133,8 @@ class SCAN(System):
         return pool_logsumexp(cosines, query_mask, self.pool_sharpness)
 
     def losses(self, batch: Batch, stage: str, progress: float) -> dict[str, Tensor]:
-        scores = self.score_matrix(self.image_state(batch.images), self.text_state(batch.texts))
+        texts = gather_padded(*self.text_state(batch.texts))
+        scores = gather_with_grad(self.score_matrix(self.image_state(batch.images), texts))  # [R * B, R * B]
         return {"triplet": triplet_loss(scores, margin=self.margin)}
 
 

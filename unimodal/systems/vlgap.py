@@ -14,7 +14,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from unimodal.distributed import (
+    gather,
+    gather_padded,
+    gather_with_grad,
+    random_rows,
+    rank,
+    sum_over_ranks,
+    world_size,
+)
 from unimodal.losses import caption_loss, distillation_loss, info_nce
+from unimodal.losses.numerics import mean_over_real
 from unimodal.retrieval import similarity
 from unimodal.systems.albef import FusionEncoder
 from unimodal.systems.base import Batch, Encoders, Images, State, Texts
@@ -109,19 +119,24 @@ class VLGAP(FusionEncoder):
         image, text = self.image_state(batch.images), self.text_state(batch.texts)
         image_embedding, text_embedding = self.image_embedding(image), self.text_embedding(text)
         itc = info_nce(image_embedding, text_embedding, batch.image_id, scale=self.scale())
-        ours = self.scale() * similarity(image_embedding, text_embedding)
+        ours = self.scale() * similarity(gather_with_grad(image_embedding), gather_with_grad(text_embedding))
         slow: State = ()
         if alpha:
             with self.teacher.acting(self):
                 slow = self.image_state(batch.images)
-                theirs = self.scale() * similarity(self.image_embedding(slow), self.embed_texts(batch.texts))
+                slow_image, slow_text = self.image_embedding(slow), self.embed_texts(batch.texts)
+                theirs = self.scale() * similarity(gather(slow_image), gather(slow_text))
             apart = (distillation_loss(ours, theirs) + distillation_loss(ours.T, theirs.T)) / 2
             itc = (1 - alpha) * itc + alpha * apart
-        ids = batch.image_id[rows]
+        learned = torch.zeros_like(batch.image_id, dtype=torch.bool).index_fill(0, rows, True)
+        every = gather(learned).nonzero()[:, 0]  # [P], the rows of all ranks
+        ids = gather(batch.image_id)[every]
         if len(ids.unique()) < 2:  # nothing to tell apart
             return {"itc": itc, "itm": itc * 0.0, "lm": itc * 0.0}
-        image, text, slow = (tuple(x[rows] for x in state) for state in (image, text, slow))
-        itm = self.matching(image, text, ours.detach()[rows][:, rows], ids)
+        own = (every // len(learned) == rank()).nonzero()[:, 0]
+        images, texts = (tuple(x[every] for x in gather_padded(*state)) for state in (image, text))
+        itm = self.matching(images, texts, ours.detach()[every][:, every], ids, own)
+        image, slow = (tuple(x[rows] for x in state) for state in (image, slow))
         return {"itc": itc, "itm": itm, "lm": self._captions(batch.texts.select(rows), image, slow, alpha)}
 
     def _captions(self, texts: Texts, image: State, slow: State, alpha: float) -> Tensor:
@@ -132,8 +147,8 @@ class VLGAP(FusionEncoder):
             return lm
         with self.teacher.acting(self):
             soft = self._word_logits(slow, texts.ids, texts.mask).softmax(-1)
-        soft_lm = -(soft * logits.log_softmax(-1)).sum(-1)[:, :-1][texts.mask[:, 1:]].mean()
-        return (1 - alpha) * lm + alpha * soft_lm
+        total = -(soft * logits.log_softmax(-1)).sum(-1)[:, :-1][texts.mask[:, 1:]].sum()
+        return (1 - alpha) * lm + alpha * mean_over_real(total, texts.mask[:, 1:])
 
     # Trust.
 
@@ -151,26 +166,29 @@ class VLGAP(FusionEncoder):
         the pairs that it then trusts."""
         with self.teacher.acting(self):
             found = self.trust(batch.images, batch.texts)
-            self.seen += len(found.match)
+            self.seen += world_size() * len(found.match)
             self._remember(found)
-            accepted = self._accepts(found)
-            texts = batch.texts
+            accepted, texts = self._accepts(found), batch.texts
             doubtful = (~accepted).nonzero()[:, 0]
+            draws = torch.empty(0)
+            if sum_over_ranks((~accepted).sum()):  # all ranks draw for the words that are written, or none does
+                draws = random_rows((len(accepted), self.encoders.max_length), accepted.device)
             if len(doubtful):
-                ids = self._write(batch.images.select(doubtful), top_p=NUCLEUS)
-                own = self._as_texts(ids)
+                own = self._as_texts(self._write(batch.images.select(doubtful), draws[doubtful]), accepted.device)
                 better = self._accepts(self.trust(batch.images.select(doubtful), own))
                 texts = _replaced(texts, own, doubtful[better], better.nonzero()[:, 0], self.encoders.pad_id)
                 accepted[doubtful[better]] = True
-                self.rewritten += int(better.sum())
-        self.kept += int(accepted.sum())
+        self.rewritten += sum_over_ranks(accepted[doubtful].sum())
+        self.kept += sum_over_ranks(accepted.sum())
         return batch._replace(texts=texts), accepted.nonzero()[:, 0]
 
     def _remember(self, found: Trust) -> None:
-        count = self.buffer.shape[1]
-        rows = (self.get_buffer("filled") + torch.arange(len(found.match), device=self.buffer.device)) % count
-        self.buffer[0, rows], self.buffer[1, rows] = found.match.float(), found.words.float()
-        self.get_buffer("filled").add_(len(found.match))
+        """Take in the trust of the pairs of all ranks, in rank order: the buffer is the same on each."""
+        match, words = (gather(x.float()) for x in found)
+        filled = self.get_buffer("filled")
+        rows = (filled + torch.arange(len(match), device=match.device)) % self.buffer.shape[1]
+        self.buffer[0, rows], self.buffer[1, rows] = match, words
+        filled.add_(len(match))
 
     def _accepts(self, found: Trust) -> Tensor:
         """Which pairs [B] are among the trusted share, by the ranks of both values in the buffer."""
@@ -195,19 +213,21 @@ class VLGAP(FusionEncoder):
         hidden = self.fusion(x, mask, *image, causal=True)
         return F.linear(hidden, self.words.weight, self.word_bias).float()
 
-    def _write(self, images: Images, top_p: float | None = None) -> list[list[int]]:
+    def _write(self, images: Images, draws: Tensor | None = None) -> list[list[int]]:
+        """A caption of each image: the likeliest words, or words drawn by `draws` as in `write_words`."""
         image = self.image_state(images)
 
         def next_word(ids: Tensor) -> Tensor:
             return self._word_logits(image, ids, torch.ones_like(ids, dtype=torch.bool))[:, -1]
 
-        return write_words(next_word, len(images.tokens), self.encoders, top_p=top_p, device=images.tokens.device)
+        device = images.tokens.device
+        return write_words(next_word, len(images.tokens), self.encoders, device=device, draws=draws, top_p=NUCLEUS)
 
     @torch.no_grad()
     def write(self, images: Images) -> list[list[int]]:
         return self._write(images)
 
-    def _as_texts(self, rows: list[list[int]]) -> Texts:
+    def _as_texts(self, rows: list[list[int]], device: torch.device) -> Texts:
         """What was written, with start and end, read by the encoders."""
         encoders = self.encoders
         whole = [[encoders.start_id, *row, encoders.end_id][: encoders.max_length] for row in rows]
@@ -215,7 +235,6 @@ class VLGAP(FusionEncoder):
         mask = torch.zeros(ids.shape, dtype=torch.bool)
         for i, row in enumerate(whole):
             ids[i, : len(row)], mask[i, : len(row)] = torch.tensor(row), True
-        device = self.word_bias.device
         return encoders.read_texts(ids.to(device), mask.to(device))
 
 

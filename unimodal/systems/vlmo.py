@@ -13,8 +13,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from unimodal.distributed import gather, gather_padded
 from unimodal.layers import MLP, Attention, init_weights, key_mask_to_bias, unit
 from unimodal.losses import in_batch_matching, info_nce
+from unimodal.retrieval import similarity
 from unimodal.systems.base import Batch, Encoders, Images, System, Texts
 from unimodal.systems.mim import Restorer
 from unimodal.systems.towers import Scale
@@ -186,12 +188,13 @@ class VLMo(System):
         top_text = unit(self.top_text_projection(top_text))
         own = info_nce(image, text, ids, scale=self.scale())
         itc = (own + info_nce(top_image, top_text, ids, scale=self.top_scale())) / 2
-        scores = self.scale().detach() * image.detach() @ text.detach().T
+        scores = self.scale().detach() * similarity(gather(image), gather(text))
+        images, texts = Images(*gather_padded(*batch.images[:2])), Texts(*gather_padded(*batch.texts))
 
         def match(i: Tensor, j: Tensor) -> Tensor:
-            return self.itm_head(self.read(batch.images.select(i), batch.texts.select(j))[:, 0])[:, 0]
+            return self.itm_head(self.read(images.select(i), texts.select(j))[:, 0])[:, 0]
 
-        itm = in_batch_matching(match, scores, ids)
+        itm = in_batch_matching(match, scores, gather(ids))
         return {"itc": itc, "itm": itm, "mlm": MLM_WEIGHT * self._masked_words(batch.images, batch.texts)}
 
     def _masked_words(self, images: Images | None, texts: Texts) -> Tensor:
