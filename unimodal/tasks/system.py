@@ -16,8 +16,8 @@ from unimodal.tasks.base import Objective, Report, Step
 
 
 class SystemLosses(Objective):
-    """The sum of a system's losses. Each rank reads its own items; what a loss compares with or a queue keeps is gathered from all ranks, and
-    what is drawn at random for the global batch is drawn by the first rank (`unimodal.distributed`).
+    """The sum of a system's losses. Each rank reads its own items; what a loss compares with, and what a queue keeps, is gathered from all
+    ranks, and the first rank draws for the global batch (`unimodal.distributed`).
 
     A teacher, a queue and whatever else the system keeps of its training are buffers of the model: a training that resumes has them.
 
