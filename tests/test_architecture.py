@@ -40,8 +40,8 @@ ROOMS: dict[str, tuple[set[str], str]] = {
         "a head takes tensors, and is built for a backbone",
     ),
     "systems": (
-        {"layers", "config", "losses", "bridge", "tuning", "merge", "retrieval", "backbones"},
-        "a system is built from layers and losses, on tokens that others read",
+        {"layers", "config", "losses", "bridge", "tuning", "merge", "retrieval", "backbones", "distributed"},
+        "a system is built from layers and losses, on tokens that others read, and compares the pairs of all ranks",
     ),
     "survey": (
         {
