@@ -50,13 +50,15 @@ def there(system: System, batch: Batch) -> Batch:
 
 @pytest.mark.parametrize(("name", "stage"), [(name, stage) for name in CONFIGS for stage in built(name)[0].stages])
 def test_a_stage_stays_on_its_device(name: str, stage: str) -> None:
-    spec, system = built(name)
+    labels = {"category_names": ["dog", "cat", "man", "ball"]} if name == "qwen_embedding" else {}
+    spec, system = built(name, **labels)
     pairs = toy_pairs(24, system.encoders)  # type: ignore[arg-type]
-    system.prepare(iter([pairs]))
     factors = stages.rates(system, spec.stages[stage].trainable)
     stages.freeze(system, factors)
     with elsewhere(system.train(), system.encoders.backbone):
         batch = there(system, pairs)
+        system.learn_words()
+        system.prepare(iter([batch]))
         system.start_stage(stage)
         losses: dict[str, Any] = {}
         for _ in range(4):  # buffers of trust need some rows before they judge
@@ -73,9 +75,9 @@ def test_a_stage_stays_on_its_device(name: str, stage: str) -> None:
 def test_what_a_system_answers_is_on_its_device(name: str) -> None:
     _, system = built(name)
     pairs = toy_pairs(6, system.encoders)  # type: ignore[arg-type]
-    system.prepare(iter([pairs]))
     with elsewhere(system.eval(), system.encoders.backbone):
         batch = there(system, pairs)
+        system.prepare(iter([batch]))
         if system.embeds:
             assert system.embed_images(batch.images).device == system.embed_texts(batch.texts).device == ELSEWHERE
         if system.scores_pairs:
