@@ -9,6 +9,7 @@ from typing import Any
 
 from unimodal import words
 from unimodal.cli.messages import ConfigError
+from unimodal.stages import GROUPS
 from unimodal.systems import SYSTEMS, Scoring, Stage
 
 KEYS = ("title", "paper", "interaction", "inferred", "system", "scoring", "stages", "published", "epochs")
@@ -79,9 +80,7 @@ def _stage(name: str, stage: str, given: Stage, epochs: float, content: dict[str
     images = max(1, given.batch_size // given.captions_per_image) if asked is None else int(asked)
     length = {"max_steps", "max_epochs", "max_time"} & set(content.get("trainer") or {})
     read = SYSTEMS[name].stage_towers.get(stage, SYSTEMS[name].towers)
-    trainable = {
-        ("around.*" if pattern == "*" else f"system.{pattern}"): rate for pattern, rate in given.trainable.items()
-    }
+    trainable = {_called(pattern): rate for pattern, rate in given.trainable.items()}
     trainable |= {f"projections.{kind}": 0.0 for kind in SYSTEMS[name].towers if kind not in read}
     return {
         "about": f"{name}, its stage {stage}",
@@ -100,3 +99,10 @@ def _stage(name: str, stage: str, given: Stage, epochs: float, content: dict[str
         },
         "trainer": {"gradient_clip_val": given.clip} | ({} if length else {"max_epochs": max(1, round(epochs))}),
     }
+
+
+def _called(pattern: str) -> str:
+    """A pattern over a system's parameters, or a group of the model's, as the model calls it; all of a system is all around the towers."""
+    if pattern.startswith(GROUPS):
+        return pattern
+    return "around.*" if pattern == "*" else f"system.{pattern}"
