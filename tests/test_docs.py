@@ -27,6 +27,9 @@ def name(value: object) -> str:
     return value.relative_to(REPO).as_posix() if isinstance(value, Path) else str(value)
 
 
+OWN = "own.yaml"
+
+
 def code(page: Path) -> Iterator[str]:
     """Every line of the fenced blocks of a page, every inline code, and every comment of a YAML file."""
     text = page.read_text()
@@ -54,10 +57,16 @@ def commands(program: str) -> list[tuple[Path, list[str]]]:
 
 
 @pytest.mark.parametrize(("page", "words"), commands("unimodal"), ids=name)
-def test_shell_commands_parse(page: Path, words: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_shell_commands_parse(page: Path, words: list[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     from unimodal import cli
 
     monkeypatch.chdir(REPO)
+    if OWN in words:  # the reader's file, as the guide shows it
+        (block,) = re.findall(
+            rf"^```yaml\n# {OWN}\n(.*?)^```", (REPO / "configs/systems/README.md").read_text(), flags=re.M | re.S
+        )
+        (tmp_path / OWN).write_text(block)
+        words = [str(tmp_path / OWN) if word == OWN else word for word in words]
     try:
         if words[0] in (*TRAINING, "demo"):
             status = cli.main([*words, "--help" if words[0] == "demo" else "--print_config"])
