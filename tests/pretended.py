@@ -15,8 +15,20 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
 ELSEWHERE = torch.device("meta")
-# What torch lets read a small tensor on the CPU beside one on a GPU: lengths, and indices of what is elsewhere.
+# What torch lets mix devices: lengths and copies, and indices on the CPU of what is elsewhere.
 MIXING = ("_pack_padded_sequence", "_pad_packed_sequence", "copy_", "_to_copy")
+# What takes a number on the CPU, a tensor without dimensions, beside tensors elsewhere, apart from what works point by point.
+TAKING_NUMBERS = (
+    "masked_fill",
+    "masked_fill_",
+    "index_fill",
+    "index_fill_",
+    "fill_",
+    "where",
+    "index_put",
+    "index_put_",
+    "_index_put_impl_",
+)
 INDEXED = ("index", "index_put", "index_put_", "_index_put_impl_", "_unsafe_index")
 
 
@@ -53,8 +65,11 @@ def run(function: Any, args: Any, kwargs: Any) -> Any:
     name = function.overloadpacket.__name__
     tensors = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
     away = [x for x in tensors if isinstance(x, Elsewhere)]
-    here = [x for x in tensors if not isinstance(x, Elsewhere) and x.ndim > 0]
+    numbers = torch.Tag.pointwise in function.tags or name in TAKING_NUMBERS
+    here = [x for x in tensors if not isinstance(x, Elsewhere) and (x.ndim > 0 or not numbers)]
     first_is_away = bool(tensors) and isinstance(tensors[0], Elsewhere)
+    if function._schema.is_mutable and not first_is_away:  # nothing elsewhere changes a tensor on the CPU
+        here += tensors[:1]
     allowed = name in MIXING or (
         name in INDEXED and first_is_away and all(x.dtype in (torch.long, torch.bool) for x in here)
     )
@@ -63,6 +78,10 @@ def run(function: Any, args: Any, kwargs: Any) -> Any:
             f"{name} mixes devices: {[tuple(x.shape) for x in here]} are on the CPU, {len(away)} tensors are not"
         )
     told = kwargs.get("device")
+    if isinstance(kwargs.get("generator"), torch.Generator) and (
+        told is not None and torch.device(told) == ELSEWHERE or away
+    ):
+        raise RuntimeError(f"{name} mixes devices: it draws elsewhere from a generator on the CPU")
     kwargs = {**kwargs, **({} if told is None else {"device": "cpu"})}
     real_args, real_kwargs = tree_map(lambda x: x.value if isinstance(x, Elsewhere) else x, (args, kwargs))
     result = function(*real_args, **real_kwargs)

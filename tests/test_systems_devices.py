@@ -1,5 +1,6 @@
 """No step of any system mixes devices: every stage of every recipe on a pretended device."""
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -23,6 +24,31 @@ class Mixed(nn.Module):
 def test_a_mixed_step_is_found() -> None:
     with elsewhere(nn.Linear(2, 2)), pytest.raises(RuntimeError, match="add mixes devices"):
         Mixed()(moved([torch.ones(3)])[0])
+
+
+MIXED: dict[str, Callable[[torch.Tensor, torch.Tensor], Any]] = {
+    "a number beside others": lambda here, there: torch.stack([here[0], there[0]]),
+    "values elsewhere": lambda here, there: here.add_(there[0]),
+    "places elsewhere": lambda here, there: here[there.long()],
+    "numbers written elsewhere": lambda here, there: there.index_put_((torch.arange(3),), here),
+    "a generator": lambda here, there: torch.rand(3, device=there.device, generator=torch.Generator()),
+    "a draw": lambda here, there: torch.multinomial(there, 1, generator=torch.Generator()),
+}
+
+
+@pytest.mark.parametrize("kind", MIXED)
+def test_every_kind_of_mix_is_found(kind: str) -> None:
+    with elsewhere(), pytest.raises(RuntimeError, match="mixes devices"):
+        MIXED[kind](torch.ones(3), moved([torch.ones(3)])[0])
+
+
+def test_what_torch_lets_mix_computes() -> None:
+    with elsewhere():
+        here, there = torch.arange(3), moved([torch.ones(3)])[0]
+        assert (
+            there[here].device == (there + here[1]).device == there.masked_fill(there > 1, here[0]).device == ELSEWHERE
+        )
+        assert torch.zeros(3).copy_(there).tolist() == [1, 1, 1]
 
 
 def test_what_is_elsewhere_computes_and_learns() -> None:
