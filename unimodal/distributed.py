@@ -15,7 +15,8 @@ Gather with gradient: Radford et al. 2021 (CLIP). Ring exchange: Zhai et al. 202
 Legend: B local batch, R ranks.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -41,15 +42,16 @@ def gather(x: Tensor) -> Tensor:
     """
     if world_size() == 1:
         return x.detach()
-    _require_equal_shapes(x)
-    rows = x.new_empty(world_size() * x.shape[0], *x.shape[1:])
-    dist.all_gather_into_tensor(rows, x.contiguous())
-    return rows
+    _require_equal(_of_all_ranks(tuple(x.shape)))
+    return _rows_of_all(x)
 
 
 def gather_with_grad(x: Tensor) -> Tensor:
     """Like `gather`; the gradient of a row, summed over the ranks that used it, flows back to the rank that owns it."""
-    return x if world_size() == 1 else _Gather.apply(x)
+    if world_size() == 1:
+        return x
+    _require_equal(_of_all_ranks(tuple(x.shape)))
+    return _Gather.apply(x)
 
 
 def gather_padded(*tensors: Tensor) -> tuple[Tensor, ...]:
@@ -58,10 +60,11 @@ def gather_padded(*tensors: Tensor) -> tuple[Tensor, ...]:
     if world_size() == 1:
         return tensors
     out = []
-    for x in tensors:
-        missing = [most - size for size, most in zip(x.shape, _longest(x.shape))]
+    for x, shapes in zip(tensors, zip(*_of_all_ranks([tuple(x.shape) for x in tensors]))):
+        _require_equal([shape[:1] for shape in shapes])
+        missing = [most - size for size, most in zip(x.shape, _longest(shapes))]
         x = F.pad(x, [side for size in reversed(missing[1:]) for side in (0, size)])
-        out.append(gather_with_grad(x) if x.is_floating_point() else gather(x))
+        out.append(_Gather.apply(x) if x.is_floating_point() else _rows_of_all(x))
     return tuple(out)
 
 
@@ -84,7 +87,7 @@ def random_rows(shape: Sequence[int], device: torch.device) -> Tensor:
     that it gets in one process. Ranks may bring different lengths after the first dimension."""
     if world_size() == 1:
         return torch.rand(*shape, device=device)
-    rows, *longest = _longest(shape)
+    rows, *longest = _longest(_of_all_ranks(tuple(shape)))
     drawn = shared(torch.rand(world_size() * rows, *longest, device=device))
     return local_rows(drawn)[tuple(slice(size) for size in shape)]
 
@@ -105,8 +108,8 @@ def ring_exchange(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
     All ranks must consume the iterator to its end. Raises ValueError, naming the shapes, if ranks bring different ones.
     """
     if world_size() > 1:
-        for x in tensors:
-            _require_equal_shapes(x)
+        for shapes in zip(*_of_all_ranks([tuple(x.shape) for x in tensors])):
+            _require_equal(shapes)
     yield tensors
     for _ in range(world_size() - 1):
         tensors = tuple(_RingStep.apply(x) for x in tensors)
@@ -116,7 +119,7 @@ def ring_exchange(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
 class _Gather(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x: Tensor) -> Tensor:
-        return gather(x)
+        return _rows_of_all(x)
 
     @staticmethod
     def backward(ctx, grad: Tensor) -> Tensor:
@@ -135,6 +138,13 @@ class _RingStep(torch.autograd.Function):
         return _pass_on(grad, step=-1)
 
 
+def _rows_of_all(x: Tensor) -> Tensor:
+    """Rows of all ranks, which bring equal shapes, [B, ...] -> [R * B, ...]."""
+    rows = x.new_empty(world_size() * x.shape[0], *x.shape[1:])
+    dist.all_gather_into_tensor(rows, x.contiguous())
+    return rows
+
+
 def _pass_on(x: Tensor, step: int) -> Tensor:
     """Send x to the rank `step` ahead and return what the rank `step` behind sent."""
     received = torch.empty_like(x, memory_format=torch.contiguous_format)
@@ -145,21 +155,20 @@ def _pass_on(x: Tensor, step: int) -> Tensor:
     return received
 
 
-def _shapes(shape: Sequence[int]) -> list[tuple[int, ...]]:
-    """The shapes that the ranks bring, in rank order."""
-    shapes: list = [None] * world_size()
-    dist.all_gather_object(shapes, tuple(shape))
-    return shapes
+def _of_all_ranks(given: Any) -> list[Any]:
+    """What the ranks bring, in rank order."""
+    out: list[Any] = [None] * world_size()
+    dist.all_gather_object(out, given)
+    return out
 
 
-def _longest(shape: Sequence[int]) -> tuple[int, ...]:
+def _longest(shapes: Iterable[Sequence[int]]) -> tuple[int, ...]:
     """Of each dimension the most that a rank brings."""
-    return tuple(map(max, zip(*_shapes(shape), strict=True)))
+    return tuple(map(max, zip(*shapes, strict=True)))
 
 
-def _require_equal_shapes(x: Tensor) -> None:
+def _require_equal(shapes: Sequence[Any]) -> None:
     """Unequal shapes would hang some backends and mix up rows on others, so ranks compare them first."""
-    shapes = _shapes(x.shape)
     for other, shape in enumerate(shapes):
         if shape != shapes[0]:
             raise ValueError(

@@ -100,7 +100,9 @@ class CCA:
 def _whitener(covariance: Tensor, regularisation: float, side: str) -> Tensor:
     """Inverse square root of the regularised covariance [w, w], symmetric."""
     ridge = regularisation * covariance.diagonal().mean()
-    values, vectors = torch.linalg.eigh(covariance + ridge * torch.eye(len(covariance), dtype=covariance.dtype, device=covariance.device))
+    values, vectors = torch.linalg.eigh(
+        covariance + ridge * torch.eye(len(covariance), dtype=covariance.dtype, device=covariance.device)
+    )
     # Below float64's resolution of the largest value a direction is noise, and its inverse root would amplify it.
     if values[0] <= len(values) * torch.finfo(values.dtype).eps * values[-1]:
         raise ValueError(
