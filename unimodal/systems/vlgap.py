@@ -170,17 +170,24 @@ class VLGAP(FusionEncoder):
             self._remember(found)
             accepted, texts = self._accepts(found), batch.texts
             doubtful = (~accepted).nonzero()[:, 0]
-            draws = torch.empty(0)
-            if sum_over_ranks((~accepted).sum()):  # all ranks draw for the words that are written, or none does
-                draws = random_rows((len(accepted), self.encoders.max_length), accepted.device)
-            if len(doubtful):
-                own = self._as_texts(self._write(batch.images.select(doubtful), draws[doubtful]), accepted.device)
-                better = self._accepts(self.trust(batch.images.select(doubtful), own))
-                texts = _replaced(texts, own, doubtful[better], better.nonzero()[:, 0], self.encoders.pad_id)
-                accepted[doubtful[better]] = True
+            if sum_over_ranks((~accepted).sum()):
+                texts, better = self._rewritten(batch, doubtful)
+                accepted[better] = True
         self.rewritten += sum_over_ranks(accepted[doubtful].sum())
         self.kept += sum_over_ranks(accepted.sum())
         return batch._replace(texts=texts), accepted.nonzero()[:, 0]
+
+    def _rewritten(self, batch: Batch, doubtful: Tensor) -> tuple[Texts, Tensor]:
+        """The texts, where the teacher's own captions replace those of the rows `doubtful`, if it trusts its own; and the rows that got
+        one."""
+        # All ranks draw for the words that are written, also one that has none to write.
+        draws = random_rows((len(batch.image_id), self.encoders.max_length), batch.image_id.device)[doubtful]
+        if not len(doubtful):
+            return batch.texts, doubtful
+        images = batch.images.select(doubtful)
+        own = self._as_texts(self._write(images, draws), draws.device)
+        trusted = self._accepts(self.trust(images, own)).nonzero()[:, 0]
+        return _replaced(batch.texts, own, doubtful[trusted], trusted, self.encoders.pad_id), doubtful[trusted]
 
     def _remember(self, found: Trust) -> None:
         """Take in the trust of the pairs of all ranks, in rank order: the buffer is the same on each."""
