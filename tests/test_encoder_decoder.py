@@ -24,7 +24,7 @@ from unimodal.hub import CheckpointError, load_checkpoint, verify_checkpoint
 from unimodal.inference import Unimodal
 from unimodal.model import UnimodalModel
 from unimodal.tasks import ITG, Captioning
-from unimodal.tasks.base import Step
+from unimodal.tasks.step import Step
 
 EXACT = {"rtol": 0, "atol": 1e-5}
 QUESTION = "question: what colour is the circle? answer:"

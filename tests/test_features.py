@@ -25,7 +25,7 @@ from unimodal.data.negatives import write_negatives
 from unimodal.data.store import TokenStore
 from unimodal.search import Encoder, mine_negatives
 from unimodal.tasks import ITC, ITG, ITM, Joint, MaskedITC
-from unimodal.tasks.base import Step
+from unimodal.tasks.step import Step
 
 FROZEN = {"*": 1.0, "backbone.vision.*": 0.0, "backbone.text.*": 0.0}
 

@@ -31,7 +31,7 @@ from unimodal.hub.folder import FILES
 from unimodal.inference import Unimodal
 from unimodal.model import UnimodalModel
 from unimodal.tasks import ITG, Captioning
-from unimodal.tasks.base import Step
+from unimodal.tasks.step import Step
 
 EXACT = {"rtol": 0, "atol": 1e-5}
 QUESTION = "question: what colour is the circle? answer:"

@@ -1,4 +1,4 @@
-"""What every task shares: one model, named objectives on shared reads of a batch, a stage, an optimizer, an evaluation.
+"""What every task shares: one model, named objectives on shared reads of a batch, a stage, an optimizer.
 
 A training step returns `(losses, report)`: what is optimised and what is only logged never share a dict.
 """
@@ -7,11 +7,9 @@ import math
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import pytorch_lightning as pl
 import torch
 from pytorch_lightning.callbacks import Timer
 from pytorch_lightning.strategies import ModelParallelStrategy, Strategy
@@ -20,201 +18,32 @@ from torch import Tensor
 
 from unimodal import stages
 from unimodal.blocks import compile_blocks, recompute
-from unimodal.chunks import at, by_chunks, refuse_coupled_rows
+from unimodal.chunks import refuse_coupled_rows
 from unimodal.config import ModelConfig
-from unimodal.data.batch import Batch, check_batch, image_inputs, text_inputs
+from unimodal.data.batch import Batch, check_batch
 from unimodal.data.pairs import Pairs
 from unimodal.data.processor import Processor
 from unimodal.data.tokens import words_of
 from unimodal.distributed import sum_over_ranks, world_size
-from unimodal.losses import Wrong
-from unimodal.model import ImageState, TextState, UnimodalModel
+from unimodal.model import UnimodalModel
 from unimodal.sharding import clip_gradients, is_sharded, shard, whole_state
 from unimodal.systems import known_texts
-from unimodal.tasks.evaluation import Evaluation, EvaluationSettings
+from unimodal.tasks.evaluated import Evaluated
+from unimodal.tasks.evaluation import EvaluationSettings
 from unimodal.tasks.mining import kept_neighbours
+from unimodal.tasks.objective import Objective, Report
 from unimodal.tasks.optimizer import OptimizerSettings, build_optimizer
 from unimodal.tasks.start import Start, StartError
+from unimodal.tasks.step import Step
 from unimodal.tasks.vocabulary import frequent_tokens
 from unimodal.tuning import adapter_of, base_name
 
 Losses = dict[str, Tensor]
-Report = dict[str, Tensor]
 # What reads a sharded model: the parameters of no block are whole in these methods of a task.
 WHOLE_IN = ("_begin_stage", "training_step", "validation_step", "test_step", "predict_step", "_end", "probe")
 
 
-class Step:
-    """One training step's reads of a batch, each made once, when an objective first asks for it.
-
-    Args:
-        model: what reads.
-        batch: what is read.
-        progress: how far the stage is, from 0 to 1.
-        mini_batch_size: rows read at a time (GradCache, `unimodal.chunks`); None reads the whole batch at once.
-        states: whether an objective asks for more than embeddings. If none does, chunks leave nothing but embeddings.
-    """
-
-    def __init__(
-        self,
-        model: UnimodalModel,
-        batch: Batch,
-        progress: float,
-        mini_batch_size: int | None = None,
-        states: bool = True,
-    ) -> None:
-        self.model, self.batch, self.progress = model, batch, progress
-        self.mini_batch_size, self.states = mini_batch_size, states
-
-    # Token states.
-
-    def _read_image(self, pixels: Any, features: Tensor | None, mask: Tensor | None) -> ImageState:
-        state = self.model.encode_image(pixels, features=features, mask=mask)
-        # Keys and values of a whole batch would be the memory that chunks save: they are projected again where they are read.
-        return state if self.mini_batch_size is None else state._replace(memory=None)
-
-    def _read_text(self, ids: Tensor, mask: Tensor, features: Tensor | None) -> TextState:
-        return self.model.encode_text(ids, mask, features=features)
-
-    @cached_property
-    def image(self) -> ImageState:
-        return by_chunks(self._read_image, *self._images, size=self.mini_batch_size)
-
-    @cached_property
-    def text(self) -> TextState:
-        return by_chunks(self._read_text, *self._texts, size=self.mini_batch_size)
-
-    @cached_property
-    def negative_text(self) -> TextState:
-        """The false captions that are there, in the order of `negative_text_given`; at least one must be."""
-        return by_chunks(self._read_text, *self._negative_texts, size=self.mini_batch_size)
-
-    @cached_property
-    def negative_image(self) -> ImageState:
-        """The wrong pictures that are there, in the order of `negative_image_given`; at least one must be."""
-        return by_chunks(self._read_image, *self._negative_images, size=self.mini_batch_size)
-
-    # Embeddings.
-
-    @cached_property
-    def image_embedding(self) -> Tensor:
-        return self._embed_images(self._images, "image")
-
-    @cached_property
-    def text_embedding(self) -> Tensor:
-        return self._embed_texts(self._texts, "text")
-
-    @cached_property
-    def wrong_text(self) -> Wrong | None:
-        """Embeddings [B, K, E] of the false captions of each picture; None where the batch has none."""
-        given = self.negative_text_given
-        if given is None or not given.any():
-            return None if given is None else self._nothing_wrong(given, self.text_embedding)
-        return _spread(self._embed_texts(self._negative_texts, "negative_text"), given)
-
-    @cached_property
-    def wrong_image(self) -> Wrong | None:
-        """Embeddings [B, K, E] or [B, K, N, E] of the wrong pictures of each caption; None where the batch has none."""
-        given = self.negative_image_given
-        if given is None or not given.any():
-            return None if given is None else self._nothing_wrong(given, self.image_embedding)
-        return _spread(self._embed_images(self._negative_images, "negative_image"), given)
-
-    @property
-    def negative_text_given(self) -> Tensor | None:
-        """Which false captions are there, [B, K]; None where the batch has no such key."""
-        return self.batch["negative_mask"].any(dim=-1) if "negative_text" in self.batch else None
-
-    @property
-    def negative_image_given(self) -> Tensor | None:
-        """Which wrong pictures are there, [B, K]; None where the batch has no such key."""
-        return self.batch.get("negative_image_mask")
-
-    # What is read: pixels, features and their mask of images; ids, mask and features of texts. None for what the batch has not.
-
-    @property
-    def _images(self) -> list[Any]:
-        return list(image_inputs(self.batch).values())
-
-    @property
-    def _texts(self) -> list[Any]:
-        return list(text_inputs(self.batch).values())
-
-    @property
-    def _negative_texts(self) -> list[Any]:
-        keys = ("negative_text", "negative_mask", "negative_text_features")
-        return [at(self.batch.get(key), self.negative_text_given) for key in keys]
-
-    @property
-    def _negative_images(self) -> list[Any]:
-        keys = ("negative_image", "negative_image_features", "negative_image_features_mask")
-        return [at(self.batch.get(key), self.negative_image_given) for key in keys]
-
-    def _embed_images(self, inputs: list[Any], state: str) -> Tensor:
-        if self.states:
-            return self.model.image_embedding(getattr(self, state))
-        return by_chunks(
-            lambda pixels, features, mask: self.model.embed_images(pixels, features=features, mask=mask),
-            *inputs,
-            size=self.mini_batch_size,
-        )
-
-    def _embed_texts(self, inputs: list[Any], state: str) -> Tensor:
-        if self.states:
-            return self.model.text_embedding(getattr(self, state))
-        return by_chunks(
-            lambda ids, mask, features: self.model.embed_texts(ids, mask, features=features),
-            *inputs,
-            size=self.mini_batch_size,
-        )
-
-    def _nothing_wrong(self, given: Tensor, like: Tensor) -> Wrong:
-        """No wrong item in any row: other ranks may have some, and all ranks exchange alike."""
-        return Wrong(like.new_zeros(*given.shape, *like.shape[1:]), given)
-
-
-def _spread(embedding: Tensor, given: Tensor) -> Wrong:
-    """Rows [G, ...] to the G places that are True in `given` [B, K], zeros elsewhere."""
-    out = embedding.new_zeros(*given.shape, *embedding.shape[1:])
-    out[given] = embedding
-    return Wrong(out, given)
-
-
-class Objective:
-    """A loss with its weight and the batch keys it reads. Subclasses compute it from a `Step`.
-
-    Attributes:
-        keys: what the batch must have.
-        states: whether it reads token states, beyond embeddings.
-    """
-
-    keys: tuple[str, ...] = ()
-    states = True
-
-    def __init__(self, weight: float = 1.0) -> None:
-        self.weight = weight
-
-    def prepare(self, pairs: Pairs, processor: Processor) -> None:
-        """Called before the first step with the training split and the preprocessing: for what depends on the whole split."""
-
-    def fit(self, model: UnimodalModel, split: Iterable[Batch]) -> None:
-        """Called once before the first step of a system that is new, with the training split in order, every image with all its captions:
-        for what is fitted in closed form."""
-
-    def begin(self, model: UnimodalModel) -> None:
-        """Called before the first step of a stage, and not when a stage goes on."""
-
-    def after_step(self, model: UnimodalModel) -> None:
-        """Called after every step of the optimizer."""
-
-    def end(self, model: UnimodalModel) -> None:
-        """Called when the last step of a stage is done."""
-
-    def __call__(self, step: Step) -> tuple[Tensor, Report]:
-        raise NotImplementedError(f"{type(self).__name__} is an objective without a loss; implement __call__(step)")
-
-
-class Task(pl.LightningModule):
+class Task(Evaluated):
     """A model in training.
 
     Args:
@@ -288,9 +117,9 @@ class Task(pl.LightningModule):
                     compile_blocks(part)
         if gradient_checkpointing:
             recompute(self.model)
-        self.processor: Processor | None = None
-        self.evaluation: Evaluation | None = None
-        self.results: dict[str, Any] = {}
+        self.processor = None
+        self.evaluation = None
+        self.results = {}
 
     def _build(self, config: ModelConfig, start: Start | None, pretrained: bool) -> list[str]:
         """Build the model with the weights that it starts from; returns the names of the tensors that the start lacks."""
@@ -472,13 +301,6 @@ class Task(pl.LightningModule):
         )
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
-    # Evaluation: the whole split is read, then every present head is scored.
-
-    @property
-    def data(self) -> Any:
-        """The data module of the run."""
-        return self.trainer.datamodule  # type: ignore[attr-defined]
-
     def setup(self, stage: str) -> None:
         dealt = self.trainer._accelerator_connector.use_distributed_sampler
         if dealt and self.trainer.world_size > 1 and stage != "predict":
@@ -513,49 +335,6 @@ class Task(pl.LightningModule):
         assert self.processor is not None
         for objective in self.objectives.values():
             objective.prepare(pairs, self.processor)
-
-    def _begin(self, pairs: Pairs) -> None:
-        assert self.processor is not None
-        self.evaluation = Evaluation(self.model, self.processor, pairs, self.settings)
-
-    def _end(self, prefix: str) -> None:
-        assert self.evaluation is not None
-        if self.trainer.sanity_checking and self.evaluation.read < len(self.evaluation.pairs):
-            return
-        with self.trainer.precision_plugin.forward_context():
-            self.results = self.evaluation.results()
-        self.log_dict(
-            {f"{prefix}/{k}": v for k, v in self.evaluation.numbers(self.results).items()}, rank_zero_only=True
-        )
-        self.evaluation = None
-
-    def on_validation_epoch_start(self) -> None:
-        self._begin(self.data.val)
-
-    def on_test_epoch_start(self) -> None:
-        self._begin(self.data.test)
-
-    def validation_step(self, batch: Batch, batch_index: int) -> None:
-        assert self.evaluation is not None
-        self.evaluation.add(batch)
-
-    def test_step(self, batch: Batch, batch_index: int) -> None:
-        self.validation_step(batch, batch_index)
-
-    def on_validation_epoch_end(self) -> None:
-        self._end("val")
-
-    def on_test_epoch_end(self) -> None:
-        self._end("test")
-
-    def predict_step(self, batch: Batch, batch_index: int) -> dict[str, Tensor]:
-        """Embeddings of the batch's images, and of its captions where it has any."""
-        image = self.model.encode_image(**image_inputs(batch))
-        embeddings = {"image": self.model.image_embedding(image)}
-        if "text" in batch:
-            text = self.model.encode_text(**text_inputs(batch))
-            embeddings["text"] = self.model.text_embedding(text)
-        return embeddings
 
 
 @contextmanager

@@ -13,7 +13,9 @@ from unimodal.data.pairs import Pairs
 from unimodal.data.processor import Processor
 from unimodal.losses import caption_loss, self_critical_loss
 from unimodal.metrics import CiderD
-from unimodal.tasks.base import Objective, Report, Step, Task
+from unimodal.tasks.base import Task
+from unimodal.tasks.objective import Objective, Report
+from unimodal.tasks.step import Step
 
 
 class ITG(Objective):

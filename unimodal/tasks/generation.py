@@ -8,7 +8,9 @@ from torch import Tensor
 from unimodal.config import ModelConfig
 from unimodal.diffusion import flow_path, sample_t
 from unimodal.losses import conditioning_loss, flow_matching_loss
-from unimodal.tasks.base import Objective, Report, Step, Task
+from unimodal.tasks.base import Task
+from unimodal.tasks.objective import Objective, Report
+from unimodal.tasks.step import Step
 
 
 class Flow(Objective):

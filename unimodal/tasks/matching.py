@@ -8,7 +8,9 @@ from torch import Tensor
 from unimodal.config import ModelConfig
 from unimodal.losses import listwise_loss, matching_loss, sample_hard_negatives
 from unimodal.retrieval import similarity
-from unimodal.tasks.base import Objective, Report, Step, Task
+from unimodal.tasks.base import Task
+from unimodal.tasks.objective import Objective, Report
+from unimodal.tasks.step import Step
 
 
 class ITM(Objective):

@@ -10,7 +10,9 @@ from torch import Tensor
 from unimodal.config import ModelConfig
 from unimodal.losses import Wrong, distillation_loss, info_nce, masked_info_nce, matryoshka, quantised, sigmoid_loss
 from unimodal.retrieval import row_similarity
-from unimodal.tasks.base import Objective, Report, Step, Task
+from unimodal.tasks.base import Task
+from unimodal.tasks.objective import Objective, Report
+from unimodal.tasks.step import Step
 
 
 class EmbeddingObjective(Objective):

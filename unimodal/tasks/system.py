@@ -12,7 +12,8 @@ from unimodal.model import UnimodalModel
 from unimodal.sharding import is_sharded
 from unimodal.systems import Batch, System
 from unimodal.systems.momentum import Teacher
-from unimodal.tasks.base import Objective, Report, Step
+from unimodal.tasks.objective import Objective, Report
+from unimodal.tasks.step import Step
 
 
 class SystemLosses(Objective):
