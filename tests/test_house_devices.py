@@ -1,0 +1,48 @@
+"""No model that a published design is mixes devices: every stage on each kind of backbone, on a pretended device."""
+
+from typing import Any
+
+import pytest
+import torch
+from pretended import ELSEWHERE, elsewhere, moved
+from test_house import CARRIED, data, small, sources, stages_of, task
+
+from unimodal.config import ModelConfig, from_dict, to_dict
+from unimodal.model import UnimodalModel
+
+__all__ = ["sources"]  # a fixture
+
+
+@pytest.mark.parametrize(("name", "backbone"), CARRIED)
+def test_a_model_stays_on_its_device(name: str, backbone: str, sources: dict[str, Any]) -> None:
+    """Its words are read and it is fitted there; each stage takes a step; then it answers."""
+    config = from_dict(ModelConfig, {"backbone": sources[backbone], "system": to_dict(small(name))})
+    module = data()
+    for stage in stages_of(name):
+        one = task(config, name, stage)
+        objective = one.objectives["own"]
+        with elsewhere(one):
+            one.bind(module)
+            pairs, split = next(iter(module.train_dataloader())), list(module.mining_dataloader())
+            objective.fit(one.model, moved(split))
+            objective.begin(one.model)
+            losses, _ = one.train().training_forward(moved(pairs))
+            torch.stack(list(losses.values())).sum().backward()
+            objective.after_step(one.model)
+            objective.end(one.model)
+            trained = [p for p in one.model.parameters() if p.requires_grad]
+            assert trained and all(p.grad is not None and p.grad.device == ELSEWHERE for p in trained)
+            answers(one.eval().model, moved(pairs))
+
+
+@torch.no_grad()
+def answers(model: UnimodalModel, batch: Any) -> None:
+    """Embeddings, pair scores and captions are made where the model is."""
+    image, text = model.encode_image(batch["image"]), model.encode_text(batch["text"], batch["text_mask"])
+    rows = torch.arange(len(batch["text"]), device=ELSEWHERE)
+    if model.embeds is not None:
+        assert model.image_embedding(image).device == model.text_embedding(text).device == ELSEWHERE
+    if model.matcher is not None:
+        assert model.match(image, text, rows, rows).device == ELSEWHERE
+    if model.captioner is not None:
+        assert len(model.caption(image)) == len(rows)
