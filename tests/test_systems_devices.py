@@ -1,4 +1,4 @@
-"""No step of any system mixes devices: every stage of every recipe on a pretended device, on toy tokens and as a part of a model."""
+"""No step of any system mixes devices: every stage of every recipe on a pretended device."""
 
 from collections.abc import Callable
 from typing import Any
@@ -6,19 +6,12 @@ from typing import Any
 import pytest
 import torch
 from pretended import ELSEWHERE, elsewhere, moved
-from test_house import small, stages_of
 from test_systems import CONFIGS, built
 from torch import nn
-from toy import toy_config
 from toysurvey import toy_pairs
 
 from unimodal import stages
-from unimodal.config import ModelConfig
-from unimodal.data import Scenes
-from unimodal.data.module import PairData
-from unimodal.systems import SYSTEMS, Batch, System
-from unimodal.tasks import Joint, SystemLosses
-from unimodal.tasks.base import Step
+from unimodal.systems import Batch, System
 
 
 class Mixed(nn.Module):
@@ -118,28 +111,3 @@ def test_what_a_system_answers_is_on_its_device(name: str) -> None:
             assert system.score_pairs(*state).device == system.score_matrix(*state).device == ELSEWHERE
         if system.writes:
             assert len(system.write(batch.images)) == 6
-
-
-@pytest.fixture(scope="module")
-def data() -> PairData:
-    return PairData(Scenes("train", count=16), Scenes("val", count=2), batch_size=8, captions_per_image=2)
-
-
-@pytest.mark.parametrize(("name", "stage"), [(name, stage) for name in SYSTEMS for stage in stages_of(name)])
-def test_a_model_with_a_system_stays_on_its_device(name: str, stage: str, data: PairData) -> None:
-    """From pixels and ids to gradients."""
-    config = ModelConfig(backbone=toy_config().backbone, system=small(name))
-    objective = SystemLosses(stage)
-    task = Joint(config, {"own": objective}, stages_of(name)[stage])
-    task.bind(data)
-    data.setup("fit")
-    batch = next(iter(data.train_dataloader()))
-    with elsewhere(task.model):
-        objective.begin(task.model)
-        loss, _ = objective(Step(task.model, {key: moved([value])[0] for key, value in batch.items()}, 0.5))
-        loss.backward()
-        assert all(
-            p.grad is not None and p.grad.device == ELSEWHERE for p in task.model.parameters() if p.requires_grad
-        )
-        objective.after_step(task.model)
-        objective.end(task.model)
