@@ -5,7 +5,7 @@ The pretended device is called `meta`, a name that torch takes without any drive
 """
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 from unittest import mock
 
@@ -124,7 +124,14 @@ def elsewhere(*modules: nn.Module) -> Iterator[None]:
     def cast(kind: str, **given: Any) -> Any:
         return autocast("cpu" if kind == ELSEWHERE.type else kind, **given)
 
-    with mock.patch.object(torch, "autocast", cast), mock.patch.object(torch, "tensor", made), _Factories():
+    def inference(mode: bool) -> Any:  # its tensors take no wrapper; without gradients they compute the same
+        return torch.set_grad_enabled(not mode)
+
+    patches = (torch, "autocast", cast), (torch, "tensor", made), (torch._C, "_InferenceMode", inference)
+    with ExitStack() as stack:
+        for patch in patches:
+            stack.enter_context(mock.patch.object(*patch))
+        stack.enter_context(_Factories())
         yield
 
 

@@ -5,8 +5,9 @@ from typing import Any
 import pytest
 import torch
 from pretended import ELSEWHERE, elsewhere, moved
-from test_house import CARRIED, data, small, sources, stages_of, task
+from test_house import CARRIED, data, is_searched, small, sources, stages_of, task
 
+from unimodal import Unimodal
 from unimodal.config import ModelConfig, from_dict, to_dict
 from unimodal.model import UnimodalModel
 
@@ -15,7 +16,7 @@ __all__ = ["sources"]  # a fixture
 
 @pytest.mark.parametrize(("name", "backbone"), CARRIED)
 def test_a_model_stays_on_its_device(name: str, backbone: str, sources: dict[str, Any]) -> None:
-    """Its words are read and it is fitted there; each stage takes a step; then it answers."""
+    """Its words are read and it is fitted there; each stage takes a step; then it answers, is searched and explains."""
     config = from_dict(ModelConfig, {"backbone": sources[backbone], "system": to_dict(small(name))})
     module = data()
     for stage in stages_of(name):
@@ -32,7 +33,13 @@ def test_a_model_stays_on_its_device(name: str, backbone: str, sources: dict[str
             objective.end(one.model)
             trained = [p for p in one.model.parameters() if p.requires_grad]
             assert trained and all(p.grad is not None and p.grad.device == ELSEWHERE for p in trained)
-            answers(one.eval().model, moved(pairs))
+    one.eval()
+    with elsewhere():  # where the model still is
+        answers(one.model, moved(pairs))
+        pictures = [module.val.image(i) for i in range(2)]
+        opened = Unimodal(one.model, one.processor)
+        is_searched(opened, pictures, ["a red circle"])
+        assert opened.explain(pictures[0], "a red circle", steps=2).heatmap.any()
 
 
 @torch.no_grad()
