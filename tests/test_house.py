@@ -3,6 +3,7 @@
 The matrix is generated from the table of systems and from the stages of their recipes.
 """
 
+import json
 import re
 import shlex
 from dataclasses import replace
@@ -17,15 +18,16 @@ import torch
 from PIL import Image
 from test_published import saved
 from test_start import own_pairs
-from toy import toy_config
+from toy import toy_config, toy_processor
 
 import unimodal
 from unimodal import Unimodal, cli, words
 from unimodal.cli.system import schedule_of
 from unimodal.config import ModelConfig, SystemConfig, from_dict, to_dict
-from unimodal.data import Scenes
+from unimodal.data import Scenes, words_of
 from unimodal.data.module import EvaluationBatches, PairData
-from unimodal.hub import save_checkpoint
+from unimodal.hub import CheckpointError, save_checkpoint
+from unimodal.model import UnimodalModel
 from unimodal.stages import placed
 from unimodal.systems import SYSTEMS, System
 from unimodal.systems.hosted import class_of
@@ -214,6 +216,25 @@ def test_the_readme_trains_albef_on_own_data_with_an_own_clip(
     for command in commands[1].strip().splitlines():
         assert cli.main(shlex.split(command)[1:]) == 0, (command, capsys.readouterr().err)
     assert "one.jpg" in capsys.readouterr().out
+
+
+def test_a_system_that_knows_no_words_is_neither_saved_nor_opened(tmp_path: Path) -> None:
+    """Words of no tokenizer would be written and hidden in silence."""
+    model, processor = (
+        UnimodalModel(ModelConfig(backbone=toy_config().backbone, system=small("albef"))),
+        toy_processor(),
+    )
+    with pytest.raises(ValueError, match="does not know the tokenizer's words, .* tell it first: model.learn_words"):
+        save_checkpoint(model, processor, tmp_path / "model")
+    model.learn_words(words_of(processor))
+    folder = save_checkpoint(model.eval(), processor, tmp_path / "model")
+    with pytest.raises(ValueError, match="has learned the ids of another tokenizer"):
+        model.learn_words(replace(words_of(processor), mask_id=7))
+    content = json.loads((folder / "config.json").read_text())
+    content["model"]["system"]["words"] = None
+    (folder / "config.json").write_text(json.dumps(content))
+    with pytest.raises(CheckpointError, match=r"config.json: system.words is null"):
+        unimodal.from_pretrained(folder)
 
 
 def same_outputs(one: Unimodal, other: Unimodal, pictures: list[Any], captions: list[str]) -> None:

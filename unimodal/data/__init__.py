@@ -33,6 +33,7 @@ _HOME = {
     "Processor": "processor",
     "scenes_tokenizer": "processor",
     "word_tokenizer": "processor",
+    "words_of": "tokens",
 }
 __all__ = sorted(_HOME)
 

@@ -76,27 +76,10 @@ class CachedMatchingHead(MatchingHead):
         return (*reads.bridged, *reads.texts, "heads.matching.*")
 
 
-class BridgeMatchingHead(MatchingHead):
-    """BLIP-2's: a two-way linear on every query, averaged; the logit is the difference, "match" minus "no match".
-
-    Args:
-        width: W, width of the query outputs.
-    """
+class KeepsTokens(MatchingHead):
+    """A head that reads the backbone's image tokens and the ids of texts: these are what an index keeps."""
 
     text_kept = "ids"
-
-    def __init__(self, *, width: int):
-        super().__init__()
-        self.score = nn.Linear(width, 2)
-        self.apply(init_weights)
-
-    def forward(self, query_outputs: Tensor) -> Tensor:
-        """What the queries found in P pairs (`QFormer.match`), [P, N, W] -> logits [P]."""
-        no_match, match = self.score(query_outputs).mean(1).unbind(-1)
-        return match - no_match
-
-    def memory(self, body: Body, tokens: Tensor, mask: Tensor) -> KeyValues | None:
-        return body.bridge.project_memory(tokens, mask)
 
     def image_kept(self, image: ImageState) -> tuple[Tensor, Tensor | None]:
         """Backbone tokens [B, T, D]."""
@@ -113,6 +96,27 @@ class BridgeMatchingHead(MatchingHead):
         return ImageState(image, image_mask, image.new_empty(len(image), 0)), TextState(
             text, text_mask, no_words, no_words
         )
+
+
+class BridgeMatchingHead(KeepsTokens):
+    """BLIP-2's: a two-way linear on every query, averaged; the logit is the difference, "match" minus "no match".
+
+    Args:
+        width: W, width of the query outputs.
+    """
+
+    def __init__(self, *, width: int):
+        super().__init__()
+        self.score = nn.Linear(width, 2)
+        self.apply(init_weights)
+
+    def forward(self, query_outputs: Tensor) -> Tensor:
+        """What the queries found in P pairs (`QFormer.match`), [P, N, W] -> logits [P]."""
+        no_match, match = self.score(query_outputs).mean(1).unbind(-1)
+        return match - no_match
+
+    def memory(self, body: Body, tokens: Tensor, mask: Tensor) -> KeyValues | None:
+        return body.bridge.project_memory(tokens, mask)
 
     def match(self, body: Body, image: ImageState, text: TextState, image_index: Tensor, text_index: Tensor) -> Tensor:
         memory = image.memory or body.bridge.project_memory(image.tokens, image.mask)

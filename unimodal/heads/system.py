@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from unimodal.heads.base import Body, CaptioningHead, Embedder, MatchingHead, Reads
+from unimodal.heads.base import Body, CaptioningHead, Embedder, Reads
+from unimodal.heads.matching import KeepsTokens
 from unimodal.states import ImageState, TextState
 from unimodal.systems import Images, Texts
 
@@ -48,34 +49,16 @@ class SystemEmbedder(Embedder):
         return _path(reads, self.towers)
 
 
-class SystemMatchingHead(MatchingHead):
+class SystemMatchingHead(KeepsTokens):
     """A system's pair score. An index keeps image tokens, and the ids of texts, which the text tower reads again.
 
     Args:
         towers: the towers whose tokens the system reads.
     """
 
-    text_kept = "ids"
-
     def __init__(self, towers: tuple[str, ...]) -> None:
         super().__init__()
         self.towers = towers
-
-    def image_kept(self, image: ImageState) -> tuple[Tensor, Tensor | None]:
-        """Image tokens [B, T, C]."""
-        return image.tokens, image.mask
-
-    def kept_of_text(self, text: TextState) -> Tensor:
-        """Token ids [M, L]."""
-        return text.ids
-
-    def restored(
-        self, image: Tensor, image_mask: Tensor, text: Tensor, text_mask: Tensor
-    ) -> tuple[ImageState, TextState]:
-        no_words = text.new_empty(len(text), 0)
-        return ImageState(image, image_mask, image.new_empty(len(image), 0)), TextState(
-            text, text_mask, no_words, no_words
-        )
 
     def match(self, body: Body, image: ImageState, text: TextState, image_index: Tensor, text_index: Tensor) -> Tensor:
         texts = texts_of(text)

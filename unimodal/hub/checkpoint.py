@@ -165,6 +165,11 @@ def _save(
     if not re.fullmatch(r"[1-9]\d{0,9} *([KMGT]i?B)?", arguments.text(max_shard_size, "max_shard_size"), re.IGNORECASE):
         raise ValueError(arguments.refused("max_shard_size", "a size such as '2GB'", max_shard_size))
     arguments.choice(precision, "precision", get_args(Precision))
+    if model.config.system is not None and model.config.system.words is None:
+        raise ValueError(
+            "this model's system does not know the tokenizer's words, so its texts would mean nothing; tell it first: "
+            "model.learn_words(unimodal.data.words_of(processor, unimodal.systems.known_texts(model.config.system)))"
+        )
     example = arguments.flag(example, "example")
     apart = () if include_backbone else model.tower_state().keys()
     weights = {name: tensor for name, tensor in model.own_state().items() if name not in apart}
@@ -255,6 +260,10 @@ def _read(folder: Path, heads: Sequence[str] | None, places: dict[str, str]) -> 
     contents = read_contents(folder)
     require_files(folder, contents)
     config, dropped = choose_heads(contents.model, heads)
+    if config.system is not None and config.system.words is None:
+        raise CheckpointError(
+            f"{folder / 'config.json'}: system.words is null, so the ids of texts are of no known tokenizer"
+        )
     stored = StoredWeights(folder, contents.mark, ignored=[f"heads.{name}." for name in dropped])
     _require_fit(config, contents, stored)
     sources = dict(contents.backbone.sources)
