@@ -173,6 +173,13 @@ def test_a_system_trains_and_travels(name: str, backbone: str, sources: dict[str
     same_outputs(Unimodal(one.model, one.processor), opened, pictures, captions)
     is_evaluated(opened, pairs)
     is_searched(opened, pictures, captions)
+    if opened.model.matcher is not None:
+        scores = opened.predict([(caption, picture) for caption, picture in zip(captions, pictures)])
+        rows = torch.arange(len(pictures))
+        with torch.no_grad():
+            expected = opened.model.match(opened.encoder.images(pictures), opened.encoder.texts(captions), rows, rows)
+        torch.testing.assert_close(torch.as_tensor(scores), expected.sigmoid(), atol=1e-4, rtol=1e-4)
+        assert len(opened.rank(captions[0], pictures)) == len(pictures)
     explanation = opened.explain(pictures[0], captions[0], steps=2)
     assert np.isfinite(explanation.heatmap).all() and explanation.heatmap.any()
 

@@ -9,7 +9,7 @@ Legend: n items, P pairs, N queries, T image tokens, L text length, D backbone w
 
 import hashlib
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
 from typing import Any, TypeVar
@@ -46,7 +46,8 @@ class Encoded:
     """What a model read from n items.
 
     Attributes:
-        embedding: [n, E] unit vectors, float32; [n, N, E] for images where the model keeps one vector per query.
+        embedding: [n, E] unit vectors, float32; [n, N, E] for images where the model keeps one vector per query; [n, 0] of a model that
+            has no embedding and scores pairs.
         tokens: for each item what the matching head reads of it, [N, W], [T, D], [L, D] or ids [L]; empty for an item
             with both an image and a text, and without a matching head.
     """
@@ -147,10 +148,10 @@ class Encoder:
                 embedding = self.model.embed_texts(*self._ids(values))
             elif kind == "image":
                 image = self.images(values)
-                embedding, read = self.model.image_embedding(image), self._image_tokens(image)
+                embedding, read = self._embedded(self.model.image_embedding, image), self._image_tokens(image)
             else:
                 text = self.texts(values)
-                embedding, read = self.model.text_embedding(text), self._text_tokens(text)
+                embedding, read = self._embedded(self.model.text_embedding, text), self._text_tokens(text)
             for row, vector in zip(rows, _unit(embedding, [where[row] for row in rows])):
                 vectors[row].append(vector)
             for row, kept in zip(rows, read):
@@ -158,6 +159,14 @@ class Encoder:
         joined = [v[0] if len(v) == 1 else F.normalize(v[0] + v[1], dim=-1) for v in vectors.values()]
         single = [t[0] if len(t) == 1 else torch.empty(0) for t in tokens.values()]
         return Encoded(torch.stack(joined), single)
+
+    def _embedded(self, embed: Callable[[Any], Tensor], state: ImageState | TextState) -> Tensor:
+        """Embeddings of what was read; [n, 0] of a model that only scores pairs."""
+        return (
+            embed(state)
+            if self.model.embeds is not None
+            else state.mask.new_empty(len(state.mask), 0, dtype=torch.float32)
+        )
 
     def _read_whole(self, items: Sequence[Item], instruction: str | None, where: Sequence[str]) -> Encoded:
         """Items with pictures in one batch, mere texts in another, each item as one sequence."""
