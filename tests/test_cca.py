@@ -170,3 +170,12 @@ def test_features_of_another_width_are_refused() -> None:
     cca = CCA.fit(*paired(50), dim=2)
     with pytest.raises(ValueError, match=r"expected text features \[n, 6\] as in the fit, got \[3, 5\]"):
         cca.embed_text(torch.randn(3, 5))
+
+
+def test_maps_keep_their_precision_whatever_a_model_is_converted_to() -> None:
+    system = CanonicalCorrelation(ToyEncoders())
+    system.prepare(iter([toy_pairs(64)]))
+    fitted = {name: value.clone() for name, value in system.state_dict().items()}
+    for convert in ("bfloat16", "float", "double"):
+        getattr(system, convert)()
+        assert all(torch.equal(value, fitted[name]) for name, value in system.state_dict().items())

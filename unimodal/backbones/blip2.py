@@ -62,7 +62,7 @@ class Blip2Backbone(Backbone):
                 "set backbone.width to null"
             )
         reader = settings.qformer_config if settings.qformer_config.use_qformer_text_input else settings.text_config
-        self.max_length = reader.max_position_embeddings
+        self.max_length = getattr(reader, "max_position_embeddings", None) or 512  # T5 counts no positions
         self.vocab_size = reader.vocab_size  # of the tokenizer that its authors release with it
 
     def random_pixels(self, count: int, generator: torch.Generator) -> Pixels:

@@ -9,6 +9,7 @@ Shapes: n pairs, p width of image features, q width of text features, d canonica
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any, Self
 
 import torch
 from torch import Tensor
@@ -130,6 +131,15 @@ class CanonicalCorrelation(System):
             self.register_buffer(f"{side}_mean", torch.zeros(width, dtype=torch.float64))
             self.register_buffer(f"{side}_map", torch.zeros(width, self.dim, dtype=torch.float64))
         self.register_buffer("correlations", torch.zeros(self.dim, dtype=torch.float64))
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Self:
+        """Moved as torch does it, and always in float64, in which the maps were fitted."""
+        held = dict(self.named_buffers(recurse=False))
+        super()._apply(fn, recurse)
+        for name, buffer in held.items():
+            if (now := self.get_buffer(name)).dtype != buffer.dtype:
+                setattr(self, name, buffer.to(now.device))
+        return self
 
     def prepare(self, batches: Iterator[Batch]) -> None:
         rows = [(masked_mean(*b.images[:2]), masked_mean(b.texts.tokens, b.texts.mask)) for b in batches]

@@ -192,8 +192,7 @@ class Task(Evaluated):
     def whole_model(self) -> UnimodalModel:
         """The model in float32; one that is cut among the processes is put together on the first one, and all must ask."""
         if not is_sharded(self):
-            low = (torch.float16, torch.bfloat16)  # what it may have trained in; statistics in float64 stay
-            return self.model._apply(lambda tensor: tensor.float() if tensor.dtype in low else tensor)
+            return self.model.float()  # whatever it trained in
         state = whole_state(self.model)
         model = self.model
         if self.global_rank == 0:
