@@ -22,6 +22,7 @@ from toy import toy_config, toy_processor
 
 import unimodal
 from unimodal import Unimodal, cli, words
+from unimodal.cli.messages import ConfigError
 from unimodal.cli.system import schedule_of
 from unimodal.config import ModelConfig, SystemConfig, from_dict, to_dict
 from unimodal.data import Scenes, words_of
@@ -242,6 +243,15 @@ def test_a_system_that_knows_no_words_is_neither_saved_nor_opened(tmp_path: Path
     (folder / "config.json").write_text(json.dumps(content))
     with pytest.raises(CheckpointError, match=r"config.json: system.words is null"):
         unimodal.from_pretrained(folder)
+
+
+def test_a_class_of_the_readers_own_is_not_taken_for_one_of_the_same_name() -> None:
+    with pytest.raises(
+        ConfigError, match=r"system: 'mine.CLIP' is no part of a model, .* fixed table: albef, .*survey --systems FILE"
+    ):
+        schedule_of({"system": "mine.CLIP", "stages": {"contrast": {}}})
+    for path in ("unimodal.systems.CLIP", "unimodal.systems.clip.CLIP"):
+        assert schedule_of({"system": path, "stages": {"contrast": {}}})["name"] == "clip"
 
 
 def same_outputs(one: Unimodal, other: Unimodal, pictures: list[Any], captions: list[str]) -> None:

@@ -65,7 +65,12 @@ def _named(given: Any) -> tuple[str, dict[str, Any]]:
     path, settings = (
         (given, {}) if isinstance(given, str) else (given.get("class_path", ""), given.get("init_args") or {})
     )
-    name = next((name for name, cls in SYSTEMS.items() if path.rpartition(".")[2] == cls.__name__), None)
+    ours = {
+        f"{module}.{cls.__name__}": name
+        for name, cls in SYSTEMS.items()
+        for module in ("unimodal.systems", cls.__module__)
+    }
+    name = ours.get(path)
     if name is None:
         raise ConfigError(
             f"system: {path!r} is no part of a model, since checkpoints name systems by a fixed table: {', '.join(SYSTEMS)}; "
